@@ -1,0 +1,131 @@
+"""TeaCache: Timestep Embedding Tells (Liu et al., arXiv 2411.19108)."""
+
+import numpy as np
+
+from dpcache.calibration import relative_change
+from dpcache.method import Method
+from dpcache.predictors import Reuse
+from dpcache.schedules import OnlineSchedule
+from dpcache.sites import modulated_input
+
+# Published by the authors for FLUX.1-dev: output change as a polynomial of input change, highest power first.
+FLUX_POLYNOMIAL = (4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01)
+
+
+class AccumulatedChange(OnlineSchedule):
+    """A step is computed once the rescaled changes of the modulated input since the last computed step reach the
+    threshold (Eq. 5-7); so are the first and the last step.
+
+    Args:
+        threshold: None: `prepare` finds the one that spends the budget on average on the calibration's
+            trajectories.
+        polynomial: rescaling, highest power first; None: `prepare` fits one of degree 4 to the calibration.
+    """
+
+    def __init__(self, budget, num_inference_steps, threshold=None, polynomial=None):
+        super().__init__(num_inference_steps)
+        if not 2 <= budget <= num_inference_steps:
+            raise ValueError(f"budget={budget} must be between 2 and num_inference_steps={num_inference_steps}")
+        self.budget, self.threshold, self.polynomial = budget, threshold, polynomial
+        self.needs_calibration = threshold is None or polynomial is None
+
+    @property
+    def ready(self):
+        return self.threshold is not None and self.polynomial is not None
+
+    def prepare(self, calibration):
+        if not self.needs_calibration:
+            return
+        changes = calibration.input_change
+        if not len(changes):
+            raise ValueError("teacache: the calibration holds no modulated inputs, because this model's are not known")
+        if self.polynomial is None:
+            self.polynomial = fit_polynomial(changes, calibration.output_change)
+        if self.threshold is None:
+            self.threshold = find_threshold(changes, self.polynomial, self.budget)
+
+    def start(self):
+        return {"previous": None, "accumulated": 0.0}
+
+    def decide(self, state, step, block, args, kwargs):
+        current = modulated_input(block, args, kwargs)
+        if 0 < step < self.num_inference_steps - 1:
+            state["accumulated"] += np.polyval(self.polynomial, relative_change(current, state["previous"]))
+            compute = state["accumulated"] >= self.threshold
+        else:
+            compute = True
+        if compute:
+            state["accumulated"] = 0.0
+        state["previous"] = current
+        return bool(compute)
+
+
+def fit_polynomial(input_change: np.ndarray, output_change: np.ndarray, degree: int = 4) -> tuple[float, ...]:
+    """Least-squares fit of the output's change over the input's, all steps of all trajectories (3.3)."""
+    x, y = input_change[:, 1:].ravel(), output_change[:, 1:].ravel()
+    return tuple(np.polyfit(x, y, degree).tolist())
+
+
+def count_computed(input_change: np.ndarray, polynomial, threshold: float) -> float:
+    """Computed steps, on average over the trajectories (n, T), that a threshold leads to."""
+    rescaled, total = np.polyval(polynomial, input_change), 0
+    for row in rescaled:
+        accumulated, computed = 0.0, 2
+        for change in row[1:-1]:
+            accumulated += change
+            if accumulated >= threshold:
+                accumulated, computed = 0.0, computed + 1
+        total += computed
+    return total / len(rescaled)
+
+
+def find_threshold(input_change: np.ndarray, polynomial, budget: int) -> float:
+    """The middle of the thresholds that spend the budget on average on recorded trajectories, by bisection."""
+
+    def lowest(limit: float) -> float:
+        low, high = 0.0, float(np.abs(np.polyval(polynomial, input_change)).sum(1).max()) + 1e-9
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if count_computed(input_change, polynomial, middle) > limit else (low, middle)
+        return high
+
+    return (lowest(budget) + lowest(budget - 0.5)) / 2
+
+
+class TeaCache(Method):
+    """Settles its threshold in closed loop, because an accelerated trajectory is not quite the recorded one."""
+
+    def prepare(self, pipe, calibration=None):
+        search = self.schedule.threshold is None
+        super().prepare(pipe, calibration)
+        if not search:
+            return
+        schedule, low, high, tried = self.schedule, 0.0, None, {}
+        for _ in range(8):
+            threshold = schedule.threshold
+            calibration.rerun(pipe, self)
+            tried[threshold] = np.mean(next(iter(self.report().counts.values()))) - schedule.budget
+            if abs(tried[threshold]) <= 0.5:
+                break
+            low, high = (threshold, high) if tried[threshold] > 0 else (low, threshold)
+            schedule.threshold = 1.5 * low if high is None else (low + high) / 2
+        schedule.threshold = min(tried, key=lambda threshold: abs(tried[threshold]))
+
+
+def teacache(
+    budget: int,
+    num_inference_steps: int,
+    threshold: float | None = None,
+    polynomial: str | list[float] | None = None,
+) -> Method:
+    """The image stream's residual over all blocks is reused while the modulated input has changed little.
+
+    Args:
+        threshold: the paper's own knob; the budget is then not enforced.
+        polynomial: coefficients, highest power first; `flux`: the authors' for FLUX.1-dev; None: fitted.
+    """
+    if isinstance(polynomial, str):
+        if polynomial != "flux":
+            raise ValueError(f"polynomial={polynomial} is not one of: flux, null, a list of coefficients")
+        polynomial = FLUX_POLYNOMIAL
+    return TeaCache(AccumulatedChange(budget, num_inference_steps, threshold, polynomial), "residual", Reuse())

@@ -1,0 +1,255 @@
+"""The step cache: runs a `Method` on a diffusers transformer, counts its steps and times them.
+
+A hook on the transformer opens and closes every step; the site's hooks inside (`sites.py`) ask it what to do. Each
+guidance branch that the pipeline names with `cache_context` has its own history and counters.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import StateManager
+
+from dpcache.sites import hooks
+
+_HOOK = "dpcache"
+
+
+@dataclass
+class Report:
+    """What a method did since it was attached, per guidance branch ("default" where the pipeline names none).
+
+    Attributes:
+        computed: computed steps of the latest generation.
+        counts: number of computed steps of every generation.
+        seconds_computed, seconds_predicted: seconds inside the transformer, all generations together.
+    """
+
+    computed: dict[str, list[int]] = field(default_factory=dict)
+    counts: dict[str, list[int]] = field(default_factory=dict)
+    seconds_computed: dict[str, float] = field(default_factory=dict)
+    seconds_predicted: dict[str, float] = field(default_factory=dict)
+
+
+class History:
+    """The last `length` features as they came, in buffers that are allocated once and reused across generations."""
+
+    def __init__(self, length: int):
+        self.buffers: list[torch.Tensor | None] = [None] * length
+        self.newest = 0
+
+    def push(self, feature: torch.Tensor) -> None:
+        self.newest = (self.newest + 1) % len(self.buffers)
+        buffer = self.buffers[self.newest]
+        if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != (
+            feature.shape,
+            feature.dtype,
+            feature.device,
+        ):
+            buffer = self.buffers[self.newest] = torch.empty(feature.shape, dtype=feature.dtype, device=feature.device)
+        buffer.copy_(feature)
+
+    def combine(self, weights: tuple[float, ...]) -> torch.Tensor:
+        """The weighted sum of the newest features (newest last), accumulated in float32, in the features' dtype."""
+        newest = self.buffers[self.newest]
+        if weights == (1.0,):
+            return newest
+        low = newest.dtype in (torch.float16, torch.bfloat16)
+        total = newest.float().mul_(weights[-1]) if low else newest * weights[-1]
+        for age, weight in enumerate(reversed(weights[:-1]), 1):
+            total.add_(self.buffers[self.newest - age], alpha=weight)
+        if newest.dtype == torch.float16:
+            total.clamp_(-65504, 65504)
+        return total.to(newest.dtype)
+
+
+class Context:
+    """History and counters of one guidance branch."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.step = 0  # of the next call
+        self.keys: list[int] = []  # computed so far in this generation
+        self.online: dict = {}  # an online schedule's state
+        self.generations: list[list[int]] = []  # keys of the finished ones
+        self.histories: dict[str, list[History]] = {}
+        self.spans: dict[bool, list] = {False: [], True: []}  # skipped? -> what the stopwatch returned
+        self.skip = False
+        self.weights: tuple[float, ...] = ()
+        self.stack_input = self.output_type = None
+
+    def start(self, online: dict) -> None:
+        if self.step:
+            self.generations.append(self.keys)
+        self.step, self.keys, self.online = 0, [], online
+
+
+class Contexts(StateManager):
+    """diffusers sets the branch's name on it at every `cache_context`, and resets it after every pipeline call."""
+
+    def __init__(self):
+        super().__init__(Context)
+
+    def get_state(self) -> Context:
+        name = self._context.name if self._context is not None else "default"
+        if name not in self._state_cache:
+            self._state_cache[name] = Context(name)
+        return self._state_cache[name]
+
+    def items(self):
+        return self._state_cache.items()
+
+
+class Stopwatch:
+    """Spans on the device's own clock: CUDA events, which do not make the host wait, or the host's clock."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+
+    def now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, spans: list) -> float:
+        if not self.cuda:
+            return sum(end - start for start, end in spans)
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in spans) / 1000
+
+
+class RootHook(ModelHook):
+    """On the transformer: opens and closes each step, and with site=output answers for the whole model."""
+
+    _is_stateful = True
+
+    def __init__(self, cache: "StepCache"):
+        super().__init__()
+        self.cache, self.contexts = cache, cache.contexts
+
+    def reset_state(self, module):
+        self.cache.reset()
+
+    @torch.compiler.disable(recursive=False)
+    def new_forward(self, module, *args, **kwargs):
+        cache, start = self.cache, self.cache.stopwatch.now()
+        context = cache.open()
+        whole = cache.method.site == "output"
+        if whole and context.skip:
+            kind, predicted = context.output_type, cache.predict("output")
+            output = (predicted,) if kind is tuple else kind(sample=predicted)
+        else:
+            output = self.fn_ref.original_forward(*args, **kwargs)
+            if whole:
+                context.output_type = type(output)
+                cache.keep("output", output[0])
+        cache.close(start)
+        return output
+
+
+class StepCache:
+    """One method attached to one transformer. `scheduler` is the pipeline's, where there is a pipeline."""
+
+    def __init__(self, transformer, method, scheduler=None):
+        self.transformer, self.method, self.scheduler = transformer, method, scheduler
+        self.schedule, self.contexts = method.schedule, Contexts()
+        self.current: Context | None = None
+        self.stopwatch = Stopwatch(next(transformer.parameters()).device)
+        self.timesteps = None
+        self.hooked = []
+        online = self.schedule.steps is None
+        self.computed = None if online else frozenset(self.schedule.steps)
+        for module, hook in [(transformer, RootHook(self)), *hooks(method.site, transformer, self, online)]:
+            self.hooked.append((module, "_diffusers_hook" in vars(module), vars(module).get("forward")))
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _HOOK)
+        transformer._diffusers_hook.invalidate_child_registries_cache()
+
+    def detach(self) -> None:
+        """Leave every module as it was, its `forward` included."""
+        for module, had_registry, forward in reversed(self.hooked):
+            module._diffusers_hook.remove_hook(_HOOK, recurse=False)
+            if len(module._diffusers_hook.hooks) == 0:
+                del module.forward
+                if forward is not None:
+                    module.forward = forward
+            if not had_registry:
+                del module._diffusers_hook
+        if hasattr(self.transformer, "_diffusers_hook"):
+            self.transformer._diffusers_hook.invalidate_child_registries_cache()
+        self.hooked = []
+
+    def reset(self) -> None:
+        """The next call starts a new generation."""
+        for _, context in self.contexts.items():
+            context.start({})
+
+    def open(self) -> Context:
+        """Begin the next step of the current guidance branch."""
+        if self.scheduler is not None and self.scheduler.timesteps is not self.timesteps:
+            # Every pipeline call makes a new grid: a sure sign of a new generation, even after one that broke off.
+            self.timesteps = self.scheduler.timesteps
+            steps = getattr(self.scheduler, "num_inference_steps", None)
+            if steps not in (None, self.schedule.num_inference_steps):
+                raise ValueError(
+                    f"num_inference_steps={steps} in the pipeline call, but the method was made for "
+                    f"num_inference_steps={self.schedule.num_inference_steps}"
+                )
+            self.reset()
+        context = self.current = self.contexts.get_state()
+        if context.step == self.schedule.num_inference_steps:
+            context.start({})
+        if self.computed is None:
+            if context.step == 0:
+                context.online = self.schedule.start()
+        else:
+            self._settle(context, context.step in self.computed)
+        return context
+
+    def decide(self, block, args, kwargs) -> None:
+        """At the first block: an online schedule settles the step. Fixed ones have done so in `open`."""
+        if self.computed is None:
+            context = self.current
+            self._settle(context, self.schedule.decide(context.online, context.step, block, args, kwargs))
+
+    def _settle(self, context: Context, compute: bool) -> None:
+        context.skip = not compute
+        if compute:
+            context.keys.append(context.step)
+        else:
+            context.weights = self.method.weights(tuple(context.keys[-self.method.predictor.history :]), context.step)
+
+    def keep(self, name: str, feature) -> None:
+        """Keep a computed feature (a tensor or a tuple of tensors) under `name`."""
+        features = feature if isinstance(feature, tuple) else (feature,)
+        histories = self.current.histories.get(name)
+        if histories is None:
+            length = self.method.predictor.history
+            histories = self.current.histories[name] = [History(length) for _ in features]
+        for history, tensor in zip(histories, features):
+            history.push(tensor)
+        if self.method.observe is not None:
+            self.method.observe(self.current.name, self.current.step, feature)
+
+    def predict(self, name: str):
+        """The feature kept under `name`, predicted for the current step."""
+        predicted = tuple(history.combine(self.current.weights) for history in self.current.histories[name])
+        return predicted if len(predicted) > 1 else predicted[0]
+
+    def close(self, start) -> None:
+        """End the step: count and time it."""
+        context = self.current
+        context.spans[context.skip].append((start, self.stopwatch.now()))
+        context.step += 1
+
+    def report(self) -> Report:
+        report = Report()
+        for name, context in self.contexts.items():
+            generations = context.generations + ([context.keys] if context.step else [])
+            report.computed[name] = list(generations[-1]) if generations else []
+            report.counts[name] = [len(keys) for keys in generations]
+            report.seconds_computed[name] = self.stopwatch.seconds(context.spans[False])
+            report.seconds_predicted[name] = self.stopwatch.seconds(context.spans[True])
+        return report

@@ -1,0 +1,210 @@
+"""Full-step trajectories -> path-aware costs, in one safetensors file that knows what it was made for."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from dpcache.method import Method, _transformer, cached
+from dpcache.pact import l1_cost
+from dpcache.predictors import Predictor, Reuse, Taylor
+from dpcache.sampler import generate, sample
+from dpcache.schedules import OnlineSchedule
+from dpcache.sites import modulated_input
+
+_FORMAT = "dpcache calibration 1"
+
+
+def fingerprint(transformer: torch.nn.Module) -> str:
+    """16 hex digits of the model's class, configuration, parameter shapes and a sample of every parameter."""
+    digest = hashlib.sha256(type(transformer).__name__.encode())
+    config = {k: v for k, v in dict(transformer.config).items() if not k.startswith("_")}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(transformer.named_parameters()):
+        values = parameter.detach().flatten()[:: max(parameter.numel() // 8, 1)][:8].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}{values.tolist()}".encode())
+    return digest.hexdigest()[:16]
+
+
+def describe(pipe, num_inference_steps: int, predictor: Predictor, **call) -> dict[str, str]:
+    """The circumstances that a calibration holds for; `Calibration.check` compares them field by field."""
+    transformer = _transformer(pipe)
+    scheduler = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
+    return {
+        "model": f"{type(transformer).__name__} {fingerprint(transformer)}",
+        "num_inference_steps": str(num_inference_steps),
+        "scheduler": json.dumps({"class": type(pipe.scheduler).__name__} | scheduler, sort_keys=True, default=str),
+        "resolution": " x ".join(str(call.get(k, "default")) for k in ("num_frames", "height", "width") if k in call),
+        "guidance": str({k: v for k, v in sorted(call.items()) if "guidance" in k or "cfg" in k}),
+        "dtype": str(transformer.dtype).removeprefix("torch."),
+        "predictor": repr(predictor),
+    }
+
+
+@dataclass
+class Calibration:
+    """What calibration learned from n full-step trajectories of T steps.
+
+    Attributes:
+        cost: path-aware cost tensor (T, T+1, T+1), float64, mean over the samples (arXiv 2602.22654, Eq. 6).
+        input_change: (n, T) relative L1 change of the first block's modulated input against the step before (0 at
+            step 0); n counts batches. Empty (0, T) where the model's modulated input is not known.
+        output_change: (n, T) the same for the last block's output.
+        latents: the final latents of the trajectories, float32 (n, ...).
+        made_for: what `describe` said of the pipeline.
+        made_from: prompts, seeds, batch_size and call (the pipeline's arguments), so that `rerun` can repeat them.
+    """
+
+    cost: np.ndarray
+    input_change: np.ndarray
+    output_change: np.ndarray
+    latents: np.ndarray
+    made_for: dict[str, str]
+    made_from: dict
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, atomically."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+        metadata = {"format": _FORMAT, "made_for": json.dumps(self.made_for), "made_from": json.dumps(self.made_from)}
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        save_file(arrays, part, metadata)
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Calibration":
+        """Raises ValueError if the file is not a calibration, FileNotFoundError if there is none."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"calibration file {path} does not exist")
+        try:
+            with safe_open(path, "numpy") as file:
+                metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
+            arrays = load_file(path)
+            return cls(
+                **{name: arrays[name] for name in _ARRAYS},
+                made_for=json.loads(metadata["made_for"]),
+                made_from=json.loads(metadata["made_from"]),
+            )
+        except Exception as error:
+            raise ValueError(f"{path} is not a calibration file: {error}") from None
+
+    def rerun(self, pipe, method) -> np.ndarray:
+        """Final latents (n, ...) of the calibration's prompts under `method`; its report then covers all of them."""
+        prompts, seeds = self.made_from["prompts"], self.made_from["seeds"]
+        batches = range(0, len(prompts), self.made_from["batch_size"])
+        with cached(pipe, method):
+            latents = [
+                generate(
+                    pipe,
+                    prompts[start : start + self.made_from["batch_size"]],
+                    seeds[start : start + self.made_from["batch_size"]],
+                    method.num_inference_steps,
+                    decode=False,
+                    **self.made_from["call"],
+                ).latents
+                for start in tqdm(batches, desc="trying on the calibration prompts", unit="batch", leave=False)
+            ]
+        return torch.cat(latents).numpy()
+
+    def check(self, expected: dict[str, str]) -> "Calibration":
+        """Itself, if made for `expected` (from `describe`); else a ValueError that names the fields that differ."""
+        differing = [
+            f"{name}: made for {self.made_for.get(name)}, this run has {value}"
+            for name, value in expected.items()
+            if self.made_for.get(name) != value
+        ]
+        if differing:
+            raise ValueError("this calibration was made for something else: " + "; ".join(differing))
+        return self
+
+
+_ARRAYS = ("cost", "input_change", "output_change", "latents")
+
+
+class _Recorder(OnlineSchedule):
+    """Computes every step of one generation and records the first guidance branch on the way."""
+
+    def __init__(self, num_inference_steps: int):
+        super().__init__(num_inference_steps)
+        self.branch = self.features = None
+        self.branches: list[dict] = []
+
+    def start(self):
+        self.branches.append({"previous": None, "input_change": []})
+        return self.branches[-1]
+
+    def decide(self, state, step, block, args, kwargs):
+        try:
+            current = modulated_input(block, args, kwargs)
+        except ValueError:  # not known for this model: a calibration without it
+            return True
+        previous, state["previous"] = state["previous"], current
+        state["input_change"].append(0.0 if previous is None else relative_change(current, previous))
+        return True
+
+    def keep(self, branch: str, step: int, feature: torch.Tensor) -> None:
+        if self.features is None:
+            self.branch = branch
+            self.features = feature.new_empty((self.num_inference_steps, *feature.shape))
+        if branch == self.branch:
+            self.features[step] = feature
+
+
+def relative_change(current: torch.Tensor, previous: torch.Tensor) -> float:
+    """mean|current - previous| / mean|previous| (TeaCache, arXiv 2411.19108, Eq. 4)."""
+    return ((current - previous).abs().mean() / previous.abs().mean()).item()
+
+
+def calibrate(
+    pipe,
+    prompts: Sequence[str],
+    num_inference_steps: int = 50,
+    predictor: Predictor | None = None,
+    seeds: Sequence[int] | None = None,
+    batch_size: int = 1,
+    **call,
+) -> Calibration:
+    """Run `prompts` with every step computed and gather what the methods plan with.
+
+    Only the T features of one batch are held at a time. Where the pipeline has several guidance branches, the costs
+    are those of the first (the conditional one), as in the authors' code.
+
+    Args:
+        predictor: whose errors `cost` holds; default `Taylor(2)`, the paper's.
+        seeds: one per prompt; default 0, 1, ...
+        call: further arguments of the pipeline (height, width, guidance_scale, ...).
+    """
+    if not prompts:
+        raise ValueError("calibration needs at least one prompt")
+    predictor = predictor or Taylor(2)
+    seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+    cost, input_change, output_change, latents = 0.0, [], [], []
+    for start in tqdm(range(0, len(prompts), batch_size), desc="calibrating", unit="batch", leave=False):
+        chunk = slice(start, start + batch_size)
+        recorder = _Recorder(num_inference_steps)
+        method = Method(recorder, "stack", Reuse(), observe=recorder.keep)
+        latents.append(sample(pipe, method, prompts[chunk], seeds[chunk], decode=False, **call).latents)
+        features = recorder.features
+        cost = cost + l1_cost(features, predictor) * (len(prompts[chunk]) / len(prompts))
+        output_change.append([0.0, *(relative_change(b.float(), a.float()) for a, b in pairwise(features))])
+        input_change += [recorder.branches[0]["input_change"]] if recorder.branches[0]["input_change"] else []
+    return Calibration(
+        cost,
+        np.reshape(np.array(input_change, dtype=float), (-1, num_inference_steps)),
+        np.array(output_change),
+        torch.cat(latents).numpy(),
+        describe(pipe, num_inference_steps, predictor, **call),
+        {"prompts": list(prompts), "seeds": seeds, "batch_size": batch_size, "call": call},
+    )

@@ -1,0 +1,131 @@
+"""Method = Schedule x Site x Predictor, and how one is put on a pipeline."""
+
+import functools
+import weakref
+from contextlib import contextmanager
+
+import torch
+
+from dpcache.cache import Report, StepCache
+from dpcache.predictors import Predictor, Taylor
+from dpcache.schedules import Planned, Schedule
+from dpcache.sites import SITES
+
+
+class Method:
+    """A caching method, composed of its three parts.
+
+    The board knows methods by `num_inference_steps`, `needs_calibration`, `prepare`, `attach`, `detach` and `report`
+    alone, so a library's own cache can stand beside them by offering these.
+
+    Args:
+        schedule: which steps are computed.
+        site: what is kept of them, one of `stack`, `residual`, `modules`, `output`.
+        predictor: how a skipped step is filled in.
+        observe: called as `observe(branch, step, feature)` for every feature kept.
+    """
+
+    def __init__(self, schedule: Schedule, site: str, predictor: Predictor, observe=None):
+        if site not in SITES:
+            raise ValueError(f"site={site} is not one of {', '.join(SITES)}")
+        self.schedule, self.site, self.predictor, self.observe = schedule, site, predictor, observe
+        self.weights = functools.lru_cache(maxsize=None)(predictor.weights)
+        self._cache: StepCache | None = None
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Steps of the scheduler's grid that the sampler has to ask for."""
+        return self.schedule.num_inference_steps
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.schedule.needs_calibration
+
+    def prepare(self, pipe, calibration=None) -> None:
+        """Settle the schedule. `calibration`: a `Calibration`, where `needs_calibration`."""
+        self.schedule.prepare(calibration)
+
+    def attach(self, pipe) -> None:
+        """Start caching. Raises ValueError where the model does not offer the site."""
+        if not self.schedule.ready:
+            raise ValueError("the schedule is not settled yet: call method.prepare(pipe, calibration) first")
+        self._cache = StepCache(_transformer(pipe), self, getattr(pipe, "scheduler", None))
+
+    def detach(self, pipe) -> None:
+        """Stop caching and leave the transformer as it was before `attach`."""
+        self._cache.detach()
+
+    def report(self) -> Report:
+        """What has been computed and predicted since `attach`."""
+        return self._cache.report() if self._cache is not None else Report()
+
+
+def dpcache(
+    budget: int,
+    num_inference_steps: int,
+    warmup: int = 3,
+    order: int = 2,
+    solver: str = "paper",
+    max_jump: int | None = None,
+    steps: list[int] | None = None,
+) -> Method:
+    """DPCache (Denoising as Path Planning, arXiv 2602.22654): planned steps, the last block's output, Taylor.
+
+    Args:
+        steps: a schedule to use as it is, without calibration (for one, a published schedule).
+    """
+    if steps is None:
+        schedule = Planned(budget, num_inference_steps, warmup, solver, max_jump)
+    elif len(steps) == budget:
+        schedule = Schedule(steps, num_inference_steps)
+    else:
+        raise ValueError(f"steps has {len(steps)} entries: set budget={len(steps)}, not {budget}")
+    return Method(schedule, "stack", Taylor(order, since=max(warmup - 2, 0)))
+
+
+_attached: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _transformer(pipe) -> torch.nn.Module:
+    if isinstance(pipe, torch.nn.Module):
+        return pipe
+    for name in ("transformer", "unet"):
+        if getattr(pipe, name, None) is not None:
+            return getattr(pipe, name)
+    raise ValueError(f"{type(pipe).__name__} has neither a transformer nor a unet")
+
+
+def enable(pipe, method) -> None:
+    """Cache with `method` from now on. `pipe`: a diffusers pipeline (best: new generations are then seen by
+    themselves whatever happens), or its transformer alone. Raises ValueError if a method is already enabled."""
+    transformer = _transformer(pipe)
+    if transformer in _attached:
+        raise ValueError("a method is already enabled on this pipeline: call dpcache.disable(pipe) first")
+    method.attach(pipe)
+    _attached[transformer] = method
+
+
+def disable(pipe) -> None:
+    """Undo `enable`: the transformer is as it was before. Raises ValueError if nothing is enabled."""
+    method = _attached.pop(_transformer(pipe), None)
+    if method is None:
+        raise ValueError("no method is enabled on this pipeline")
+    method.detach(pipe)
+
+
+@contextmanager
+def cached(pipe, method):
+    """`enable` within a `with` block, `disable` at its end."""
+    enable(pipe, method)
+    try:
+        yield method
+    finally:
+        disable(pipe)
+
+
+def report(pipe) -> Report:
+    """The report of the method that is enabled on `pipe`. Raises ValueError if none is."""
+    method = _attached.get(_transformer(pipe))
+    if method is None:
+        raise ValueError("no method is enabled on this pipeline")
+    return method.report()

@@ -1,0 +1,1 @@
+"""One loader per model family, and the embedded model's files."""

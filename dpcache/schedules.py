@@ -1,0 +1,116 @@
+"""When the transformer is really run: lists of computed steps, and the base of schedules that decide online.
+
+Steps are indices 0..T-1 in sampling order, T = `num_inference_steps`, K = `budget` computed steps, M = `warmup`
+steps that are always computed first.
+"""
+
+from collections.abc import Sequence
+
+from dpcache.planner import plan
+
+
+class Schedule:
+    """A fixed list of computed steps.
+
+    Args:
+        steps: computed steps, strictly increasing from 0. None while `prepare` has yet to find them.
+        num_inference_steps: T.
+    """
+
+    needs_calibration = False
+
+    def __init__(self, steps: Sequence[int] | None, num_inference_steps: int):
+        self.num_inference_steps = num_inference_steps
+        self.steps = None if steps is None else list(steps)
+        if self.steps is not None:
+            legal = self.steps and self.steps[0] == 0 and self.steps[-1] < num_inference_steps
+            if not legal or any(b <= a for a, b in zip(self.steps, self.steps[1:])):
+                raise ValueError(
+                    f"steps={self.steps} must increase strictly from 0 and end below "
+                    f"num_inference_steps={num_inference_steps}"
+                )
+
+    @property
+    def ready(self) -> bool:
+        """False while `prepare` has yet to settle something."""
+        return self.steps is not None
+
+    def prepare(self, calibration) -> None:
+        """Settle what depends on a `Calibration`; a fixed list has nothing to settle."""
+
+
+def _check_budget(budget: int, num_inference_steps: int, warmup: int) -> None:
+    if not 1 <= warmup <= budget <= num_inference_steps:
+        raise ValueError(
+            f"budget={budget} must be between warmup={warmup} (at least 1) and "
+            f"num_inference_steps={num_inference_steps}"
+        )
+
+
+class EvenlySpaced(Schedule):
+    """M warm-up steps, then the other K - M spread evenly over the rest."""
+
+    def __init__(self, budget: int, num_inference_steps: int, warmup: int = 1):
+        _check_budget(budget, num_inference_steps, warmup)
+        length, count = num_inference_steps - warmup + 1, budget - warmup + 1
+        spread = [warmup - 1 + i * length // count for i in range(count)]
+        super().__init__([*range(warmup - 1), *spread], num_inference_steps)
+
+
+class Interval(Schedule):
+    """M warm-up steps, then every N-th: the papers' own rules, before budgets.
+
+    The budget follows from N; a `budget` that differs is an error, so that tables stay at equal compute.
+
+    Args:
+        from_end: count the N-th steps back from the last step (FORA) instead of on from the last warm-up step
+            (TaylorSeer).
+    """
+
+    def __init__(self, interval: int, budget: int, num_inference_steps: int, warmup: int = 1, from_end: bool = False):
+        if interval < 1:
+            raise ValueError(f"interval={interval} must be at least 1")
+        last = num_inference_steps - 1
+        every = range(last, warmup - 1, -interval) if from_end else range(warmup - 1, last + 1, interval)
+        steps = sorted({*range(warmup), *every})
+        if len(steps) != budget:
+            raise ValueError(f"interval={interval} computes {len(steps)} steps: set budget={len(steps)}, not {budget}")
+        super().__init__(steps, num_inference_steps)
+
+
+class Planned(Schedule):
+    """K steps chosen by dynamic programming over the calibration's path-aware cost tensor (arXiv 2602.22654, 3.3).
+
+    Args:
+        solver: "paper" or "exact", see `dpcache.planner`.
+        max_jump: largest distance between computed steps; None: any.
+    """
+
+    needs_calibration = True
+
+    def __init__(self, budget, num_inference_steps, warmup=3, solver="exact", max_jump=None):
+        _check_budget(budget, num_inference_steps, warmup)
+        super().__init__(None, num_inference_steps)
+        self.budget, self.warmup, self.solver, self.max_jump = budget, warmup, solver, max_jump
+
+    def prepare(self, calibration):
+        self.steps = plan(calibration.cost, self.budget, self.warmup, self.solver, self.max_jump)
+
+
+class OnlineSchedule(Schedule):
+    """Decides at the first block of every step, from what its probe sees there. One state per guidance branch."""
+
+    def __init__(self, num_inference_steps: int):
+        super().__init__(None, num_inference_steps)
+
+    @property
+    def ready(self):
+        return True
+
+    def start(self) -> dict:
+        """The state of a new generation."""
+        return {}
+
+    def decide(self, state: dict, step: int, block, args: tuple, kwargs: dict) -> bool:
+        """True if `step` is to be computed. `args` and `kwargs` are those of the first block's call."""
+        raise TypeError(f"{type(self).__name__} does not say how it decides")

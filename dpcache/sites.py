@@ -1,0 +1,165 @@
+"""What is kept from a computed step, and where it is put back on a skipped one: hooks on the transformer.
+
+| site       | kept                                                   | a skipped step still runs                    |
+|------------|--------------------------------------------------------|----------------------------------------------|
+| `stack`    | the last block's image stream                          | embedders and output layers                  |
+| `residual` | that stream minus the first block's input              | embedders and output layers                  |
+| `modules`  | each attention and feed-forward output before its gate | embedders, norms, gates, sums, output layers |
+| `output`   | the model's prediction                                 | nothing                                      |
+
+Each hook asks the step cache (`cache.py`) whether the current step is skipped, and otherwise leaves the module alone.
+"""
+
+import torch
+from diffusers.hooks import ModelHook
+from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
+from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.utils.torch_utils import unwrap_module
+
+SITES = ("stack", "residual", "modules", "output")
+
+# Per block class, the modules whose outputs are the block's attention and feed-forward branches before their gates,
+# and those that only feed them. FLUX's and HunyuanVideo's single-stream blocks have one fused output projection.
+_DOUBLE_STREAM = (("attn", "ff", "ff_context"), ())
+_SINGLE_STREAM = (("proj_out",), ("attn", "proj_mlp"))
+BRANCHES = {
+    "FluxTransformerBlock": _DOUBLE_STREAM,
+    "FluxSingleTransformerBlock": _SINGLE_STREAM,
+    "HunyuanVideoTransformerBlock": _DOUBLE_STREAM,
+    "HunyuanVideoSingleTransformerBlock": _SINGLE_STREAM,
+    "BasicTransformerBlock": (("attn1", "ff"), ()),
+    "WanTransformerBlock": (("attn1", "attn2", "ffn"), ()),
+}
+
+
+def transformer_blocks(transformer: torch.nn.Module) -> list[torch.nn.Module]:
+    """The transformer's blocks in the order in which they run. Raises ValueError where there are none."""
+    blocks = [
+        block
+        for name, children in unwrap_module(transformer).named_children()
+        if name in _ALL_TRANSFORMER_BLOCK_IDENTIFIERS and isinstance(children, torch.nn.ModuleList)
+        for block in children
+    ]
+    if not blocks:
+        raise ValueError(f"{type(transformer).__name__} has no transformer blocks: use site=output")
+    return blocks
+
+
+class _Hook(ModelHook):
+    def __init__(self, cache):
+        super().__init__()
+        self.cache = cache
+
+
+class BlockHook(_Hook):
+    """Skips a block: its image and text streams pass through. The first block is where online schedules decide, the
+    last one where the feature is kept and put back.
+
+    Only the image stream is kept, because no model reads the text stream after its last block.
+    """
+
+    def __init__(self, cache, block, first: bool, last: bool, residual: bool):
+        super().__init__(cache)
+        self.first, self.last, self.residual = first, last, residual
+        try:
+            self.metadata = TransformerBlockRegistry.get(type(unwrap_module(block)))
+        except ValueError:
+            raise ValueError(f"{type(block).__name__} is not in diffusers' block registry: use site=output") from None
+
+    @torch.compiler.disable(recursive=False)
+    def new_forward(self, module, *args, **kwargs):
+        if self.first:
+            self.cache.decide(module, args, kwargs)
+        context = self.cache.current
+        if not context.skip:
+            if self.first and self.residual:
+                context.stack_input = self._stream("hidden_states", args, kwargs)
+            output = self.fn_ref.original_forward(*args, **kwargs)
+            if self.last:
+                stream = output if torch.is_tensor(output) else output[self.metadata.return_hidden_states_index]
+                self.cache.keep("stack", stream - context.stack_input if self.residual else stream)
+                context.stack_input = None
+            return output
+        stream = self._stream("hidden_states", args, kwargs)
+        if self.last:
+            predicted = self.cache.predict("stack")
+            stream = stream + predicted if self.residual else predicted
+        text_index = self.metadata.return_encoder_hidden_states_index
+        if text_index is None:
+            return stream
+        text = self._stream("encoder_hidden_states", args, kwargs)
+        return (text, stream) if text_index == 0 else (stream, text)
+
+    def _stream(self, name, args, kwargs):
+        if name in kwargs:  # the common case, without the registry's signature inspection
+            return kwargs[name]
+        argument = getattr(self.metadata, f"{name}_argument_name")
+        return self.metadata._get_parameter_from_args_kwargs(argument, args, kwargs)
+
+
+class ProbeHook(_Hook):
+    """On the first block, where the site itself has no hook: an online schedule decides before the block runs."""
+
+    @torch.compiler.disable(recursive=False)
+    def new_forward(self, module, *args, **kwargs):
+        self.cache.decide(module, args, kwargs)
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+
+class BranchHook(_Hook):
+    """Keeps and predicts one attention or feed-forward output (a tensor or a tuple of tensors)."""
+
+    def __init__(self, cache, name: str):
+        super().__init__(cache)
+        self.name = name
+
+    @torch.compiler.disable(recursive=False)
+    def new_forward(self, module, *args, **kwargs):
+        if self.cache.current.skip:
+            return self.cache.predict(self.name)
+        output = self.fn_ref.original_forward(*args, **kwargs)
+        self.cache.keep(self.name, output)
+        return output
+
+
+class FeederHook(_Hook):
+    """On a module that only feeds a kept one: nothing of it is needed on a skipped step, not even memory."""
+
+    @torch.compiler.disable(recursive=False)
+    def new_forward(self, module, *args, **kwargs):
+        if self.cache.current.skip:
+            return (args[0] if args else kwargs["hidden_states"])[..., :0]
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+
+def hooks(site: str, transformer: torch.nn.Module, cache, online: bool) -> list[tuple[torch.nn.Module, ModelHook]]:
+    """(module, hook) pairs that make `cache` work at `site`. Raises ValueError where the model does not allow it."""
+    if site == "output":
+        if online:
+            raise ValueError("site=output never enters the model, where an online schedule decides")
+        return []
+    blocks = transformer_blocks(transformer)
+    if site in ("stack", "residual"):
+        ends = (blocks[0], blocks[-1])
+        return [(b, BlockHook(cache, b, b is ends[0], b is ends[1], site == "residual")) for b in blocks]
+    pairs = [(blocks[0], ProbeHook(cache))] if online else []
+    for index, block in enumerate(blocks):
+        kind = type(unwrap_module(block)).__name__
+        if kind not in BRANCHES:
+            raise ValueError(f"site=modules does not know {kind}; known blocks: {', '.join(BRANCHES)}")
+        kept, feeders = BRANCHES[kind]
+        pairs += [(getattr(block, name), BranchHook(cache, f"{index}.{name}")) for name in kept]
+        pairs += [(getattr(block, name), FeederHook(cache)) for name in feeders]
+    return pairs
+
+
+def modulated_input(block: torch.nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
+    """What TeaCache looks at (arXiv 2411.19108, 3.3): the first block's input after its adaptive norm, (B, N, D)."""
+    kind = type(unwrap_module(block)).__name__
+    stream = args[0] if args else kwargs["hidden_states"]
+    if kind in ("FluxTransformerBlock", "HunyuanVideoTransformerBlock"):
+        return block.norm1(stream, emb=kwargs["temb"] if "temb" in kwargs else args[2])[0]
+    if kind == "BasicTransformerBlock":
+        norm = {name: kwargs[name] for name in ("timestep", "class_labels")}
+        return block.norm1(stream, **norm, hidden_dtype=stream.dtype)[0]
+    raise ValueError(f"TeaCache's modulated input is not known for {kind}")

@@ -1,0 +1,188 @@
+"""The stages of a run, which `run.py` puts in order: calibration, reference, samples, measurements, pictures."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from baselines.full import full
+from dpcache.calibration import Calibration, calibrate, describe
+from dpcache.predictors import Taylor
+from dpcache.sampler import sample
+from dpcache.schedules import Planned
+from eval import pictures, timing
+from eval.metrics import Samples, evaluate
+from eval.statistics import summarise
+from eval.store import collect, locked, write_text
+
+__all__ = ["Experiment", "locked", "read_prompts", "summary", "write_text"]
+
+ROOT = Path(__file__).parents[1]
+
+
+def read_prompts(config: DictConfig) -> tuple[list[str], list[str]]:
+    """Prompts to evaluate (the first of the file) and to calibrate with (the last).
+
+    Raises ValueError if the file cannot be read as text or holds too few prompts for both.
+    """
+    path = Path(config.prompts or ROOT / config.model.prompts).expanduser()
+    setting = "prompts" if config.prompts else "model.prompts"
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{setting}={path} is not a readable UTF-8 text file: {error}") from None
+    wanted, kept_back = config.num_prompts, config.calibration.num_prompts
+    if wanted < 1 or kept_back < 1 or wanted + kept_back > len(prompts):
+        raise ValueError(
+            f"num_prompts={wanted} and calibration.num_prompts={kept_back} must be at least 1 each, and together at "
+            f"most the {len(prompts)} prompts of {setting}={path}"
+        )
+    return prompts[:wanted], prompts[-kept_back:]
+
+
+class Experiment:
+    """One run's settings, pipeline and folder."""
+
+    def __init__(self, config: DictConfig, pipe, folder: Path):
+        self.config, self.pipe, self.folder = config, pipe, folder
+        self.shared = Path(config.output_dir)
+        self.call = OmegaConf.to_container(config.model.call)
+        self.batch_size = config.batch_size or config.model.batch_size
+        self.device = pipe._execution_device
+        self.circumstances = describe(pipe, config.num_inference_steps, Taylor(2), **self.call)
+
+    def _sample(self, method, prompts, chunk: slice):
+        seeds = range(self.config.seed, self.config.seed + len(prompts))
+        self.pipe.set_progress_bar_config(disable=None, leave=False, desc="steps", mininterval=0.5)
+        batch = sample(self.pipe, method, prompts[chunk], seeds[chunk], **self.call)
+        return batch.images, batch.latents, next(iter(method.report().computed.values()))
+
+    def _key(self, *parts) -> str:
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def calibration(self, method, prompts: list[str]) -> Calibration:
+        """The one given by `calibration.path`, else one made for this model, steps and prompts, kept on disk."""
+        c = self.config
+        predictor = Taylor(2)
+        if isinstance(method.schedule, Planned):
+            predictor = dataclasses.replace(method.predictor, since=0)
+        expected = describe(self.pipe, c.num_inference_steps, predictor, **self.call)
+        if c.calibration.path:
+            return Calibration.load(c.calibration.path).check(expected)
+        name = self._key(expected, prompts, c.calibration.seed, self.batch_size)
+        path = self.shared / "calibrations" / f"{name}.safetensors"
+        with locked(path):
+            if path.exists():
+                return Calibration.load(path).check(expected)
+            seeds = [c.calibration.seed + index for index in range(len(prompts))]
+            size = self.batch_size
+            calibration = calibrate(self.pipe, prompts, c.num_inference_steps, predictor, seeds, size, **self.call)
+            calibration.save(path)
+            return calibration
+
+    def reference(self, prompts: list[str]) -> Samples:
+        """Full-step samples, shared by all runs of the same model, prompts, seed and batch size."""
+        c = self.config
+        name = self._key(self.circumstances, prompts, c.seed, self.batch_size)
+        method = full(c.num_inference_steps)
+        make = lambda chunk: self._sample(method, prompts, chunk)  # noqa: E731
+        return collect(self.shared / "references" / name, prompts, self.batch_size, make, "full-step reference")[0]
+
+    def samples(self, method, prompts: list[str]) -> tuple[Samples, list[list[int]]]:
+        """The method's samples and the computed steps of every batch; also as PNG files."""
+        make = lambda chunk: self._sample(method, prompts, chunk)  # noqa: E731
+        samples, computed = collect(self.folder / "samples", prompts, self.batch_size, make, "samples")
+        (self.folder / "images").mkdir(exist_ok=True)
+        for index, (prompt, image) in enumerate(zip(prompts, samples.images)):
+            slug = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())[:60].strip("-")
+            Image.fromarray(image.numpy()).save(self.folder / "images" / f"{index:04d}-{slug}.png")
+        return samples, computed
+
+    def evaluate(self, method, samples: Samples, reference: Samples, computed: list[list[int]]) -> dict:
+        """Metrics with intervals, timing, memory and versions, as they stand in `result.json`."""
+        values, unavailable = evaluate(self.config.eval.metrics, samples, reference)
+        weights = [min(self.batch_size, len(samples.prompts) - i * self.batch_size) for i in range(len(computed))]
+        return {
+            "computed_steps": float(np.average([len(steps) for steps in computed], weights=weights)),
+            "schedules": computed,
+            "metrics": {name: summarise(scores) for name, scores in values.items()},
+            "metrics_unavailable": unavailable,
+            "per_prompt": {"prompts": samples.prompts, **values},
+            "timing": self._time(method, samples.prompts),
+            "memory": timing.memory(self.device),
+            "versions": timing.versions(self.device),
+        }
+
+    def _time(self, method, prompts: list[str]) -> dict:
+        settings = self.config.eval.timing
+        if settings.repeats == 0:
+            return {}
+        chunk = slice(0, settings.batch_size or self.batch_size)
+        reference = full(self.config.num_inference_steps)
+        seconds = {reference: [], method: []}
+
+        def timed(which):
+            self._sample(which, prompts, chunk)
+            report = which.report()
+            inside = [*report.seconds_computed.values(), *report.seconds_predicted.values()]
+            counts = [count for counts in report.counts.values() for count in counts]
+            seconds[which].append((sum(inside), np.mean(counts)))
+
+        result = timing.compare(
+            lambda: timed(reference), lambda: timed(method), settings.repeats, warmup=1, device=self.device
+        )
+        full_s, cached_s = (np.median([s for s, _ in seconds[which][1:]]) for which in (reference, method))
+        computed = np.mean([count for _, count in seconds[method]])
+        ratios = timing.efficiency(self.config.num_inference_steps, computed, full_s, cached_s)
+        return result | {name: float(value) for name, value in ratios.items()}
+
+    def pictures(self, method, calibration, samples: Samples, reference: Samples, result: dict) -> dict[str, Path]:
+        """The side-by-side grid, the schedule and, where there is one, the cost tensor. Returns their paths."""
+        T, name, steps = result["num_inference_steps"], result["method"], result["schedules"][0]
+        rows = {
+            f"full, {T} steps": reference.images.numpy(),
+            f"{name}, {result['computed_steps']:g} of {T}": samples.images.numpy(),
+        }
+        made = {
+            "grid": pictures.grid(self.folder / "grid.png", rows, samples.prompts),
+            "schedule": pictures.timeline(
+                self.folder / "schedule.png", steps, method.num_inference_steps, f"{name}: {len(steps)} computed steps"
+            ),
+        }
+        if isinstance(method.schedule, Planned):
+            made["cost"] = pictures.cost_heatmap(self.folder / "cost.png", calibration.cost, steps)
+        return made
+
+    def rows(self, samples: Samples, reference: Samples, result: dict):
+        """(prompt, reference image, image, PSNR) of every sample."""
+        scores = result["per_prompt"].get("psnr", [float("nan")] * len(samples.prompts))
+        return list(zip(samples.prompts, reference.images.numpy(), samples.images.numpy(), scores))
+
+
+def summary(result: dict, folder: Path) -> str:
+    """The table that a run prints."""
+    timed = result["timing"]
+    of = f"{result['computed_steps']:g} of {result['num_inference_steps']} steps computed"
+    lines = [f"{result['model']}  {result['method']}  {of}"]
+    lines.append(f"  schedule             {result['schedules'][0]}")
+    for name, value in result["metrics"].items():
+        low, high = value["ci95"]
+        interval = "" if low is None else f"  [{low:.4g}, {high:.4g}]"
+        lines.append(f"  {name:<20} {value['mean']:.4g}{interval}  n={value['n']}")
+    for name, reason in result["metrics_unavailable"].items():
+        lines.append(f"  {name:<20} unavailable: {reason}")
+    if timed:
+        lines.append(
+            f"  speed-up             {timed['speedup']:.2f}x end to end"
+            f" ({timed['reference_s']:.2f} s -> {timed['cached_s']:.2f} s)"
+        )
+        lines.append(
+            f"  transformer only     {timed['transformer_speedup']:.2f}x of {timed['ideal_speedup']:.2f}x ideal,"
+            f" efficiency {timed['efficiency']:.3f}"
+        )
+    lines.append(f"  pictures, images     {folder}")
+    return "\n".join(lines)

@@ -1,0 +1,162 @@
+"""The board: every `result.json` below a folder as one table. `python -m eval.leaderboard FOLDER [--metric psnr]`."""
+
+import argparse
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from eval.pictures import STYLE, save
+
+log = logging.getLogger(__name__)
+
+ORDER = ("full", "fewer_steps", "uniform_skip", "fora", "teacache", "taylorseer", "dpcache")
+SETTING = ["model", "num_inference_steps"]  # results of different settings never share a table
+LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "speedup": "speed-up", "computed_steps": "computed steps"}
+TRIVIAL_FOR_FULL = {"psnr", "ssim", "lpips", "latent_error"}  # distances to the full-step reference itself
+
+
+def flatten(result: dict) -> dict:
+    """One `result.json` as flat columns.
+
+    metrics: `psnr`, `psnr_lo`, `psnr_hi`, `psnr_n`; timing, memory and versions: their scalars under their own names
+    (`speedup`, `peak_rss`, `torch`); everything else as it is, without the scores of every prompt.
+    """
+    groups = ("metrics", "timing", "memory", "versions", "per_prompt")
+    row = {key: value for key, value in result.items() if key not in groups}
+    for name, value in result["metrics"].items():
+        row[name], (row[f"{name}_lo"], row[f"{name}_hi"]), row[f"{name}_n"] = value["mean"], value["ci95"], value["n"]
+    for group in ("timing", "memory", "versions"):
+        row |= {k: v for k, v in result.get(group, {}).items() if not isinstance(v, (list, dict))}
+    return row
+
+
+def collect(folder: str | Path) -> pd.DataFrame:
+    """One row per `result.json` below `folder`, with the columns of `flatten`, `path` and `written` (seconds, mtime).
+
+    Files that cannot be read or are not results of this project are skipped with a warning that names them.
+    """
+    rows = []
+    for path in sorted(Path(folder).rglob("result.json")):
+        try:
+            row = flatten(json.loads(path.read_text()))
+            if missing := {"method", "budget", "seed", "computed_steps", *SETTING} - row.keys():
+                raise ValueError(f"lacks {sorted(missing)}")
+            rows.append(row | {"path": str(path), "written": path.stat().st_mtime})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("skipped %s: %s: %s", path, type(error).__name__, error)
+    return pd.DataFrame(rows)
+
+
+def _boards(frame: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Per setting, its heading and a frame indexed by method with columns `budget, mean, lo, hi`.
+
+    Of runs that repeat a (setting, method, budget, seed) the newest counts. Seeds are averaged, and their interval
+    halves combined as independent errors; with one seed these are the run's own mean and interval.
+    """
+    if metric not in frame:
+        raise ValueError(f"no result has {metric!r}; columns are {sorted(frame.columns)}")
+    frame = frame.sort_values("written").drop_duplicates([*SETTING, "method", "budget", "seed"], keep="last")
+    frame = frame.assign(mean=pd.to_numeric(frame[metric])).dropna(subset="mean")
+    for end in ("lo", "hi"):
+        bound = pd.to_numeric(frame[f"{metric}_{end}"]) if f"{metric}_{end}" in frame else np.nan
+        frame[end] = (bound - frame["mean"]) ** 2
+    for (model, total), part in frame.groupby(SETTING):
+        board = part.groupby(["method", "budget"]).agg(
+            mean=("mean", "mean"),
+            lo=("lo", lambda squares: np.sqrt(squares.sum(skipna=False)) / len(squares)),
+            hi=("hi", lambda squares: np.sqrt(squares.sum(skipna=False)) / len(squares)),
+        )
+        board["lo"], board["hi"] = board["mean"] - board["lo"], board["mean"] + board["hi"]
+        methods = sorted(part["method"].unique(), key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m))
+        board = board.reset_index("budget").loc[methods]
+        yield f"{model}, {total} steps", board
+
+
+def table(frame: pd.DataFrame, metric: str = "psnr") -> str:
+    """Markdown tables, one per setting: methods x budgets, mean ± half the width of the 95 % interval.
+
+    Runs in which the metric was unavailable are listed below with their reasons. Raises ValueError for a column that
+    no result has.
+    """
+    digits = 1 if metric == "computed_steps" else 4 if metric in ("ssim", "latent_error", "lpips") else 2
+
+    def cell(row: pd.Series) -> str:
+        spread = (row["hi"] - row["lo"]) / 2
+        return f"{row['mean']:.{digits}f}" + ("" if np.isnan(spread) else f" ± {spread:.{digits}f}")
+
+    parts, lost = [], pd.DataFrame()
+    if "metrics_unavailable" in frame:
+        reasons = frame["metrics_unavailable"].map(lambda r: r.get(metric) if isinstance(r, dict) else None)
+        lost = frame.assign(reason=reasons).dropna(subset="reason")
+    # A metric that was unavailable in every run has no column, but its reasons must still be seen.
+    for heading, board in _boards(frame, metric) if metric in frame or lost.empty else ():
+        budgets = sorted(board["budget"].unique())
+        lines = [["method", *(f"K = {budget}" for budget in budgets)], ["---"] + ["---:"] * len(budgets)]
+        for method in dict.fromkeys(board.index):
+            cells = {row["budget"]: cell(row) for _, row in board.loc[[method]].iterrows()}
+            lines.append([method, *(cells.get(budget, "–") for budget in budgets)])
+        parts.append(
+            f"### {LABELS.get(metric, metric)}: {heading}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        )
+    parts += [
+        f"- {metric} unavailable: {r.method}, K = {r.budget}, seed {r.seed}: {r.reason}" for r in lost.itertuples()
+    ]
+    return "\n\n".join(parts)
+
+
+@matplotlib.rc_context(STYLE)
+def figure(path: str | Path, frame: pd.DataFrame, metric: str = "psnr") -> Path:
+    """Metric over budget, one panel per setting, one line per method with its 95 % interval as a band.
+
+    `full` is a dashed level, or absent where the metric measures the distance to `full` itself.
+    Raises ValueError for a column that no result has.
+    """
+    boards = list(_boards(frame, metric))
+    plot = Figure(figsize=(5.2 * len(boards), 3.2), layout="constrained")
+    colors = dict(zip(ORDER, matplotlib.color_sequences["tab10"], strict=False))
+    others = iter(matplotlib.color_sequences["Dark2"] * 8)
+    for axes, (heading, board) in zip(plot.subplots(1, len(boards), squeeze=False)[0], boards, strict=True):
+        for method in dict.fromkeys(board.index):
+            line = board.loc[[method]].sort_values("budget")
+            if method == "full":
+                if metric not in TRIVIAL_FOR_FULL:
+                    axes.axhline(line["mean"].mean(), color="0.4", ls="--", lw=1, label=method)
+                continue
+            if method not in colors:
+                colors[method] = next(others)
+            axes.plot(line["budget"], line["mean"], "o-", ms=3, lw=1.2, color=colors[method], label=method)
+            axes.fill_between(line["budget"], line["lo"], line["hi"], color=colors[method], alpha=0.15, lw=0)
+        axes.set(title=heading, xlabel="budget K (computed steps)", ylabel=LABELS.get(metric, metric))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(color="0.9", lw=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return save(plot, path)
+
+
+def main() -> None:
+    """Prints the tables of a folder of runs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder below which result.json files are collected")
+    parser.add_argument("--metric", help="print this column only; default: PSNR, SSIM, speed-up and computed steps")
+    arguments = parser.parse_args()
+    frame = collect(arguments.folder)
+    if frame.empty:
+        parser.exit(1, f"no result.json below {arguments.folder}\n")
+    for metric in [arguments.metric] if arguments.metric else LABELS:
+        try:
+            text = table(frame, metric)
+        except ValueError as error:
+            text = str(error)
+        print(text, end="\n\n")
+
+
+if __name__ == "__main__":
+    main()

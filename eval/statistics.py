@@ -1,0 +1,38 @@
+"""Means with bootstrap intervals, for one method and for the paired difference of two."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+RESAMPLES = 10_000
+
+
+def summarise(values: Sequence[float], seed: int = 0) -> dict:
+    """`{"mean", "ci95": [lo, hi], "n"}`: the mean and its 95 % percentile bootstrap interval over N samples.
+
+    One sample says nothing about spread: for N = 1 the interval is [None, None] (null in JSON), not a width of zero.
+    The interval depends on `values` and `seed` only.
+
+    Raises ValueError for no values, for more than one dimension and for values that are not finite.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or not values.size or not np.isfinite(values).all():
+        raise ValueError(f"expected a list of finite numbers, got {values!r}")
+    n = len(values)
+    interval = [None, None]
+    if n > 1:
+        draws = np.random.default_rng(seed).integers(n, size=(RESAMPLES, n), dtype=np.int32)
+        interval = np.percentile(values[draws].mean(axis=1), [2.5, 97.5]).tolist()
+    return {"mean": float(values.mean()), "ci95": interval, "n": n}
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float], seed: int = 0) -> dict:
+    """`summarise` of a - b, where a[n] and b[n] come from the same prompt and noise.
+
+    Pairing removes the spread between prompts, so two methods whose own intervals overlap can still differ clearly.
+
+    Raises ValueError when the lengths differ, and as `summarise` does.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"paired values need equal lengths, got {len(a)} and {len(b)}")
+    return summarise(np.subtract(a, b, dtype=np.float64), seed)

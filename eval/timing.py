@@ -1,0 +1,118 @@
+"""Wall-clock speed, memory, and the versions they were measured with. Times are in seconds, memory in bytes."""
+
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from tqdm.auto import tqdm
+
+
+def compare(
+    reference: Callable[[], object],
+    accelerated: Callable[[], object],
+    repeats: int = 3,
+    warmup: int = 1,
+    device: torch.device | str = "cpu",
+) -> dict:
+    """Times two callables side by side: `warmup` unmeasured rounds, then `repeats` rounds of reference, accelerated.
+
+    Alternating lets slow drift (clocks, temperature, other jobs) hit both alike; `speedup` is the median of the ratios
+    within the rounds for the same reason. The device is synchronised before each clock reading.
+
+    Returns medians `reference_s`, `cached_s` and `speedup`, and the raw seconds of every round in `reference_all_s`
+    and `cached_all_s`. Raises ValueError for `repeats` < 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    device = torch.device(device)
+
+    def seconds(function: Callable[[], object]) -> float:
+        synchronise(device)
+        start = perf_counter()
+        function()
+        synchronise(device)
+        return perf_counter() - start
+
+    rounds = []
+    for index in tqdm(range(warmup + repeats), desc="timing", unit="round", leave=False):
+        pair = seconds(reference), seconds(accelerated)
+        if index >= warmup:
+            rounds.append(pair)
+    return {
+        "reference_s": median(full for full, _ in rounds),
+        "cached_s": median(cached for _, cached in rounds),
+        "speedup": median(full / cached for full, cached in rounds),
+        "reference_all_s": [full for full, _ in rounds],
+        "cached_all_s": [cached for _, cached in rounds],
+    }
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits for work queued on an accelerator, which runs behind the Python code; the CPU has no queue."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def efficiency(num_inference_steps: int, budget: float, full_s: float, cached_s: float) -> dict:
+    """How much of the ideal speed-up the transformer reached.
+
+    `full_s`: seconds in the transformer over a full-step run; `cached_s`: the same over a cached run, predicted steps
+    included. `num_inference_steps`: T; `budget`: K, the computed steps, a mean where they vary between samples.
+    Returns `transformer_speedup` = full_s / cached_s, `ideal_speedup` = T / K (prediction for free) and `efficiency`,
+    the first over the second.
+    """
+    transformer, ideal = full_s / cached_s, num_inference_steps / budget
+    return {"transformer_speedup": transformer, "ideal_speedup": ideal, "efficiency": transformer / ideal}
+
+
+def memory(device: torch.device | str = "cpu") -> dict[str, int]:
+    """Peak memory in bytes: `peak_device` of PyTorch's CUDA allocator, elsewhere `peak_rss` of the process.
+
+    Both are high-water marks since the start or, on CUDA, since `torch.cuda.reset_peak_memory_stats()`.
+    """
+    if torch.device(device).type == "cuda":
+        return {"peak_device": torch.cuda.max_memory_allocated(device)}
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS and KiB on Linux
+    return {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+
+
+def versions(device: torch.device | str = "cpu") -> dict[str, str | None]:
+    """Versions of Python and the packages that shape results, platform, processor and this project's git revision.
+
+    None stands for a package that is not installed and for a project that is not a git checkout; a revision with
+    uncommitted changes ends in `-dirty`.
+    """
+    found = {"python": platform.python_version()}
+    for package in ("torch", "diffusers", "transformers", "torchmetrics", "numpy"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    on_gpu = torch.device(device).type == "cuda"
+    processor = torch.cuda.get_device_name(device) if on_gpu else _cpu_name()
+    return found | {"platform": platform.platform(), "processor": processor, "git": _revision()}
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _revision() -> str | None:
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():  # git would otherwise report an unrelated checkout around an installed copy
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or no commit yet
+        return None

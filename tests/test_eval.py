@@ -1,0 +1,389 @@
+"""The eval package against independent formulas, and its promises about failures."""
+
+import json
+import logging
+import os
+import time
+
+import numpy as np
+import pytest
+import torch
+import wandb
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from eval import leaderboard, metrics, pictures, statistics, timing, tracking
+from eval.metrics import Samples
+
+PROMPTS = ["a red circle", "a small yellow star above a long grey line, seen from far away, oil on canvas", "two cats"]
+
+
+def images(seed: int, size: int = 24) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (3, size, size, 3), dtype=np.uint8)
+
+
+def samples(seed: int, **changes) -> Samples:
+    latents = torch.from_numpy(np.random.default_rng(seed).normal(size=(3, 4, 5)))
+    return Samples(**{"images": images(seed), "latents": latents, "prompts": PROMPTS} | changes)
+
+
+# --- metrics
+
+
+def ssim_by_hand(x: np.ndarray, y: np.ndarray) -> float:
+    """Wang et al. 2004 with an 11 x 11 Gaussian window, sigma 1.5, over the windows that lie inside the image."""
+    offsets = np.arange(11) - 5
+    window = np.exp(-(offsets**2) / (2 * 1.5**2))
+    window = np.outer(window, window) / window.sum() ** 2
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+
+    def blur(z):
+        return (np.lib.stride_tricks.sliding_window_view(z, (11, 11), (0, 1)) * window).sum((-2, -1))
+
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    mx, my = blur(x), blur(y)
+    vx, vy, vxy = blur(x * x) - mx**2, blur(y * y) - my**2, blur(x * y) - mx * my
+    return float((((2 * mx * my + c1) * (2 * vxy + c2)) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean())
+
+
+def test_metrics_match_formulas():
+    x, ref = samples(0), samples(1)
+    mixed = samples(0, images=(0.7 * ref.images.numpy() + 0.3 * x.images.numpy()).astype(np.uint8))
+    values, unavailable = metrics.evaluate(["psnr", "ssim", "latent_error"], mixed, ref)
+    assert not unavailable
+    a, b = mixed.images.numpy().astype(np.float64), ref.images.numpy().astype(np.float64)
+    assert values["psnr"] == pytest.approx(10 * np.log10(255**2 / ((a - b) ** 2).mean((1, 2, 3))), abs=1e-4)
+    assert values["ssim"] == pytest.approx([ssim_by_hand(p, q) for p, q in zip(a, b, strict=True)], abs=1e-4)
+    z, z_ref = x.latents.numpy().reshape(3, -1), ref.latents.numpy().reshape(3, -1)
+    expected = np.sqrt(((z - z_ref) ** 2).sum(1) / (z_ref**2).sum(1))
+    assert values["latent_error"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_identical_samples_are_finite():
+    values, unavailable = metrics.evaluate(metrics.METRICS, samples(0), samples(0))
+    assert not unavailable
+    assert values["psnr"] == [100.0] * 3 and values["latent_error"] == [0.0] * 3
+    assert values["ssim"] == pytest.approx([1.0] * 3)
+
+
+def test_failing_metric_costs_only_itself(monkeypatch):
+    def broken(sample, reference):
+        raise RuntimeError("weights\nnot found")
+
+    monkeypatch.setitem(metrics.METRICS, "broken", broken)
+    monkeypatch.setitem(metrics.METRICS, "nan", lambda sample, reference: torch.tensor([1.0, float("nan")]))
+    names = ["broken", "nan", "latent_error", "psnr"]
+    values, unavailable = metrics.evaluate(names, samples(0, latents=None), samples(1))
+    assert list(values) == ["psnr"] and len(values["psnr"]) == 3
+    assert unavailable["broken"] == "RuntimeError: weights not found"
+    assert "1 of 2 values are not finite" in unavailable["nan"]
+    assert "needs the latents" in unavailable["latent_error"]
+
+
+def test_shapes_never_broadcast():
+    _, unavailable = metrics.evaluate(["psnr", "latent_error"], samples(0), samples(1, images=images(1, 32)))
+    assert "image shapes differ" in unavailable["psnr"]
+    _, unavailable = metrics.evaluate(["latent_error"], samples(0), samples(1, latents=torch.ones(3, 1, 5)))
+    assert "latent shapes differ" in unavailable["latent_error"]
+
+
+def test_wrong_requests_raise():
+    with pytest.raises(ValueError, match=r"unknown metrics \['lpipz'\].*latent_error.*psnr.*ssim"):
+        metrics.evaluate(["psnr", "lpipz"], samples(0), samples(1))
+    with pytest.raises(ValueError, match="different prompts"):
+        metrics.evaluate(["psnr"], samples(0), samples(1, prompts=PROMPTS[::-1]))
+    with pytest.raises(ValueError, match="uint8"):
+        samples(0, images=images(0) / 255.0)
+    with pytest.raises(ValueError, match="one length"):
+        samples(0, prompts=PROMPTS[:2])
+
+
+# --- statistics
+
+
+def test_interval_covers_the_mean(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 1000)
+    rng = np.random.default_rng(0)
+    intervals = [statistics.summarise(rng.normal(3.0, 2.0, 40))["ci95"] for _ in range(300)]
+    assert 0.90 <= np.mean([lo <= 3.0 <= hi for lo, hi in intervals]) <= 0.98
+
+
+def test_interval_of_a_large_sample_is_the_normal_one():
+    values = np.random.default_rng(1).normal(size=400)
+    summary = statistics.summarise(values.tolist())
+    half = 1.96 * values.std() / 20
+    assert summary["mean"] == pytest.approx(values.mean()) and summary["n"] == 400
+    assert summary["ci95"] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.1 * half)
+    assert summary == statistics.summarise(values) != statistics.summarise(values, seed=1)
+    json.dumps(summary, allow_nan=False)
+
+
+def test_pairing_removes_the_spread_between_prompts():
+    rng = np.random.default_rng(2)
+    prompt_effect = rng.normal(30, 5, 50)
+    a, b = prompt_effect + 0.5 + rng.normal(0, 0.2, 50), prompt_effect
+    lo, hi = statistics.paired_difference(a, b)["ci95"]
+    assert 0.3 < lo < 0.5 < hi < 0.7
+    assert statistics.summarise(a)["ci95"][0] < statistics.summarise(b)["ci95"][1]  # alone they overlap
+
+
+def test_edges_of_statistics():
+    assert statistics.summarise([2.5]) == {"mean": 2.5, "ci95": [None, None], "n": 1}
+    for bad in ([], [1.0, float("nan")], [[1.0]]):
+        with pytest.raises(ValueError, match="finite numbers"):
+            statistics.summarise(bad)
+    with pytest.raises(ValueError, match="equal lengths"):
+        statistics.paired_difference([1.0], [1.0, 2.0])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=30))
+def test_interval_lies_within_the_values(values):
+    lo, hi = statistics.summarise(values)["ci95"]
+    assert min(values) - 1e-9 <= lo <= hi <= max(values) + 1e-9
+
+
+# --- timing
+
+
+def test_compare_alternates_and_takes_medians(monkeypatch):
+    clock, calls = [0.0], []
+
+    def fake(name, seconds):
+        durations = iter(seconds)
+
+        def call():
+            calls.append(name)
+            clock[0] += next(durations)
+
+        return call
+
+    monkeypatch.setattr(timing, "perf_counter", lambda: clock[0])
+    reference, accelerated = fake("full", [100, 8, 10, 12]), fake("cached", [100, 4, 2, 2])
+    result = timing.compare(reference, accelerated, repeats=3, warmup=1)
+    assert calls == ["full", "cached"] * 4
+    assert result["reference_all_s"] == [8, 10, 12] and result["cached_all_s"] == [4, 2, 2]
+    assert (result["reference_s"], result["cached_s"], result["speedup"]) == (10, 2, 5)  # ratios 2, 5, 6
+    with pytest.raises(ValueError, match="repeats"):
+        timing.compare(reference, accelerated, repeats=0)
+
+
+def test_efficiency_memory_and_versions():
+    assert timing.efficiency(50, 10, full_s=20.0, cached_s=5.0) == {
+        "transformer_speedup": 4.0,
+        "ideal_speedup": 5.0,
+        "efficiency": 0.8,
+    }
+    assert 50e6 < timing.memory("cpu")["peak_rss"] < 1e12  # torch alone takes more than 50 MB
+    found = timing.versions()
+    assert found["torch"] == torch.__version__.partition("+")[0] or found["torch"] == torch.__version__
+    assert (
+        found["processor"] and {"python", "diffusers", "transformers", "torchmetrics", "numpy", "git"} <= found.keys()
+    )
+
+
+# --- pictures
+
+
+def test_grid_shows_every_image(tmp_path):
+    flat = np.stack([np.full((64, 64, 3), value, np.uint8) for value in (10, 120, 200)])
+    path = pictures.grid(tmp_path / "new" / "grid.png", {"full, 50 steps": flat, "cached": 255 - flat}, PROMPTS)
+    picture = np.asarray(Image.open(path).convert("RGB"))
+    assert 1200 <= picture.shape[1] <= 1600
+    for value in (10, 120, 200, 245, 135, 55):  # every cell keeps its exact colour over its whole area
+        assert (picture == value).all(-1).sum() > 400 * 400
+    assert os.listdir(tmp_path / "new") == ["grid.png"]  # no temporary file is left
+    eight = pictures.grid(tmp_path / "eight.png", {"full": np.repeat(flat, 4, 0)}, PROMPTS * 4)
+    assert 1300 <= Image.open(eight).width <= 1400
+    with pytest.raises(ValueError, match="one shape"):
+        pictures.grid(path, {"full": flat, "cached": flat[:2]}, PROMPTS)
+
+
+def test_timeline_marks_computed_steps(tmp_path):
+    picture = np.asarray(Image.open(pictures.timeline(tmp_path / "t.png", [0, 1, 30], 50, "dpcache")).convert("RGB"))
+    line = picture[-12]  # below the numbers
+    dark = (line == [0x1F, 0x4E, 0x79]).all(-1)
+    starts = np.flatnonzero(dark[1:] & ~dark[:-1])
+    assert len(starts) == 3 and (starts[2] - starts[0]) / (starts[1] - starts[0]) == pytest.approx(30, rel=0.05)
+    with pytest.raises(ValueError, match=r"0\.\.49"):
+        pictures.timeline(tmp_path / "t.png", [50], 50)
+
+
+@pytest.mark.parametrize("axes", [3, 4])
+def test_cost_heatmap_of_any_history(tmp_path, axes):
+    steps = 12
+    *earlier, j, k = np.indices((steps,) + (steps + 1,) * (axes - 1))
+    cost = np.where((earlier[-1] <= j) & (j < k), (k - j - 1.0) ** 2, np.inf)
+    path = pictures.cost_heatmap(tmp_path / "c.png", cost, [0, 1, 2, 6])
+    assert Image.open(path).size == (1000, 820) and path.stat().st_size > 10_000
+    with pytest.raises(ValueError, match="no finite positive"):
+        pictures.cost_heatmap(path, np.full((3, 4, 4), np.inf), [0])
+
+
+def test_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
+    path = pictures.timeline(tmp_path / "t.png", [0], 5)
+    before = path.read_bytes()
+    monkeypatch.setattr(pictures.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        pictures.timeline(path, [0, 1], 5)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["t.png"]
+
+
+# --- leaderboard
+
+
+def result(method: str, budget: int, psnr: float, seed: int = 0, **changes) -> dict:
+    return {
+        "model": "tiny",
+        "method": method,
+        "budget": budget,
+        "num_inference_steps": 50,
+        "seed": seed,
+        "computed_steps": float(budget),
+        "schedules": [list(range(budget))],
+        "metrics": {"psnr": {"mean": psnr, "ci95": [psnr - 2, psnr + 1], "n": 8}},
+        "timing": {"speedup": 50 / budget, "reference_all_s": [1.0, 2.0]},
+        "memory": {"peak_rss": 1},
+        "versions": {"torch": "2"},
+        "config_hash": "0",
+    } | changes
+
+
+@pytest.fixture
+def runs(tmp_path):
+    results = [
+        result("zebra", 10, 21.0),
+        result("dpcache", 10, 30.0),
+        result("dpcache", 10, 32.0, seed=1),
+        result("dpcache", 5, 25.0, metrics={"psnr": {"mean": 25.0, "ci95": [None, None], "n": 1}}),
+        result("uniform_skip", 10, 20.0, metrics_unavailable={"ssim": "ImportError: no ssim"}),
+        result("full", 50, 100.0),
+        result("dpcache", 10, 40.0, model="other"),
+    ]
+    for index, content in enumerate(results):
+        (tmp_path / f"run{index}").mkdir()
+        (tmp_path / f"run{index}" / "result.json").write_text(json.dumps(content))
+    for name, text in {"broken": "{", "foreign": '{"accuracy": 1}', "list": "[1]"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(text)
+    return tmp_path
+
+
+def test_collect_flattens_and_names_what_it_skips(runs, caplog):
+    frame = leaderboard.collect(runs)
+    assert len(frame) == 7
+    row = frame[(frame.method == "zebra")].iloc[0]
+    assert (row.psnr, row.psnr_lo, row.psnr_hi, row.psnr_n) == (21.0, 19.0, 22.0, 8)
+    assert (row.speedup, row.computed_steps, row.peak_rss, row.torch) == (5.0, 10, 1, "2")
+    for name in ("broken", "foreign", "list"):
+        assert f"{name}/result.json" in caplog.text
+
+
+def test_table_orders_methods_and_separates_models(runs):
+    frame = leaderboard.collect(runs)
+    text = leaderboard.table(frame)
+    tiny = text[text.index("tiny, 50 steps") :].splitlines()
+    assert tiny[2:] == [
+        "| method | K = 5 | K = 10 | K = 50 |",
+        "| --- | ---: | ---: | ---: |",
+        "| full | – | – | 100.00 ± 1.50 |",
+        "| uniform_skip | – | 20.00 ± 1.50 | – |",
+        "| dpcache | 25.00 | 31.00 ± 1.06 | – |",  # two seeds: mean 31, half interval 1.5 / sqrt(2)
+        "| zebra | – | 21.00 ± 1.50 | – |",
+    ]
+    assert "40.00" in text[: text.index("tiny, 50 steps")]
+    with pytest.raises(ValueError, match="no result has 'lpips'"):
+        leaderboard.table(frame, "lpips")
+
+
+def test_newest_of_repeated_runs_counts(runs):
+    again = runs / "again" / "result.json"
+    again.parent.mkdir()
+    again.write_text(json.dumps(result("zebra", 10, 50.0)))
+    os.utime(again, (1, 1))
+    assert "| zebra | – | 21.00" in leaderboard.table(leaderboard.collect(runs))
+    os.utime(again, (2**32, 2**32))
+    assert "| zebra | – | 50.00" in leaderboard.table(leaderboard.collect(runs))
+
+
+def test_command_line_prints_and_reports_lost_metrics(runs, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["leaderboard", str(runs)])
+    leaderboard.main()
+    printed = capsys.readouterr().out
+    assert "PSNR (dB): tiny" in printed and "speed-up: tiny" in printed and "computed steps: tiny" in printed
+    assert (
+        "- ssim unavailable: uniform_skip, K = 10, seed 0: ImportError: no ssim" in printed
+    )  # though none has a value
+    (runs / "run0" / "result.json").write_text(
+        json.dumps(result("zebra", 10, 1.0, metrics={"ssim": {"mean": 0.5, "ci95": [0.4, 0.6], "n": 8}}))
+    )
+    monkeypatch.setattr("sys.argv", ["leaderboard", str(runs), "--metric", "ssim"])
+    leaderboard.main()
+    printed = capsys.readouterr().out
+    assert "0.5000 ± 0.1000" in printed
+    assert "- ssim unavailable: uniform_skip, K = 10, seed 0: ImportError: no ssim" in printed
+
+
+@pytest.mark.parametrize("metric", ["psnr", "speedup"])
+def test_figure(runs, tmp_path, metric):
+    path = leaderboard.figure(tmp_path / "board.png", leaderboard.collect(runs), metric)
+    assert Image.open(path).size == (2080, 640)  # two models, two panels
+
+
+# --- tracking
+
+
+@pytest.fixture
+def no_account(tmp_path, monkeypatch):
+    """W&B as on a machine without an API key or own settings."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("CONFIG", "CACHE", "DATA"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name))
+
+
+def test_offline_run_writes_its_files(tmp_path, no_account, caplog):
+    picture = pictures.timeline(tmp_path / "timeline.png", [0, 1], 5)
+    run = tracking.start("test", {"method": "dpcache"}, "name", "group", tmp_path / "run")
+    rows = zip(PROMPTS, images(0), images(1), [30.0, 31.0, 32.0], strict=True)
+    tracking.log(run, result("dpcache", 10, 30.0), {"timeline": picture}, rows)
+    assert run.offline and run.summary["psnr"] == 30.0 and run.summary["schedules"] == [list(range(10))]
+    tracking.finish(run)
+    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    written, patience = next(folder.glob("run-*.wandb")), time.monotonic() + 15
+    while written.stat().st_size < 1000 and time.monotonic() < patience:
+        time.sleep(0.1)  # W&B's service writes it out shortly after `finish` returns
+    assert written.stat().st_size > 1000
+    media = sorted(path.name for path in (folder / "files" / "media").rglob("*.*"))
+    assert len(media) == 2 and media[0].startswith("samples") and media[1].startswith("timeline")
+    # Two images for each of three prompts wait for `wandb sync` in W&B's own folder, beside the table and its index.
+    assert len(list((tmp_path / "DATA" / "artifacts" / "staging").iterdir())) == 8
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_wandb_failures_become_warnings(tmp_path, monkeypatch, caplog):
+    modes = []
+
+    def broken(*args, mode, **kwargs):
+        modes.append(mode)
+        raise wandb.errors.CommError("no\nroute")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    run = tracking.start("test", {}, folder=tmp_path, mode="online")
+    assert run is None and modes == ["online", "offline"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "W&B could not start a run (online): CommError: no route",
+        "W&B could not start a run (offline): CommError: no route",
+    ]
+    tracking.log(run, result("dpcache", 10, 30.0))
+    tracking.finish(run)
+
+    class BrokenRun:
+        def __getattr__(self, name):
+            raise RuntimeError("gone")
+
+    tracking.log(BrokenRun(), result("dpcache", 10, 30.0), {"missing": tmp_path / "missing.png"})
+    tracking.finish(BrokenRun())
+    assert "could not log the result" in caplog.text and "could not finish the run" in caplog.text

@@ -1,0 +1,99 @@
+"""Weights against the recurrences and polynomials that they stand for."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpcache.predictors import AdamsBashforth, Lagrange, Reuse, Taylor
+
+PREDICTORS = [Reuse(), *(Taylor(o) for o in range(4)), *(Lagrange(o) for o in range(4))]
+PREDICTORS += [AdamsBashforth(o) for o in range(1, 5)]
+keys_and_step = st.lists(st.integers(0, 60), min_size=1, max_size=7, unique=True).flatmap(
+    lambda keys: st.tuples(st.just(sorted(keys)), st.integers(max(keys) + 1, 70))
+)
+
+
+def factors_recurrence(features, keys, step, order, since):
+    """The authors' bookkeeping, one key after the other: every new factor is the difference to the previous key's."""
+    factors = []
+    for n, (feature, key) in enumerate(zip(features, keys)):
+        new = [feature]
+        if n and keys[n - 1] >= since:
+            for old in factors[:order]:
+                new.append((new[-1] - old) / (key - keys[n - 1]))
+        factors = new
+    distance = step - keys[-1]
+    return sum(factor * distance**i / math.factorial(i) for i, factor in enumerate(factors))
+
+
+@given(keys_and_step, st.integers(0, 3), st.integers(0, 3))
+def test_taylor_is_the_incremental_recurrence(case, order, since):
+    keys, step = case
+    features = np.random.default_rng(0).normal(size=(len(keys), 5))
+    weights = Taylor(order, since).weights(keys, step)
+    expected = factors_recurrence(features, keys, step, order, since)
+    predicted = np.array(weights) @ features[len(keys) - len(weights) :]
+    np.testing.assert_allclose(predicted, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+
+
+@given(keys_and_step, st.sampled_from(PREDICTORS))
+def test_weights_sum_to_one_and_look_at_no_more_than_history(case, predictor):
+    keys, step = case
+    weights = predictor.weights(keys, step)
+    assert 1 <= len(weights) <= min(len(keys), predictor.history)
+    assert sum(weights) == pytest.approx(1, rel=1e-6, abs=1e-6 * max(map(abs, weights)))
+
+
+@given(keys_and_step, st.integers(1, 3))
+def test_taylor_reproduces_straight_lines_at_any_spacing(case, order):
+    keys, step = case
+    weights = Taylor(order).weights(keys, step)
+    if len(weights) > 1:
+        assert np.dot(weights, keys[-len(weights) :]) == pytest.approx(step, rel=1e-6, abs=1e-5)
+
+
+@pytest.mark.parametrize("gap", [1, 3, 5])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_taylor_carries_the_leading_difference_of_its_degree(gap, order):
+    # At even spacing the order-th factor of x**order is order! exactly, so the prediction's leading term is right.
+    keys = [10 + gap * a for a in range(order + 1)]
+    far = 10**6
+    weights = Taylor(order).weights(keys, far)
+    predicted = np.dot(weights, [float(key) ** order for key in keys])
+    assert predicted == pytest.approx(float(far) ** order, rel=1e-3)
+
+
+@given(keys_and_step, st.integers(0, 3))
+def test_lagrange_reproduces_polynomials_of_its_degree(case, order):
+    keys, step = case
+    weights = Lagrange(order).weights(keys, step)
+    used = np.array(keys[-len(weights) :], dtype=float) - keys[-1]
+    for degree in range(len(weights)):
+        scale = np.abs(weights) @ np.abs(used) ** degree + 1
+        assert abs(np.dot(weights, used**degree) - float(step - keys[-1]) ** degree) < 1e-9 * scale
+
+
+@pytest.mark.parametrize(
+    ("order", "textbook"),
+    [(1, [1]), (2, [-1 / 2, 3 / 2]), (3, [5 / 12, -16 / 12, 23 / 12]), (4, [-9 / 24, 37 / 24, -59 / 24, 55 / 24])],
+)
+def test_adams_bashforth_has_the_textbook_weights_after_a_key(order, textbook):
+    assert AdamsBashforth(order).weights([3, 4, 5, 6], 6) == pytest.approx(textbook)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_adams_bashforth_integrates_polynomials_of_its_degree(order):
+    keys, step = [0, 2, 4, 6], 9
+    weights = AdamsBashforth(order).weights(keys, step)
+    for degree in range(order):
+        mean = ((step + 1) ** (degree + 1) - step ** (degree + 1)) / (degree + 1)
+        assert np.dot(weights, [float(key) ** degree for key in keys[-order:]]) == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("bad", [lambda: Taylor(4), lambda: Taylor(-1), lambda: Lagrange(9), lambda: AdamsBashforth(0)])
+def test_orders_out_of_range_are_refused(bad):
+    with pytest.raises(ValueError, match="order="):
+        bad()

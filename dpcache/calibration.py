@@ -55,7 +55,8 @@ class Calibration:
     """What calibration learned from n full-step trajectories of T steps.
 
     Attributes:
-        cost: path-aware cost tensor (T, T+1, T+1), float64, mean over the samples (arXiv 2602.22654, Eq. 6).
+        cost: path-aware cost tensor (T, T+1, T+1), float64, mean over the samples (arXiv 2602.22654, Eq. 6), of the
+            last block's image stream, which alone reaches the output (the authors' code adds the text stream).
         input_change: (n, T) relative L1 change of the first block's modulated input against the step before (0 at
             step 0); n counts batches. Empty (0, T) where the model's modulated input is not known.
         output_change: (n, T) the same for the last block's output.

@@ -72,14 +72,17 @@ def dpcache(
     """DPCache (Denoising as Path Planning, arXiv 2602.22654): planned steps, the last block's output, Taylor.
 
     Args:
+        max_jump: largest distance between computed steps; the authors' code uses `int(0.3 * num_inference_steps)`.
         steps: a schedule to use as it is, without calibration (for one, a published schedule).
     """
     if steps is None:
         schedule = Planned(budget, num_inference_steps, warmup, solver, max_jump)
-    elif len(steps) == budget:
-        schedule = Schedule(steps, num_inference_steps)
-    else:
+    elif len(steps) != budget:
         raise ValueError(f"steps has {len(steps)} entries: set budget={len(steps)}, not {budget}")
+    elif list(steps[:warmup]) != list(range(warmup)):
+        raise ValueError(f"steps={list(steps)} does not begin with the warmup={warmup} steps 0..{warmup - 1}")
+    else:
+        schedule = Schedule(steps, num_inference_steps)
     return Method(schedule, "stack", Taylor(order, since=max(warmup - 2, 0)))
 
 

@@ -128,7 +128,9 @@ class FeederHook(_Hook):
     @torch.compiler.disable(recursive=False)
     def new_forward(self, module, *args, **kwargs):
         if self.cache.current.skip:
-            return (args[0] if args else kwargs["hidden_states"])[..., :0]
+            nothing = (args[0] if args else kwargs["hidden_states"])[..., :0]
+            text = kwargs.get("encoder_hidden_states")
+            return nothing if text is None else (nothing, text[..., :0])
         return self.fn_ref.original_forward(*args, **kwargs)
 
 

@@ -298,6 +298,7 @@ def test_fora(dit, interval):
 
 
 def dpcache_by_hand(model, steps, order, warmup, **rule):
+    """The last block's output alone is kept and predicted; the output layers always run."""
     x, condition = flux_inputs()
     kept = Kept(steps, order, **{"start": warmup - 2} | rule)
 
@@ -310,9 +311,8 @@ def dpcache_by_hand(model, steps, order, warmup, **rule):
     return euler(velocity, x)
 
 
-@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("plan", [[0, 1, 2, 5, 9, 14, 21, 28, 38], [0, 1, 2, 4, 7, 10, 14, 19, 23, 28, 34, 40, 45]])
-@pytest.mark.parametrize("warmup", [1, 2, 3])
+@pytest.mark.parametrize(("order", "warmup"), [(1, 3), (2, 2), (2, 3)])
 def test_dpcache(flux, plan, order, warmup):
     method = planned(len(plan), T, warmup=warmup, order=order, steps=plan)
     v, steps = attached(flux, method, flux_inputs())
@@ -320,5 +320,5 @@ def test_dpcache(flux, plan, order, warmup):
     assert distance(v, dpcache_by_hand(flux, plan, order, warmup)) < 1e-5
     assert distance(v, dpcache_by_hand(flux, plan, 3 - order, warmup)) > 1e-2
     assert distance(v, dpcache_by_hand(flux, [s + (s == 28) for s in plan], order, warmup)) > 1e-2
-    if order == 2 and warmup == 3:
+    if (order, warmup) == (2, 3):
         assert distance(v, dpcache_by_hand(flux, plan, order, warmup, start=0)) > 1e-3

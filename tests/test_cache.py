@@ -1,0 +1,204 @@
+"""The step cache on real diffusers transformers and on the embedded pipeline."""
+
+import pytest
+import torch
+from conftest import Rollout
+
+import dpcache
+from baselines.fewer_steps import fewer_steps
+from baselines.fora import fora
+from baselines.full import full
+from baselines.taylorseer import taylorseer
+from baselines.teacache import teacache
+from baselines.uniform_skip import uniform_skip
+from dpcache.predictors import Reuse, Taylor
+from dpcache.sampler import generate, sample
+from dpcache.schedules import EvenlySpaced, Schedule
+from dpcache.sites import SITES, transformer_blocks
+
+CALL = {"height": 64, "width": 64, "max_sequence_length": 12}
+STEPS = [0, 1, 2, 5, 8]
+
+
+def state_of(model):
+    return {name: (vars(m).get("forward"), "_diffusers_hook" in vars(m)) for name, m in model.named_modules()}
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_disable_restores_the_module_exactly(any_rollout, site):
+    model = any_rollout.model
+    before, forward, expected = state_of(model), model.forward, any_rollout()
+    with dpcache.cached(model, dpcache.Method(Schedule(STEPS, 10), site, Taylor(2))):
+        assert not torch.equal(any_rollout(), expected)
+    assert state_of(model) == before and model.forward == forward
+    assert torch.equal(any_rollout(), expected)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_all_steps_computed_is_the_plain_model_to_the_bit(any_rollout, site):
+    expected = any_rollout()
+    with dpcache.cached(any_rollout.model, dpcache.Method(EvenlySpaced(10, 10), site, Taylor(2))):
+        assert torch.equal(any_rollout(), expected)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_computed_steps_are_those_of_the_schedule_and_generations_are_alike(any_rollout, site):
+    method = dpcache.Method(Schedule(STEPS, 10), site, Taylor(2))
+    with dpcache.cached(any_rollout.model, method):
+        first = any_rollout()
+        assert torch.equal(any_rollout(), first)
+        report = dpcache.report(any_rollout.model)
+    assert report.computed == {"default": STEPS} and report.counts == {"default": [5, 5]}
+    assert report.seconds_computed["default"] > report.seconds_predicted["default"] > 0
+
+
+def count_calls(modules, run) -> list[int]:
+    calls = [0] * len(modules)
+
+    def counting(index):
+        def hook(module, args, output):
+            calls[index] += 1
+
+        return hook
+
+    handles = [module.register_forward_hook(counting(i)) for i, module in enumerate(modules)]
+    run()
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+@pytest.mark.parametrize("site", ["stack", "residual", "modules"])
+def test_skipped_steps_do_no_work_inside_the_blocks(rollout, site):
+    # Linear layers of the attention and the feed-forward branches: run on computed steps alone.
+    inner = [block.attn.norm_q for block in transformer_blocks(rollout.model)]
+    with dpcache.cached(rollout.model, dpcache.Method(Schedule(STEPS, 10), site, Taylor(2))):
+        assert count_calls(inner, rollout) == [len(STEPS)] * len(inner)
+
+
+def test_output_site_never_enters_the_model(rollout):
+    with dpcache.cached(rollout.model, uniform_skip(4, 10)):
+        assert count_calls([rollout.model.x_embedder], rollout) == [4]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("site", SITES)
+def test_half_precision(site, dtype):
+    low, high = Rollout("flux", dtype=dtype), Rollout("flux")
+    method = dpcache.Method(Schedule(STEPS, 10), site, Taylor(2))
+    with dpcache.cached(low.model, method):
+        out = low()
+    with dpcache.cached(high.model, method):
+        expected = high()
+    assert out.dtype == dtype and (out.float() - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("compile_first", [True, False])
+@pytest.mark.parametrize("site", ["stack", "residual", "modules"])
+def test_compiled_blocks_give_the_same(rollout, site, compile_first):
+    method = dpcache.Method(Schedule(STEPS, 10), site, Taylor(2))
+    with dpcache.cached(rollout.model, method):
+        expected = rollout()
+    torch.compiler.reset()
+
+    def compile_blocks():
+        for block in transformer_blocks(rollout.model):
+            block.compile(backend="eager")
+
+    if compile_first:
+        compile_blocks()
+    with dpcache.cached(rollout.model, method):
+        if not compile_first:
+            compile_blocks()
+        assert torch.allclose(rollout(), expected, atol=1e-5)
+        assert torch.allclose(rollout(), expected, atol=1e-5)
+        assert dpcache.report(rollout.model).counts == {"default": [5, 5]}
+
+
+def test_history_is_allocated_once(rollout):
+    method = dpcache.Method(Schedule(STEPS, 10), "stack", Taylor(2))
+    with dpcache.cached(rollout.model, method):
+        rollout()
+        (history,) = method._cache.current.histories["stack"]
+        addresses = [buffer.data_ptr() for buffer in history.buffers]
+        rollout()
+        assert [buffer.data_ptr() for buffer in history.buffers] == addresses and len(addresses) == 3
+
+
+def test_guidance_branches_have_their_own_histories(pipe):
+    method = dpcache.Method(Schedule(STEPS, 10), "stack", Taylor(2))
+    guided = {"negative_prompt": ["", ""], "true_cfg_scale": 3.0, **CALL}
+    with dpcache.cached(pipe, method):
+        both = generate(pipe, ["red heart", "dog"], [0, 1], 10, decode=False, **guided)
+        report = dpcache.report(pipe)
+    assert report.computed == {"cond": STEPS, "uncond": STEPS}
+    # The same branches one at a time, kept apart by hand: guidance is linear in them, so a mix-up would show.
+    plain = generate(pipe, ["red heart", "dog"], [0, 1], 10, decode=False, **guided)
+    error = (both.latents - plain.latents).norm() / plain.latents.norm()
+    swapped = dpcache.Method(Schedule([0], 10), "stack", Reuse())
+    with dpcache.cached(pipe, swapped):
+        poor = generate(pipe, ["red heart", "dog"], [0, 1], 10, decode=False, **guided)
+    assert error < 0.5 * (poor.latents - plain.latents).norm() / plain.latents.norm()
+
+
+def test_a_generation_that_broke_off_leaves_no_trace(pipe):
+    method = taylorseer(5, 10)
+
+    def stop(pipe, step, timestep, tensors):
+        if step == 4:
+            raise KeyboardInterrupt
+        return {}
+
+    with dpcache.cached(pipe, method):
+        expected = generate(pipe, ["dog"], [0], 10, decode=False, **CALL).latents
+        with pytest.raises(KeyboardInterrupt):
+            pipe(prompt="cat", num_inference_steps=10, callback_on_step_end=stop, **CALL)
+        assert torch.equal(generate(pipe, ["dog"], [0], 10, decode=False, **CALL).latents, expected)
+        assert dpcache.report(pipe).computed["cond"] == method.schedule.steps
+
+
+def test_noise_depends_on_the_seed_alone_and_batches_agree(pipe):
+    together = sample(pipe, fora(4, 10), ["dog", "red apple"], [3, 4], decode=False, **CALL).latents
+    alone = sample(pipe, fora(4, 10), ["red apple"], [4], decode=False, **CALL).latents
+    assert torch.allclose(together[1:], alone, atol=1e-4)
+
+
+def test_images_and_latents(pipe):
+    batch = sample(pipe, full(4), ["dog"], [0], **CALL)
+    assert (
+        batch.images.shape == (1, 64, 64, 3) and batch.images.dtype == "uint8" and batch.latents.dtype == torch.float32
+    )
+
+
+def test_fewer_steps_asks_for_a_short_grid(pipe):
+    method = fewer_steps(4)
+    sample(pipe, method, ["dog"], [0], decode=False, **CALL)
+    assert method.num_inference_steps == 4 and method.report().computed == {"cond": [0, 1, 2, 3]}
+
+
+def test_teacache_computes_first_and_last_and_all_at_threshold_zero(rollout):
+    for threshold, expected in [(0.0, list(range(10))), (1e9, [0, 9])]:
+        with dpcache.cached(rollout.model, teacache(5, 10, threshold=threshold, polynomial="flux")):
+            rollout()
+            assert dpcache.report(rollout.model).computed["default"] == expected
+
+
+def test_mistakes_are_named(pipe, rollout):
+    with dpcache.cached(pipe, full(10)), pytest.raises(ValueError, match="num_inference_steps=6"):
+        generate(pipe, ["dog"], [0], 6, decode=False, **CALL)
+    with pytest.raises(ValueError, match="no method is enabled"):
+        dpcache.disable(rollout.model)
+    with pytest.raises(ValueError, match="no method is enabled"):
+        dpcache.report(rollout.model)
+    with dpcache.cached(rollout.model, full(10)), pytest.raises(ValueError, match="already enabled"):
+        dpcache.enable(rollout.model, full(10))
+    with pytest.raises(ValueError, match=r"site=heart is not one of stack"):
+        dpcache.Method(Schedule([0], 10), "heart", Reuse())
+    with pytest.raises(ValueError, match="transformer nor a unet"):
+        dpcache.enable(object(), full(10))
+    with pytest.raises(ValueError, match="has no transformer blocks"):
+        dpcache.enable(torch.nn.Linear(1, 1), fora(4, 10))
+    with pytest.raises(ValueError, match=r"prepare\(pipe, calibration\)"):
+        from dpcache.method import dpcache as planned
+
+        dpcache.enable(rollout.model, planned(5, 10))

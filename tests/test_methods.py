@@ -1,0 +1,83 @@
+"""Budgets and rules of the schedules, and the method constructors."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baselines.fewer_steps import fewer_steps
+from baselines.fora import fora
+from baselines.full import full
+from baselines.taylorseer import taylorseer
+from baselines.teacache import count_computed, find_threshold, fit_polynomial, teacache
+from baselines.uniform_skip import uniform_skip
+from dpcache.method import dpcache
+from dpcache.schedules import EvenlySpaced, Interval, Schedule
+
+budgets = st.integers(2, 80).flatmap(
+    lambda T: st.tuples(st.integers(1, T).flatmap(lambda K: st.tuples(st.integers(1, K), st.just(K))), st.just(T))
+)
+
+
+@given(budgets)
+def test_evenly_spaced_spends_the_budget_exactly_and_evenly(case):
+    (warmup, budget), T = case
+    steps = EvenlySpaced(budget, T, warmup).steps
+    assert len(steps) == budget and steps[:warmup] == list(range(warmup)) and steps[-1] < T
+    gaps = [b - a for a, b in zip(steps[warmup - 1 :], [*steps[warmup:], T])]
+    assert max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [
+        (uniform_skip(10, 50), list(range(0, 50, 5))),
+        (fora(10, 50), list(range(0, 50, 5))),
+        (fora(11, 50, interval=5), [0, *range(4, 50, 5)]),  # the authors count back from the last step
+        (taylorseer(10, 50, interval=6), [0, 1, *range(2, 50, 6)]),
+        (taylorseer(5, 50), [0, 1, 2, 18, 34]),
+        (full(4), [0, 1, 2, 3]),
+        (fewer_steps(3), [0, 1, 2]),
+        (dpcache(5, 50, steps=[0, 1, 2, 10, 20]), [0, 1, 2, 10, 20]),
+    ],
+)
+def test_computed_steps(method, steps):
+    assert method.schedule.steps == steps
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: uniform_skip(51, 50), "budget=51 must be between warmup=1"),
+        (lambda: taylorseer(2, 50), "budget=2 must be between warmup=3"),
+        (lambda: dpcache(2, 50), "budget=2 must be between warmup=3"),
+        (lambda: dpcache(9, 50, steps=[0, 1]), "steps has 2 entries: set budget=2"),
+        (lambda: dpcache(4, 50, steps=[0, 2, 5, 9]), "does not begin with the warmup=3 steps"),
+        (lambda: dpcache(5, 50, steps=[0, 1, 2, 5, 5]), "must increase strictly from 0"),
+        (lambda: dpcache(4, 50, steps=[0, 1, 2, 50]), "end below num_inference_steps=50"),
+        (lambda: Schedule([1, 2], 50), "must increase strictly from 0"),
+        (lambda: fora(10, 50, interval=7), "interval=7 computes 8 steps: set budget=8"),
+        (lambda: fora(10, 50, interval=0), "interval=0 must be at least 1"),
+        (lambda: fewer_steps(0), "budget=0"),
+        (lambda: teacache(1, 50), "budget=1 must be between 2"),
+        (lambda: teacache(9, 50, polynomial="wan"), "polynomial=wan is not one of"),
+        (lambda: taylorseer(9, 50, order=5), "order=5 is not one of 0..3"),
+        (lambda: Schedule([], 50), "must increase strictly"),
+        (lambda: Interval(5, 9, 50), "set budget=10"),
+    ],
+)
+def test_mistakes_name_the_setting(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_teacache_spends_its_budget_on_recorded_trajectories():
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    change = 0.05 + 0.1 * rng.random((6, 50))
+    polynomial = fit_polynomial(change, 2 * change + 0.3 * change**2)
+    assert np.polyval(polynomial, 0.1) == pytest.approx(0.203, rel=1e-3)
+    for budget in (5, 7, 10, 17, 30):
+        assert count_computed(change, polynomial, find_threshold(change, polynomial, budget)) == pytest.approx(
+            budget, abs=0.5
+        )

@@ -4,7 +4,7 @@ from baselines.full import full
 from dpcache.method import Method
 
 
-def fewer_steps(budget: int) -> Method:
-    if budget < 1:
-        raise ValueError(f"budget={budget} must be at least 1")
+def fewer_steps(budget: int, num_inference_steps: int) -> Method:
+    if not 1 <= budget <= num_inference_steps:
+        raise ValueError(f"budget={budget} must be between 1 and num_inference_steps={num_inference_steps}")
     return full(budget)

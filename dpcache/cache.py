@@ -24,12 +24,14 @@ class Report:
         computed: computed steps of the latest generation.
         counts: number of computed steps of every generation.
         seconds_computed, seconds_predicted: seconds inside the transformer, all generations together.
+        history_bytes: memory that the kept features take, all branches together.
     """
 
     computed: dict[str, list[int]] = field(default_factory=dict)
     counts: dict[str, list[int]] = field(default_factory=dict)
     seconds_computed: dict[str, float] = field(default_factory=dict)
     seconds_predicted: dict[str, float] = field(default_factory=dict)
+    history_bytes: int = 0
 
 
 class History:
@@ -252,4 +254,8 @@ class StepCache:
             report.counts[name] = [len(keys) for keys in generations]
             report.seconds_computed[name] = self.stopwatch.seconds(context.spans[False])
             report.seconds_predicted[name] = self.stopwatch.seconds(context.spans[True])
+            kept = [
+                b for histories in context.histories.values() for h in histories for b in h.buffers if b is not None
+            ]
+            report.history_bytes += sum(buffer.nbytes for buffer in kept)
         return report

@@ -35,8 +35,8 @@ def fingerprint(transformer: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def describe(pipe, num_inference_steps: int, predictor: Predictor, **call) -> dict[str, str]:
-    """The circumstances that a calibration holds for; `Calibration.check` compares them field by field."""
+def describe(pipe, num_inference_steps: int, **call) -> dict[str, str]:
+    """The circumstances under which a pipeline's samples and features stay the same, field by field."""
     transformer = _transformer(pipe)
     scheduler = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
     return {
@@ -46,7 +46,6 @@ def describe(pipe, num_inference_steps: int, predictor: Predictor, **call) -> di
         "resolution": " x ".join(str(call.get(k, "default")) for k in ("num_frames", "height", "width") if k in call),
         "guidance": str({k: v for k, v in sorted(call.items()) if "guidance" in k or "cfg" in k}),
         "dtype": str(transformer.dtype).removeprefix("torch."),
-        "predictor": repr(predictor),
     }
 
 
@@ -61,7 +60,7 @@ class Calibration:
             step 0); n counts batches. Empty (0, T) where the model's modulated input is not known.
         output_change: (n, T) the same for the last block's output.
         latents: the final latents of the trajectories, float32 (n, ...).
-        made_for: what `describe` said of the pipeline.
+        made_for: what `describe` said of the pipeline, and the predictor whose errors `cost` holds.
         made_from: prompts, seeds, batch_size and call (the pipeline's arguments), so that `rerun` can repeat them.
     """
 
@@ -120,7 +119,7 @@ class Calibration:
         return torch.cat(latents).numpy()
 
     def check(self, expected: dict[str, str]) -> "Calibration":
-        """Itself, if made for `expected` (from `describe`); else a ValueError that names the fields that differ."""
+        """Itself, if `made_for` agrees with `expected`; else a ValueError that names the fields that differ."""
         differing = [
             f"{name}: made for {self.made_for.get(name)}, this run has {value}"
             for name, value in expected.items()
@@ -206,6 +205,6 @@ def calibrate(
         np.reshape(np.array(input_change, dtype=float), (-1, num_inference_steps)),
         np.array(output_change),
         torch.cat(latents).numpy(),
-        describe(pipe, num_inference_steps, predictor, **call),
+        describe(pipe, num_inference_steps, **call) | {"predictor": repr(predictor)},
         {"prompts": list(prompts), "seeds": seeds, "batch_size": batch_size, "call": call},
     )

@@ -5,6 +5,8 @@ first, `step` is the skipped one, and the result has one weight per key used, ne
 `history` the order is lowered to what they carry; one key alone is reused.
 """
 
+import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,3 +124,56 @@ def _lagrange_basis(keys: Sequence[int]) -> list[np.ndarray]:
         others = np.delete(nodes, a)
         basis.append(np.atleast_1d(np.poly(others)) / np.prod(node - others))
     return basis
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LeastSquares(Predictor):
+    """The best linear prediction from the last keys S over a calibration's features: (G_SS + ridge)^-1 G_Ss.
+
+    G is the Gram matrix of the features, so no other weights of the same keys have a smaller mean squared error on
+    that calibration. They need not sum to one, and they differ from step to step even at equal distances. With fewer
+    keys than `history` they are the best for those: one key alone is scaled, not reused.
+
+    Its fields are all there is to store.
+
+    Args:
+        gram: (T, T), the mean Gram matrix of the calibration's trajectories, see `dpcache.gram`.
+        history: 1 to 4 keys.
+        ridge: in units of the mean diagonal of G_SS, so that the scale of the features does not matter. It stands for
+            keys that are off by independent noise of that relative variance: 1e-6 is a part in a thousand, about the
+            rounding of bfloat16, which weights of large opposite signs would otherwise amplify. At 0, keys that
+            depend on each other share the weight (least norm).
+    """
+
+    gram: np.ndarray
+    history: int = 3
+    ridge: float = 1e-6
+
+    def __post_init__(self):
+        gram = np.array(self.gram, np.float64)
+        if gram.ndim != 2 or len(gram) != gram.shape[1] or not gram.size or not np.isfinite(gram).all():
+            raise ValueError(f"gram of shape {gram.shape}: must be (T, T) and finite")
+        if not 1 <= self.history <= 4:
+            raise ValueError(f"history={self.history} is not one of 1..4")
+        if not 0 <= self.ridge < math.inf:
+            raise ValueError(f"ridge={self.ridge} must be finite and not negative")
+        gram.setflags(write=False)
+        object.__setattr__(self, "gram", gram)
+
+    def __repr__(self):
+        digest = hashlib.sha256(self.gram.tobytes()).hexdigest()[:8]
+        return f"LeastSquares(gram={digest}, history={self.history}, ridge={self.ridge:g})"
+
+    def weights(self, keys, step):
+        if not keys[-1] < step < len(self.gram):
+            raise ValueError(f"step={step} must lie between key {keys[-1]} and the {len(self.gram)} steps of the gram")
+        return tuple(self.solve(np.array(keys[-self.history :]))[:, step].tolist())
+
+    def solve(self, keys: np.ndarray) -> np.ndarray:
+        """Weights for all T steps at once, (..., n, T), from the n keys in each row of `keys`, (..., n)."""
+        target = self.gram[keys]
+        among = np.take_along_axis(target, keys[..., None, :], axis=-1)
+        noise = self.ridge * np.trace(among, axis1=-2, axis2=-1) / keys.shape[-1]
+        # Symmetric, so by eigenvalues: as fast as solving, and finite where keys coincide.
+        inverse = np.linalg.pinv(among + noise[..., None, None] * np.eye(keys.shape[-1]), rcond=1e-14, hermitian=True)
+        return inverse @ target

@@ -14,14 +14,25 @@ from dpcache.calibration import Calibration, calibrate, describe
 from dpcache.predictors import Taylor
 from dpcache.sampler import sample
 from dpcache.schedules import Planned
-from eval import pictures, timing
+from eval import metrics, pictures, timing
 from eval.metrics import Samples, evaluate
 from eval.statistics import summarise
 from eval.store import collect, locked, write_text
 
-__all__ = ["Experiment", "locked", "read_prompts", "summary", "write_text"]
+__all__ = ["Experiment", "check", "locked", "read_prompts", "summary", "write_text"]
 
 ROOT = Path(__file__).parents[1]
+
+
+def check(config: DictConfig) -> None:
+    """Raises ValueError for settings that would only fail after the samples are made."""
+    metrics.check(config.eval.metrics)
+    for name in ("batch_size", "model.batch_size", "eval.timing.batch_size"):
+        value = OmegaConf.select(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if config.eval.timing.repeats < 0:
+        raise ValueError(f"eval.timing.repeats={config.eval.timing.repeats} must be at least 0")
 
 
 def read_prompts(config: DictConfig) -> tuple[list[str], list[str]]:
@@ -53,7 +64,7 @@ class Experiment:
         self.call = OmegaConf.to_container(config.model.call)
         self.batch_size = config.batch_size or config.model.batch_size
         self.device = pipe._execution_device
-        self.circumstances = describe(pipe, config.num_inference_steps, Taylor(2), **self.call)
+        self.circumstances = describe(pipe, config.num_inference_steps, **self.call)
 
     def _sample(self, method, prompts, chunk: slice):
         seeds = range(self.config.seed, self.config.seed + len(prompts))
@@ -70,7 +81,7 @@ class Experiment:
         predictor = Taylor(2)
         if isinstance(method.schedule, Planned):
             predictor = dataclasses.replace(method.predictor, since=0)
-        expected = describe(self.pipe, c.num_inference_steps, predictor, **self.call)
+        expected = self.circumstances | {"predictor": repr(predictor)}
         if c.calibration.path:
             return Calibration.load(c.calibration.path).check(expected)
         name = self._key(expected, prompts, c.calibration.seed, self.batch_size)
@@ -113,7 +124,7 @@ class Experiment:
             "metrics_unavailable": unavailable,
             "per_prompt": {"prompts": samples.prompts, **values},
             "timing": self._time(method, samples.prompts),
-            "memory": timing.memory(self.device),
+            "memory": timing.memory(self.device) | {"history": method.report().history_bytes or None},
             "versions": timing.versions(self.device),
         }
 

@@ -78,6 +78,12 @@ def latent_error(sample: Samples, reference: Samples) -> Tensor:
 METRICS: dict[str, Callable[[Samples, Samples], Tensor]] = {"psnr": psnr, "ssim": ssim, "latent_error": latent_error}
 
 
+def check(names: Iterable[str]) -> None:
+    """Raises ValueError for a name that is not in `METRICS`."""
+    if unknown := sorted(set(names) - METRICS.keys()):
+        raise ValueError(f"unknown metrics {unknown}; choose from {sorted(METRICS)}")
+
+
 def evaluate(
     names: Iterable[str], sample: Samples, reference: Samples
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
@@ -89,8 +95,7 @@ def evaluate(
     Raises ValueError for a name that is not in `METRICS`, and when the two were not made from the same prompts.
     """
     names = list(names)
-    if unknown := sorted(set(names) - METRICS.keys()):
-        raise ValueError(f"unknown metrics {unknown}; choose from {sorted(METRICS)}")
+    check(names)
     if list(sample.prompts) != list(reference.prompts):
         raise ValueError("sample and reference were made from different prompts, so they cannot be compared in pairs")
     values, unavailable = {}, {}

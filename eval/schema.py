@@ -1,10 +1,12 @@
-"""Types of the configuration, so that a wrong value ends before anything is loaded."""
+"""Types of the configuration, so that a wrong value ends before anything is loaded, and the run folder's name."""
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 
 @dataclass
@@ -57,3 +59,19 @@ class RunConfig:
 
 
 ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+def config_hash(config: DictConfig) -> str:
+    """12 hex digits of everything that shapes the results; where they go and who is told does not count."""
+    keys = [key for key in config if key not in ("hydra", "logger", "output_dir", "overwrite", "experiment")]
+    content = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def run_name(_root_: DictConfig) -> str:
+    """Name of the run folder: the same command always gets the same one, so a killed run resumes."""
+    choices, c = _root_.hydra.runtime.choices, _root_
+    return f"{choices.model}-{choices.method}-K{c.budget}-T{c.num_inference_steps}-seed{c.seed}-{config_hash(_root_)}"
+
+
+OmegaConf.register_new_resolver("run_name", run_name, replace=True)

@@ -171,7 +171,7 @@ def test_images_and_latents(pipe):
 
 
 def test_fewer_steps_asks_for_a_short_grid(pipe):
-    method = fewer_steps(4)
+    method = fewer_steps(4, 10)
     sample(pipe, method, ["dog"], [0], decode=False, **CALL)
     assert method.num_inference_steps == 4 and method.report().computed == {"cond": [0, 1, 2, 3]}
 

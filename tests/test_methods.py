@@ -36,7 +36,7 @@ def test_evenly_spaced_spends_the_budget_exactly_and_evenly(case):
         (taylorseer(10, 50, interval=6), [0, 1, *range(2, 50, 6)]),
         (taylorseer(5, 50), [0, 1, 2, 18, 34]),
         (full(4), [0, 1, 2, 3]),
-        (fewer_steps(3), [0, 1, 2]),
+        (fewer_steps(3, 50), [0, 1, 2]),
         (dpcache(5, 50, steps=[0, 1, 2, 10, 20]), [0, 1, 2, 10, 20]),
     ],
 )
@@ -57,7 +57,7 @@ def test_computed_steps(method, steps):
         (lambda: Schedule([1, 2], 50), "must increase strictly from 0"),
         (lambda: fora(10, 50, interval=7), "interval=7 computes 8 steps: set budget=8"),
         (lambda: fora(10, 50, interval=0), "interval=0 must be at least 1"),
-        (lambda: fewer_steps(0), "budget=0"),
+        (lambda: fewer_steps(0, 50), "budget=0"),
         (lambda: teacache(1, 50), "budget=1 must be between 2"),
         (lambda: teacache(9, 50, polynomial="wan"), "polynomial=wan is not one of"),
         (lambda: taylorseer(9, 50, order=5), "order=5 is not one of 0..3"),

@@ -1,5 +1,6 @@
 """FLUX.1 (Black Forest Labs) and models of its architecture, the embedded `tiny_flux` among them."""
 
+import functools
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from diffusers import FluxPipeline
 EMBEDDED = Path(__file__).parent
 
 
+@functools.lru_cache(maxsize=1)  # a sweep's jobs share one pipeline
 def load(path: str, dtype: str = "bfloat16", device: str = "auto", offload: bool = False) -> FluxPipeline:
     """A `FluxPipeline` ready to sample.
 

@@ -1,0 +1,122 @@
+"""What a skipped step costs: transformer-only speed-up against the ideal T / K on a FLUX transformer of random weights.
+
+    python scripts/bench_overhead.py                                # about 100 M parameters, 1,024 image tokens
+    python scripts/bench_overhead.py --width 3072 --double 19 --single 38 --tokens 4096 --dtype bfloat16 --device cuda
+
+Rollouts of T steps take turns: full, DPCache, and diffusers' own TaylorSeer in lite mode, each with K computed steps.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+from diffusers import FluxTransformer2DModel, TaylorSeerCacheConfig
+from tqdm import tqdm
+
+import dpcache
+from dpcache.method import dpcache as dpcache_method
+from dpcache.models.flux import default_device
+
+STEPS = [0, 1, 2, 5, 9, 14, 20, 26, 33, 41]  # K = 10
+
+
+class Rollout:
+    """T Euler steps with fixed inputs; `rollout()` -> seconds inside the transformer."""
+
+    def __init__(self, model, tokens, text_tokens, steps):
+        side = int(tokens**0.5)
+        like = next(model.parameters())
+        ids = torch.cartesian_prod(torch.zeros(1), torch.arange(side), torch.arange(tokens // side))
+        random = torch.Generator("cpu").manual_seed(0)
+        self.model, self.steps, self.cuda = model, steps, like.is_cuda
+        self.start = torch.randn(1, tokens, model.config.in_channels, generator=random).to(like)
+        self.fixed = {
+            "encoder_hidden_states": torch.randn(1, text_tokens, model.config.joint_attention_dim, generator=random).to(
+                like
+            ),
+            "pooled_projections": torch.randn(1, model.config.pooled_projection_dim, generator=random).to(like),
+            "img_ids": ids.to(like.device),
+            "txt_ids": torch.zeros(text_tokens, 3, device=like.device),
+        }
+        self.times = [torch.full((1,), 1 - step / steps).to(like) for step in range(steps)]
+
+    @torch.inference_mode()
+    def __call__(self) -> float:
+        sample = self.start
+        began = self._now()
+        for time_ in self.times:
+            with self.model.cache_context("cond"):
+                velocity = self.model(hidden_states=sample, timestep=time_, return_dict=False, **self.fixed)[0]
+            sample = sample - velocity / self.steps
+        return self._now() - began
+
+    def _now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--double", type=int, default=3, help="double-stream blocks")
+    parser.add_argument("--single", type=int, default=4, help="single-stream blocks")
+    parser.add_argument("--tokens", type=int, default=1024, help="image tokens")
+    parser.add_argument("--text-tokens", type=int, default=64)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--repeats", type=int, default=2)
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        model = FluxTransformer2DModel(
+            num_layers=args.double,
+            num_single_layers=args.single,
+            num_attention_heads=args.width // 128,
+            joint_attention_dim=512,
+            pooled_projection_dim=256,
+        )
+    model = model.to(getattr(torch, args.dtype)).eval()
+    rollout = Rollout(model, args.tokens, args.text_tokens, 50)
+    method = dpcache_method(len(STEPS), 50, steps=STEPS)
+    lite = TaylorSeerCacheConfig(
+        cache_interval=7,
+        disable_cache_before_step=3,
+        max_order=2,
+        taylor_factors_dtype=next(model.parameters()).dtype,
+        use_lite_mode=True,
+    )
+
+    def cached() -> float:
+        with dpcache.cached(model, method):
+            return rollout()
+
+    def diffusers_lite() -> float:
+        model.enable_cache(lite)
+        try:
+            return rollout()
+        finally:
+            model.disable_cache()
+
+    seconds = {"full": [], "dpcache (ours)": [], "TaylorSeer lite (diffusers)": []}
+    for _ in tqdm(range(args.repeats), desc="rounds"):
+        for name, run in zip(seconds, (rollout, cached, diffusers_lite)):
+            seconds[name].append(run())
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {args.tokens} image tokens, {args.dtype}"
+    )
+    print(f"{'':<28} {'seconds':>8} {'speed-up':>9} {'efficiency':>11}   (T=50, K=10: ideal 5.00x)")
+    for name, values in seconds.items():
+        speedup = statistics.median(full / s for full, s in zip(seconds["full"], values))
+        efficiency = f"{speedup / 5:.3f}" if name != "full" else ""
+        print(f"{name:<28} {statistics.median(values):8.2f} {speedup:8.2f}x {efficiency:>11}")
+    report = method.report()
+    skipped = report.seconds_predicted["cond"] / (50 - len(STEPS))
+    computed = report.seconds_computed["cond"] / len(STEPS)
+    print(f"a skipped step takes {1000 * skipped:.1f} ms, a computed one {1000 * computed:.0f} ms")
+
+
+if __name__ == "__main__":
+    main()

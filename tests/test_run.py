@@ -1,0 +1,155 @@
+"""`run.py` as its users call it: whole runs, sweeps, kills and mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+TINY = ["num_inference_steps=8", "num_prompts=4", "calibration.num_prompts=2", "batch_size=2", "eval.timing.repeats=0"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def start(*arguments, folder):
+    command = [sys.executable, str(ROOT / "run.py"), *arguments, f"output_dir={folder}"]
+    return subprocess.Popen(
+        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(*arguments, folder):
+    process = start(*arguments, folder=folder)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def results(folder):
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("runs/*/result.json"))]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One whole run of dpcache, with timing."""
+    folder = tmp_path_factory.mktemp("outputs")
+    code, out, err = run("budget=5", *TINY[:-1], "eval.timing.repeats=1", folder=folder)
+    assert code == 0, err
+    return folder, out
+
+
+def test_the_run_folder_is_whole(finished):
+    folder, out = finished
+    (result,) = results(folder)
+    (run_folder,) = folder.glob("runs/*K5*")
+    assert (result["model"], result["method"], result["budget"]) == ("tiny_flux", "dpcache", 5)
+    assert result["num_inference_steps"] == 8 and result["seed"] == 0 and result["computed_steps"] == 5
+    assert set(result["metrics"]) == {"psnr", "ssim", "latent_error"} and result["metrics_unavailable"] == {}
+    assert all(m["n"] == 4 and m["ci95"][0] <= m["mean"] <= m["ci95"][1] for m in result["metrics"].values())
+    timing = result["timing"]
+    assert timing["ideal_speedup"] == 1.6
+    assert timing["efficiency"] == pytest.approx(timing["transformer_speedup"] / 1.6)
+    assert timing["speedup"] > 0 and timing["reference_s"] > 0 and timing["cached_s"] > 0
+    assert result["memory"] and result["versions"]["torch"] and len(result["config_hash"]) == 12
+    for picture in ("grid.png", "schedule.png", "cost.png"):
+        assert Image.open(run_folder / picture).size[0] > 300
+    images = sorted((run_folder / "images").glob("*.png"))
+    assert len(images) == 4 and all(Image.open(image).size == (64, 64) for image in images)
+    assert "5 of 8 steps computed" in out and "psnr" in out and "speed-up" in out
+
+
+def test_a_finished_run_is_not_run_again(finished):
+    folder, _ = finished
+    began = time.time()
+    code, out, _ = run("budget=5", *TINY[:-1], "eval.timing.repeats=1", folder=folder)
+    assert code == 0 and "finished earlier" in out
+    assert all(path.stat().st_mtime < began for path in folder.glob("runs/*/result.json"))
+
+
+def test_sweep_shares_the_reference_and_a_failing_job_takes_nothing_with_it(tmp_path):
+    code, _, err = run("-m", "method=fora,teacache,fewer_steps", "budget=9,4", *TINY, folder=tmp_path)
+    assert code != 0 and "budget=9" in err
+    done = {result["method"]: result for result in results(tmp_path)}
+    assert set(done) == {"fora", "teacache", "fewer_steps"}
+    assert done["fora"]["computed_steps"] == 4 and abs(done["teacache"]["computed_steps"] - 4) <= 1
+    assert len(list(tmp_path.glob("references/*"))) == 1 and len(list(tmp_path.glob("calibrations/*.safetensors"))) == 1
+
+
+def test_parallel_sweep(tmp_path):
+    parallel = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    code, _, err = run("-m", "method=fora,uniform_skip", "budget=4", *TINY, *parallel, folder=tmp_path)
+    assert code == 0, err
+    assert len(results(tmp_path)) == 2 and len(list(tmp_path.glob("references/*"))) == 1
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+    kept, killed = tmp_path / "kept", tmp_path / "killed"
+    kept.mkdir(), killed.mkdir()
+    command = ["method=taylorseer", "budget=4", *TINY, "batch_size=1"]
+    for stage in ("references/*/batch_0001.safetensors", "runs/*/samples/batch_0000.safetensors"):
+        process = start(*command, folder=killed)
+        deadline = time.time() + 120
+        while not list(killed.glob(stage)):
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert results(killed) == []
+    assert run(*command, folder=kept)[0] == 0 and run(*command, folder=killed)[0] == 0
+    for path in sorted(kept.glob("runs/*/images/*.png")):
+        assert path.read_bytes() == (killed / path.relative_to(kept)).read_bytes()
+    for path in kept.glob("runs/*/samples/*.safetensors"):
+        ours, theirs = load_file(path), load_file(killed / path.relative_to(kept))
+        assert all((ours[name] == theirs[name]).all() for name in ours)
+    assert results(kept)[0]["metrics"] == results(killed)[0]["metrics"]
+
+
+def test_wandb_offline(tmp_path):
+    code, _, err = run("method=uniform_skip", "budget=4", *TINY, "logger=wandb", folder=tmp_path)
+    assert code == 0, err
+    assert len(results(tmp_path)) == 1 and list(tmp_path.glob("runs/*/wandb/offline-run-*"))
+
+
+MISTAKES = [
+    (["model=fluxx"], "Could not find 'model/fluxx'"),
+    (["method=dpcach"], "Could not find 'method/dpcach'"),
+    (["budget=many"], "budget"),
+    (["budgett=9"], "budgett"),
+    (["budget=2"], "budget=2 must be between warmup=3"),
+    (["budget=51"], "num_inference_steps=50"),
+    (["method.order=7"], "order=7"),
+    (["model.path=/no/such/model"], "model.path=/no/such/model"),
+    (["model=flux"], "model.path=black-forest-labs/FLUX.1-dev"),
+    (["model.dtype=int8"], "model.dtype=int8"),
+    (["prompts=/no/such/prompts.txt"], "prompts=/no/such/prompts.txt"),
+    (["num_prompts=100000"], "num_prompts=100000"),
+    (["calibration.path=/no/such/file"], "calibration file /no/such/file does not exist"),
+    (["eval.metrics=[beauty]", *TINY, "budget=4"], "beauty"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"), MISTAKES, ids=lambda value: value[0] if isinstance(value, list) else ""
+)
+def test_mistakes_end_in_one_clear_line(tmp_path, arguments, named):
+    code, _, err = run(*arguments, folder=tmp_path)
+    assert code != 0 and named in err and "Traceback" not in err
+    assert not list(tmp_path.glob("runs/*/result.json"))
+
+
+def test_unreadable_files_are_named(tmp_path, finished):
+    binary = tmp_path / "prompts.txt"
+    binary.write_bytes(b"\xff\xfe\x00dog")
+    code, _, err = run(f"prompts={binary}", folder=tmp_path)
+    assert code != 0 and f"prompts={binary} is not a readable UTF-8 text file" in err
+    code, _, err = run(f"calibration.path={binary}", *TINY, "budget=5", folder=tmp_path)
+    assert code != 0 and "is not a calibration file" in err
+    (calibration,) = finished[0].glob("calibrations/*.safetensors")
+    changed = [*TINY[1:], "num_inference_steps=9", "budget=5"]
+    code, _, err = run(f"calibration.path={calibration}", *changed, folder=tmp_path)
+    assert code != 0 and "num_inference_steps: made for 8, this run has 9" in err

@@ -22,13 +22,14 @@ class Report:
 
     Attributes:
         computed: computed steps of the latest generation.
-        counts: number of computed steps of every generation.
+        computed_counts, predicted_counts: number of computed and of predicted steps of every generation.
         seconds_computed, seconds_predicted: seconds inside the transformer, all generations together.
         history_bytes: memory that the kept features take, all branches together.
     """
 
     computed: dict[str, list[int]] = field(default_factory=dict)
-    counts: dict[str, list[int]] = field(default_factory=dict)
+    computed_counts: dict[str, list[int]] = field(default_factory=dict)
+    predicted_counts: dict[str, list[int]] = field(default_factory=dict)
     seconds_computed: dict[str, float] = field(default_factory=dict)
     seconds_predicted: dict[str, float] = field(default_factory=dict)
     history_bytes: int = 0
@@ -74,7 +75,7 @@ class Context:
         self.step = 0  # of the next call
         self.keys: list[int] = []  # computed so far in this generation
         self.online: dict = {}  # an online schedule's state
-        self.generations: list[list[int]] = []  # keys of the finished ones
+        self.generations: list[tuple[list[int], int]] = []  # keys and number of steps of the finished ones
         self.histories: dict[str, list[History]] = {}
         self.spans: dict[bool, list] = {False: [], True: []}  # skipped? -> what the stopwatch returned
         self.skip = False
@@ -83,7 +84,7 @@ class Context:
 
     def start(self, online: dict) -> None:
         if self.step:
-            self.generations.append(self.keys)
+            self.generations.append((self.keys, self.step))
         self.step, self.keys, self.online = 0, [], online
 
 
@@ -249,9 +250,10 @@ class StepCache:
     def report(self) -> Report:
         report = Report()
         for name, context in self.contexts.items():
-            generations = context.generations + ([context.keys] if context.step else [])
-            report.computed[name] = list(generations[-1]) if generations else []
-            report.counts[name] = [len(keys) for keys in generations]
+            generations = context.generations + ([(context.keys, context.step)] if context.step else [])
+            report.computed[name] = list(generations[-1][0]) if generations else []
+            report.computed_counts[name] = [len(keys) for keys, _ in generations]
+            report.predicted_counts[name] = [steps - len(keys) for keys, steps in generations]
             report.seconds_computed[name] = self.stopwatch.seconds(context.spans[False])
             report.seconds_predicted[name] = self.stopwatch.seconds(context.spans[True])
             kept = [

@@ -140,7 +140,7 @@ class Experiment:
             self._sample(which, prompts, chunk)
             report = which.report()
             inside = [*report.seconds_computed.values(), *report.seconds_predicted.values()]
-            counts = [count for counts in report.counts.values() for count in counts]
+            counts = [count for counts in report.computed_counts.values() for count in counts]
             seconds[which].append((sum(inside), np.mean(counts)))
 
         result = timing.compare(

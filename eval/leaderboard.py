@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from eval.pictures import STYLE, save
+from eval.statistics import paired_difference
 
 log = logging.getLogger(__name__)
 
@@ -37,20 +38,31 @@ def flatten(result: dict) -> dict:
 
 
 def collect(folder: str | Path) -> pd.DataFrame:
-    """One row per `result.json` below `folder`, with the columns of `flatten`, `path` and `written` (seconds, mtime).
+    """One row per `result.json` below `folder`: the columns of `flatten`, the `scores` of every prompt, `path` and
+    `written` (seconds, mtime).
 
     Files that cannot be read or are not results of this project are skipped with a warning that names them.
     """
     rows = []
     for path in sorted(Path(folder).rglob("result.json")):
         try:
-            row = flatten(json.loads(path.read_text()))
+            result = json.loads(path.read_text())
+            row = flatten(result)
             if missing := {"method", "budget", "seed", "computed_steps", *SETTING} - row.keys():
                 raise ValueError(f"lacks {sorted(missing)}")
-            rows.append(row | {"path": str(path), "written": path.stat().st_mtime})
+            scores = result.get("per_prompt", {})
+            rows.append(row | {"scores": scores, "path": str(path), "written": path.stat().st_mtime})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("skipped %s: %s: %s", path, type(error).__name__, error)
     return pd.DataFrame(rows)
+
+
+def _newest(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.sort_values("written").drop_duplicates([*SETTING, "method", "budget", "seed"], keep="last")
+
+
+def _rank(method: str) -> tuple:
+    return ORDER.index(method) if method in ORDER else len(ORDER), method
 
 
 def _boards(frame: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -61,8 +73,7 @@ def _boards(frame: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFram
     """
     if metric not in frame:
         raise ValueError(f"no result has {metric!r}; columns are {sorted(frame.columns)}")
-    frame = frame.sort_values("written").drop_duplicates([*SETTING, "method", "budget", "seed"], keep="last")
-    frame = frame.assign(mean=pd.to_numeric(frame[metric])).dropna(subset="mean")
+    frame = _newest(frame).assign(mean=pd.to_numeric(frame[metric])).dropna(subset="mean")
     for end in ("lo", "hi"):
         bound = pd.to_numeric(frame[f"{metric}_{end}"]) if f"{metric}_{end}" in frame else np.nan
         frame[end] = (bound - frame["mean"]) ** 2
@@ -73,8 +84,7 @@ def _boards(frame: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFram
             hi=("hi", lambda squares: np.sqrt(squares.sum(skipna=False)) / len(squares)),
         )
         board["lo"], board["hi"] = board["mean"] - board["lo"], board["mean"] + board["hi"]
-        methods = sorted(part["method"].unique(), key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m))
-        board = board.reset_index("budget").loc[methods]
+        board = board.reset_index("budget").loc[sorted(part["method"].unique(), key=_rank)]
         yield f"{model}, {total} steps", board
 
 
@@ -108,6 +118,28 @@ def table(frame: pd.DataFrame, metric: str = "psnr") -> str:
         f"- {metric} unavailable: {r.method}, K = {r.budget}, seed {r.seed}: {r.reason}" for r in lost.itertuples()
     ]
     return "\n\n".join(parts)
+
+
+def paired_table(frame: pd.DataFrame, against: str, metric: str = "psnr") -> str:
+    """Markdown table of every method's mean difference to `against` over the same prompts and noise, with its paired
+    95 % bootstrap interval. Raises ValueError if there is no run of `against`."""
+    frame = _newest(frame)
+    if against not in set(frame["method"]):
+        raise ValueError(f"no result of method {against!r}; methods are {sorted(set(frame['method']))}")
+    lines = [f"### {LABELS.get(metric, metric)} against {against}, same prompts", ""]
+    lines += ["| setting | K | method | difference | 95 % interval |", "|---|---:|---|---:|---|"]
+    for (model, total, budget, _), part in frame.groupby([*SETTING, "budget", "seed"]):
+        scores = {row.method: row.scores for row in part.itertuples()}
+        base = scores.pop(against, {})
+        for method in sorted(scores, key=_rank):
+            ours = scores[method]
+            if metric in base and metric in ours and base["prompts"] == ours["prompts"] and method != "full":
+                d = paired_difference(ours[metric], base[metric])
+                low, high = d["ci95"] if d["n"] > 1 else (np.nan, np.nan)
+                lines.append(
+                    f"| {model}, {total} steps | {budget} | {method} | {d['mean']:+.3g} | [{low:+.3g}, {high:+.3g}] |"
+                )
+    return "\n".join(lines)
 
 
 @matplotlib.rc_context(STYLE)
@@ -146,6 +178,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="folder below which result.json files are collected")
     parser.add_argument("--metric", help="print this column only; default: PSNR, SSIM, speed-up and computed steps")
+    parser.add_argument("--against", metavar="METHOD", help="also print paired differences to this method")
+    parser.add_argument("--figure", type=Path, help="also draw the metric (default: PSNR) over the budget")
     arguments = parser.parse_args()
     frame = collect(arguments.folder)
     if frame.empty:
@@ -156,6 +190,11 @@ def main() -> None:
         except ValueError as error:
             text = str(error)
         print(text, end="\n\n")
+    metric = arguments.metric or "psnr"
+    if arguments.against:
+        print(paired_table(frame, arguments.against, metric))
+    if arguments.figure:
+        figure(arguments.figure, frame, metric)
 
 
 if __name__ == "__main__":

@@ -325,6 +325,28 @@ def test_command_line_prints_and_reports_lost_metrics(runs, monkeypatch, capsys)
     assert "- ssim unavailable: uniform_skip, K = 10, seed 0: ImportError: no ssim" in printed
 
 
+def test_paired_differences_use_the_same_prompts_alone(tmp_path):
+    rng = np.random.default_rng(0)
+    base = rng.normal(30, 5, 40)
+    for method, psnr, prompts in (
+        ("fewer_steps", base, "a" * 40),
+        ("dpcache", base + rng.normal(1, 0.1, 40), "a" * 40),
+        ("fora", base + 1, "b" * 40),
+    ):
+        folder = tmp_path / method
+        folder.mkdir()
+        per_prompt = {"prompts": list(prompts), "psnr": psnr.tolist()}
+        (folder / "result.json").write_text(json.dumps(result(method, 9, psnr.mean(), per_prompt=per_prompt)))
+    text = leaderboard.paired_table(leaderboard.collect(tmp_path), "fewer_steps")
+    (line,) = [line for line in text.splitlines() if "dpcache" in line]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    low, high = map(float, cells[4].strip("[]").split(","))
+    assert 0.9 < low < float(cells[3]) < high < 1.1  # far narrower than the spread of 5 dB between prompts
+    assert "fora" not in text  # other prompts: no pairs
+    with pytest.raises(ValueError, match="no result of method 'toca'"):
+        leaderboard.paired_table(leaderboard.collect(tmp_path), "toca")
+
+
 @pytest.mark.parametrize("metric", ["psnr", "speedup"])
 def test_figure(runs, tmp_path, metric):
     path = leaderboard.figure(tmp_path / "board.png", leaderboard.collect(runs), metric)

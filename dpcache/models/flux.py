@@ -26,7 +26,7 @@ def load(path: str, dtype: str = "bfloat16", device: str = "auto", offload: bool
         raise ValueError(f"model.dtype={dtype} is not one of float32, bfloat16, float16")
     source = EMBEDDED / path if (EMBEDDED / path / "model_index.json").exists() else Path(path).expanduser()
     try:
-        pipe = FluxPipeline.from_pretrained(source if source.exists() else path, torch_dtype=getattr(torch, dtype))
+        pipe = FluxPipeline.from_pretrained(source if source.exists() else path, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"model.path={path}: no complete model in this folder, and not available from the hub ("

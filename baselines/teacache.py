@@ -98,6 +98,7 @@ class TeaCache(Method):
     def prepare(self, pipe, calibration=None):
         search = self.schedule.threshold is None
         super().prepare(pipe, calibration)
+        self.settled = {"threshold": self.schedule.threshold, "polynomial": list(self.schedule.polynomial)}
         if not search:
             return
         schedule, low, high, tried = self.schedule, 0.0, None, {}
@@ -109,7 +110,7 @@ class TeaCache(Method):
                 break
             low, high = (threshold, high) if tried[threshold] > 0 else (low, threshold)
             schedule.threshold = 1.5 * low if high is None else (low + high) / 2
-        schedule.threshold = min(tried, key=lambda threshold: abs(tried[threshold]))
+        self.settled["threshold"] = schedule.threshold = min(tried, key=lambda threshold: abs(tried[threshold]))
 
 
 def teacache(

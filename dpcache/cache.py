@@ -5,6 +5,7 @@ guidance branch that the pipeline names with `cache_context` has its own history
 """
 
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -153,36 +154,57 @@ class RootHook(ModelHook):
         return output
 
 
-class StepCache:
-    """One method attached to one transformer. `scheduler` is the pipeline's, where there is a pipeline."""
+@contextmanager
+def _without_offload(module):
+    """Takes accelerate's offload hook off `module` for a moment. It wraps `forward` anew after every pipeline call, so
+    a hook of ours outside it would be lost; inside it, ours stays."""
+    offload = getattr(module, "_hf_hook", None)
+    if offload is None:
+        yield
+        return
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
-    def __init__(self, transformer, method, scheduler=None):
-        self.transformer, self.method, self.scheduler = transformer, method, scheduler
+    remove_hook_from_module(module)
+    yield
+    add_hook_to_module(module, offload)
+
+
+class StepCache:
+    """One method attached to one transformer. `pipe` is its pipeline, or the transformer itself."""
+
+    def __init__(self, transformer, method, pipe):
+        self.transformer, self.method = transformer, method
         self.schedule, self.contexts = method.schedule, Contexts()
         self.current: Context | None = None
-        self.stopwatch = Stopwatch(next(transformer.parameters()).device)
-        self.timesteps = None
+        # With offloading the weights wait on the CPU, but the pipeline knows where they will run.
+        self.stopwatch = Stopwatch(getattr(pipe, "_execution_device", None) or next(transformer.parameters()).device)
+        self.scheduler, self.timesteps = getattr(pipe, "scheduler", None), None
+        self.final: Report | None = None
         self.hooked = []
         online = self.schedule.steps is None
         self.computed = None if online else frozenset(self.schedule.steps)
         for module, hook in [(transformer, RootHook(self)), *hooks(method.site, transformer, self, online)]:
-            self.hooked.append((module, "_diffusers_hook" in vars(module), vars(module).get("forward")))
-            HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _HOOK)
+            with _without_offload(module):
+                self.hooked.append((module, "_diffusers_hook" in vars(module), vars(module).get("forward")))
+                HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _HOOK)
         transformer._diffusers_hook.invalidate_child_registries_cache()
 
     def detach(self) -> None:
-        """Leave every module as it was, its `forward` included."""
+        """Leave every module as it was, its `forward` included, and free the features."""
+        self.final = self.report()
         for module, had_registry, forward in reversed(self.hooked):
-            module._diffusers_hook.remove_hook(_HOOK, recurse=False)
-            if len(module._diffusers_hook.hooks) == 0:
-                del module.forward
-                if forward is not None:
-                    module.forward = forward
-            if not had_registry:
-                del module._diffusers_hook
+            with _without_offload(module):
+                module._diffusers_hook.remove_hook(_HOOK, recurse=False)
+                if len(module._diffusers_hook.hooks) == 0:
+                    del module.forward
+                    if forward is not None:
+                        module.forward = forward
+                if not had_registry:
+                    del module._diffusers_hook
         if hasattr(self.transformer, "_diffusers_hook"):
             self.transformer._diffusers_hook.invalidate_child_registries_cache()
-        self.hooked = []
+        for _, context in self.contexts.items():
+            context.histories.clear()
 
     def reset(self) -> None:
         """The next call starts a new generation."""
@@ -248,6 +270,8 @@ class StepCache:
         context.step += 1
 
     def report(self) -> Report:
+        if self.final is not None:
+            return self.final
         report = Report()
         for name, context in self.contexts.items():
             generations = context.generations + ([(context.keys, context.step)] if context.step else [])

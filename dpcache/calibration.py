@@ -14,11 +14,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
+from dpcache.gram import gram
 from dpcache.method import Method, _transformer, cached
 from dpcache.pact import l1_cost
 from dpcache.predictors import Predictor, Reuse, Taylor
 from dpcache.sampler import generate, sample
-from dpcache.schedules import OnlineSchedule
+from dpcache.schedules import OnlineSchedule, Schedule
 from dpcache.sites import modulated_input
 
 _FORMAT = "dpcache calibration 1"
@@ -59,6 +60,10 @@ class Calibration:
         input_change: (n, T) relative L1 change of the first block's modulated input against the step before (0 at
             step 0); n counts batches. Empty (0, T) where the model's modulated input is not known.
         output_change: (n, T) the same for the last block's output.
+        gram, output_gram: Gram matrices (T, T) of the last block's output and of the model's prediction, mean over
+            samples, guidance branches and elements (`dpcache.gram`).
+        gain: (T,) how far the final latents move per unit of feature error at each step (`measure_gain`); empty (0,)
+            where it was not asked for.
         latents: the final latents of the trajectories, float32 (n, ...).
         made_for: what `describe` said of the pipeline, and the predictor whose errors `cost` holds.
         made_from: prompts, seeds, batch_size and call (the pipeline's arguments), so that `rerun` can repeat them.
@@ -67,6 +72,9 @@ class Calibration:
     cost: np.ndarray
     input_change: np.ndarray
     output_change: np.ndarray
+    gram: np.ndarray
+    output_gram: np.ndarray
+    gain: np.ndarray
     latents: np.ndarray
     made_for: dict[str, str]
     made_from: dict
@@ -100,9 +108,10 @@ class Calibration:
         except Exception as error:
             raise ValueError(f"{path} is not a calibration file: {error}") from None
 
-    def rerun(self, pipe, method) -> np.ndarray:
-        """Final latents (n, ...) of the calibration's prompts under `method`; its report then covers all of them."""
-        prompts, seeds = self.made_from["prompts"], self.made_from["seeds"]
+    def rerun(self, pipe, method, limit: int | None = None) -> np.ndarray:
+        """Final latents (n, ...) of the calibration's (first `limit`) prompts under `method`; its report then covers
+        all of them."""
+        prompts, seeds = self.made_from["prompts"][:limit], self.made_from["seeds"][:limit]
         batches = range(0, len(prompts), self.made_from["batch_size"])
         with cached(pipe, method):
             latents = [
@@ -130,20 +139,22 @@ class Calibration:
         return self
 
 
-_ARRAYS = ("cost", "input_change", "output_change", "latents")
+_ARRAYS = ("cost", "input_change", "output_change", "gram", "output_gram", "gain", "latents")
 
 
 class _Recorder(OnlineSchedule):
-    """Computes every step of one generation and records the first guidance branch on the way."""
+    """Computes every step of one generation and records what passes: the features of every guidance branch, and the
+    changes of the first one's modulated input."""
 
     def __init__(self, num_inference_steps: int):
         super().__init__(num_inference_steps)
-        self.branch = self.features = None
-        self.branches: list[dict] = []
+        self.features: dict[str, torch.Tensor] = {}
+        self.outputs: dict[str, torch.Tensor] = {}
+        self.states: list[dict] = []
 
     def start(self):
-        self.branches.append({"previous": None, "input_change": []})
-        return self.branches[-1]
+        self.states.append({"previous": None, "input_change": []})
+        return self.states[-1]
 
     def decide(self, state, step, block, args, kwargs):
         try:
@@ -155,11 +166,17 @@ class _Recorder(OnlineSchedule):
         return True
 
     def keep(self, branch: str, step: int, feature: torch.Tensor) -> None:
-        if self.features is None:
-            self.branch = branch
-            self.features = feature.new_empty((self.num_inference_steps, *feature.shape))
-        if branch == self.branch:
-            self.features[step] = feature
+        self._put(self.features, branch, step, feature)
+        self.branch, self.step = branch, step
+
+    def keep_output(self, module, args, output) -> None:
+        """A forward hook of the transformer: runs right after `keep`."""
+        self._put(self.outputs, self.branch, self.step, output[0])
+
+    def _put(self, kept, branch, step, tensor):
+        if branch not in kept:
+            kept[branch] = tensor.new_empty((self.num_inference_steps, *tensor.shape))
+        kept[branch][step] = tensor
 
 
 def relative_change(current: torch.Tensor, previous: torch.Tensor) -> float:
@@ -174,6 +191,7 @@ def calibrate(
     predictor: Predictor | None = None,
     seeds: Sequence[int] | None = None,
     batch_size: int = 1,
+    measure_gains: bool = False,
     **call,
 ) -> Calibration:
     """Run `prompts` with every step computed and gather what the methods plan with.
@@ -184,27 +202,63 @@ def calibrate(
     Args:
         predictor: whose errors `cost` holds; default `Taylor(2)`, the paper's.
         seeds: one per prompt; default 0, 1, ...
+        measure_gains: also measure how much an error at each step matters: a dozen more runs of two prompts.
         call: further arguments of the pipeline (height, width, guidance_scale, ...).
     """
     if not prompts:
         raise ValueError("calibration needs at least one prompt")
     predictor = predictor or Taylor(2)
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-    cost, input_change, output_change, latents = 0.0, [], [], []
+    transformer = _transformer(pipe)
+    cost, grams, output_grams, shares, input_change, output_change, latents = 0.0, [], [], [], [], [], []
     for start in tqdm(range(0, len(prompts), batch_size), desc="calibrating", unit="batch", leave=False):
         chunk = slice(start, start + batch_size)
+        share = len(prompts[chunk]) / len(prompts)
         recorder = _Recorder(num_inference_steps)
         method = Method(recorder, "stack", Reuse(), observe=recorder.keep)
-        latents.append(sample(pipe, method, prompts[chunk], seeds[chunk], decode=False, **call).latents)
-        features = recorder.features
-        cost = cost + l1_cost(features, predictor) * (len(prompts[chunk]) / len(prompts))
+        handle = transformer.register_forward_hook(recorder.keep_output)
+        try:
+            latents.append(sample(pipe, method, prompts[chunk], seeds[chunk], decode=False, **call).latents)
+        finally:
+            handle.remove()
+        features = next(iter(recorder.features.values()))
+        cost = cost + share * l1_cost(features, predictor)
         output_change.append([0.0, *(relative_change(b.float(), a.float()) for a, b in pairwise(features))])
-        input_change += [recorder.branches[0]["input_change"]] if recorder.branches[0]["input_change"] else []
-    return Calibration(
+        input_change += [recorder.states[0]["input_change"]] if recorder.states[0]["input_change"] else []
+        shares += [share / len(recorder.features)] * len(recorder.features)
+        grams += [gram(branch) for branch in recorder.features.values()]
+        output_grams += [gram(branch) for branch in recorder.outputs.values()]
+    calibration = Calibration(
         cost,
         np.reshape(np.array(input_change, dtype=float), (-1, num_inference_steps)),
         np.array(output_change),
+        np.tensordot(shares, grams, 1),
+        np.tensordot(shares, output_grams, 1),
+        np.zeros(0),
         torch.cat(latents).numpy(),
         describe(pipe, num_inference_steps, **call) | {"predictor": repr(predictor)},
         {"prompts": list(prompts), "seeds": seeds, "batch_size": batch_size, "call": call},
     )
+    if measure_gains:
+        calibration.gain = measure_gain(pipe, calibration)
+    return calibration
+
+
+def measure_gain(pipe, calibration: Calibration, points: int = 12, prompts: int = 2) -> np.ndarray:
+    """How far the final latents move per unit of feature error at each step, (T,), mean 1.
+
+    A run that skips one step alone and reuses the feature before it makes a known error there, |h_k - h_{k-1}| by the
+    Gram matrix, and ends a measured distance from the full-step latents. Measured at `points` steps and interpolated
+    on a logarithmic scale between them. It holds the scheduler's step size, the output layers' sensitivity and the
+    sampler's own in one figure.
+    """
+    G, T = calibration.gram, len(calibration.gram)
+    steps = np.unique(np.linspace(1, T - 1, min(points, T - 1)).round().astype(int))
+    moved = []
+    for step in tqdm(steps, desc="measuring gains", unit="run", leave=False):
+        method = Method(Schedule([s for s in range(T) if s != step], T), "stack", Reuse())
+        latents = calibration.rerun(pipe, method, prompts)
+        moved.append(np.linalg.norm(latents - calibration.latents[:prompts]))
+    error = np.sqrt(np.maximum(G[steps, steps] - 2 * G[steps, steps - 1] + G[steps - 1, steps - 1], 1e-12))
+    gain = np.exp(np.interp(np.arange(T), steps, np.log(np.maximum(moved, 1e-12) / error)))
+    return gain / gain.mean()

@@ -3,8 +3,10 @@
 import functools
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
+from diffusers.utils.torch_utils import unwrap_module
 
 from dpcache.cache import Report, StepCache
 from dpcache.predictors import Predictor, Taylor
@@ -15,8 +17,8 @@ from dpcache.sites import SITES
 class Method:
     """A caching method, composed of its three parts.
 
-    The board knows methods by `num_inference_steps`, `needs_calibration`, `prepare`, `attach`, `detach` and `report`
-    alone, so a library's own cache can stand beside them by offering these.
+    The board knows methods by `num_inference_steps`, `needs_calibration`, `calibration_options`, `prepare`, `settled`,
+    `attach`, `detach` and `report` alone, so a library's own cache can stand beside them by offering these.
 
     Args:
         schedule: which steps are computed.
@@ -28,9 +30,14 @@ class Method:
     def __init__(self, schedule: Schedule, site: str, predictor: Predictor, observe=None):
         if site not in SITES:
             raise ValueError(f"site={site} is not one of {', '.join(SITES)}")
-        self.schedule, self.site, self.predictor, self.observe = schedule, site, predictor, observe
-        self.weights = functools.lru_cache(maxsize=None)(predictor.weights)
+        self.schedule, self.site, self.observe = schedule, site, observe
+        self.set_predictor(predictor)
+        self.settled: dict = {}  # what `prepare` decided, for the record
         self._cache: StepCache | None = None
+
+    def set_predictor(self, predictor: Predictor) -> None:
+        """Also remembers its weights: the same keys and steps come back in every generation."""
+        self.predictor, self.weights = predictor, functools.lru_cache(maxsize=None)(predictor.weights)
 
     @property
     def num_inference_steps(self) -> int:
@@ -41,6 +48,13 @@ class Method:
     def needs_calibration(self) -> bool:
         return self.schedule.needs_calibration
 
+    @property
+    def calibration_options(self) -> dict:
+        """Arguments of `calibrate` that this method's calibration has to be made with."""
+        if isinstance(self.schedule, Planned):
+            return {"predictor": replace(self.predictor, since=0)}
+        return {}
+
     def prepare(self, pipe, calibration=None) -> None:
         """Settle the schedule. `calibration`: a `Calibration`, where `needs_calibration`."""
         self.schedule.prepare(calibration)
@@ -49,7 +63,7 @@ class Method:
         """Start caching. Raises ValueError where the model does not offer the site."""
         if not self.schedule.ready:
             raise ValueError("the schedule is not settled yet: call method.prepare(pipe, calibration) first")
-        self._cache = StepCache(_transformer(pipe), self, getattr(pipe, "scheduler", None))
+        self._cache = StepCache(_transformer(pipe), self, pipe)
 
     def detach(self, pipe) -> None:
         """Stop caching and leave the transformer as it was before `attach`."""
@@ -91,10 +105,10 @@ _attached: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 def _transformer(pipe) -> torch.nn.Module:
     if isinstance(pipe, torch.nn.Module):
-        return pipe
+        return unwrap_module(pipe)
     for name in ("transformer", "unet"):
         if getattr(pipe, name, None) is not None:
-            return getattr(pipe, name)
+            return unwrap_module(getattr(pipe, name))
     raise ValueError(f"{type(pipe).__name__} has neither a transformer nor a unet")
 
 

@@ -39,7 +39,8 @@ class Schedule:
         """Settle what depends on a `Calibration`; a fixed list has nothing to settle."""
 
 
-def _check_budget(budget: int, num_inference_steps: int, warmup: int) -> None:
+def check_budget(budget: int, num_inference_steps: int, warmup: int) -> None:
+    """Raises ValueError unless 1 <= warmup <= budget <= num_inference_steps."""
     if not 1 <= warmup <= budget <= num_inference_steps:
         raise ValueError(
             f"budget={budget} must be between warmup={warmup} (at least 1) and "
@@ -51,7 +52,7 @@ class EvenlySpaced(Schedule):
     """M warm-up steps, then the other K - M spread evenly over the rest."""
 
     def __init__(self, budget: int, num_inference_steps: int, warmup: int = 1):
-        _check_budget(budget, num_inference_steps, warmup)
+        check_budget(budget, num_inference_steps, warmup)
         length, count = num_inference_steps - warmup + 1, budget - warmup + 1
         spread = [warmup - 1 + i * length // count for i in range(count)]
         super().__init__([*range(warmup - 1), *spread], num_inference_steps)
@@ -89,7 +90,7 @@ class Planned(Schedule):
     needs_calibration = True
 
     def __init__(self, budget, num_inference_steps, warmup=3, solver="exact", max_jump=None):
-        _check_budget(budget, num_inference_steps, warmup)
+        check_budget(budget, num_inference_steps, warmup)
         super().__init__(None, num_inference_steps)
         self.budget, self.warmup, self.solver, self.max_jump = budget, warmup, solver, max_jump
 

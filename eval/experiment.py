@@ -1,6 +1,6 @@
 """The stages of a run, which `run.py` puts in order: calibration, reference, samples, measurements, pictures."""
 
-import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -78,20 +78,18 @@ class Experiment:
     def calibration(self, method, prompts: list[str]) -> Calibration:
         """The one given by `calibration.path`, else one made for this model, steps and prompts, kept on disk."""
         c = self.config
-        predictor = Taylor(2)
-        if isinstance(method.schedule, Planned):
-            predictor = dataclasses.replace(method.predictor, since=0)
-        expected = self.circumstances | {"predictor": repr(predictor)}
+        options = {"predictor": Taylor(2)} | method.calibration_options
+        expected = self.circumstances | {"predictor": repr(options["predictor"])}
         if c.calibration.path:
             return Calibration.load(c.calibration.path).check(expected)
-        name = self._key(expected, prompts, c.calibration.seed, self.batch_size)
+        name = self._key(expected, repr(options), prompts, c.calibration.seed, self.batch_size)
         path = self.shared / "calibrations" / f"{name}.safetensors"
         with locked(path):
             if path.exists():
                 return Calibration.load(path).check(expected)
             seeds = [c.calibration.seed + index for index in range(len(prompts))]
-            size = self.batch_size
-            calibration = calibrate(self.pipe, prompts, c.num_inference_steps, predictor, seeds, size, **self.call)
+            options |= {"seeds": seeds, "batch_size": self.batch_size}
+            calibration = calibrate(self.pipe, prompts, c.num_inference_steps, **options, **self.call)
             calibration.save(path)
             return calibration
 
@@ -100,12 +98,12 @@ class Experiment:
         c = self.config
         name = self._key(self.circumstances, prompts, c.seed, self.batch_size)
         method = full(c.num_inference_steps)
-        make = lambda chunk: self._sample(method, prompts, chunk)  # noqa: E731
+        make = functools.partial(self._sample, method, prompts)
         return collect(self.shared / "references" / name, prompts, self.batch_size, make, "full-step reference")[0]
 
     def samples(self, method, prompts: list[str]) -> tuple[Samples, list[list[int]]]:
         """The method's samples and the computed steps of every batch; also as PNG files."""
-        make = lambda chunk: self._sample(method, prompts, chunk)  # noqa: E731
+        make = functools.partial(self._sample, method, prompts)
         samples, computed = collect(self.folder / "samples", prompts, self.batch_size, make, "samples")
         (self.folder / "images").mkdir(exist_ok=True)
         for index, (prompt, image) in enumerate(zip(prompts, samples.images)):
@@ -120,6 +118,7 @@ class Experiment:
         return {
             "computed_steps": float(np.average([len(steps) for steps in computed], weights=weights)),
             "schedules": computed,
+            "settled": method.settled,
             "metrics": {name: summarise(scores) for name, scores in values.items()},
             "metrics_unavailable": unavailable,
             "per_prompt": {"prompts": samples.prompts, **values},
@@ -164,7 +163,7 @@ class Experiment:
                 self.folder / "schedule.png", steps, method.num_inference_steps, f"{name}: {len(steps)} computed steps"
             ),
         }
-        if isinstance(method.schedule, Planned):
+        if type(method.schedule) is Planned:
             made["cost"] = pictures.cost_heatmap(self.folder / "cost.png", calibration.cost, steps)
         return made
 

@@ -1,0 +1,117 @@
+"""Path-aware costs of linear predictors from the Gram matrix of a trajectory's features.
+
+With G[a, b] = <h_a, h_b> of features h_0 .. h_{T-1}, predicting step s from keys S with weights w has squared error
+|h_s - sum_a w_a h_a|^2 = w' G_SS w - 2 w' G_Ss + G_ss. It is linear in G, so the plain mean of Gram matrices over
+samples and guidance branches gives the mean error, and one T x T matrix holds the cost of every path.
+"""
+
+from itertools import combinations
+
+import numpy as np
+import torch
+
+from dpcache.predictors import AdamsBashforth, Lagrange, LeastSquares, Reuse, Taylor
+
+_SHIFT_INVARIANT = (Reuse, Taylor, Lagrange, AdamsBashforth)  # weights that depend on distances alone, past `since`
+
+
+@torch.no_grad()
+def gram(features, chunk=1 << 14) -> np.ndarray:
+    """Gram matrix of one trajectory: entry [a, b] is the mean over elements of features[a] * features[b].
+
+    The mean, not the sum, so that errors are per element and resolutions compare. Products and sums are float64, as
+    errors are small differences of large entries (float32 on Apple's MPS, which has no float64).
+
+    Args:
+        features: (T, ...) float tensor, in sampling order, any precision and device.
+        chunk: elements taken at a time; the memory needed beyond the features is T x chunk float64.
+
+    Returns:
+        float64 array, (T, T), symmetric.
+
+    Raises:
+        ValueError: for features that are not finite floats, or that are empty.
+    """
+    if not features.numel() or not features.is_floating_point():
+        raise ValueError(f"features of shape {tuple(features.shape)}, {features.dtype}: must be floats (T, ...)")
+    flat = features.reshape(len(features), -1)
+    dtype = torch.float32 if flat.device.type == "mps" else torch.float64
+    total = torch.zeros(len(flat), len(flat), dtype=torch.float64)
+    for x in flat.split(chunk, dim=1):
+        x = x.to(dtype)
+        total += (x @ x.T).cpu()
+    if not total.isfinite().all():
+        raise ValueError("features: must be finite")
+    return ((total + total.T) / (2 * flat.shape[1])).numpy()
+
+
+def path_costs(gram, predictor, keys=3, step_weights=None) -> np.ndarray:
+    """Squared error of every move between key steps, given the last `keys` keys: axes as `dpcache.planner` takes them.
+
+    With three keys, entry [h, i, j, k] is the sum over steps s = j+1..k-1 of step_weights[s] times the squared error
+    of the prediction of s from keys h, i and j, where k = T is the end; a computed step has no error. A path's cost is
+    then its open-loop error, exactly so if the predictor looks at no more than `keys` keys (else earlier ones are
+    left out). Where there is no earlier key, key 0 stands in, and the predictor is given each key once: [0, 0, j, k]
+    is predicted from 0 and j, [0, 0, 0, k] from 0. Moves with k <= j or keys that do not increase are infinite.
+
+    Args:
+        gram: (T, T), from `gram`, or a mean of such.
+        predictor: see `dpcache.predictors`.
+        keys: number of key axes, at least 1; the planner takes 2 and more. The result holds about T^(keys + 1)
+            float64: 50 MB for 3 keys and T = 50, 2.5 GB for 4.
+        step_weights: (T,), what an error at each step counts; None: 1 everywhere.
+
+    Returns:
+        float64 array, (T, ..., T, T+1).
+
+    Raises:
+        ValueError: for a setting of the wrong shape or out of range.
+    """
+    gram = np.asarray(gram, np.float64)
+    steps = len(gram) if gram.ndim else 0
+    step_weights = np.ones(steps) if step_weights is None else np.asarray(step_weights, np.float64)
+    if gram.shape != (steps, steps) or not steps or not np.isfinite(gram).all():
+        raise ValueError(f"gram of shape {gram.shape}: must be (T, T) and finite")
+    if step_weights.shape != (steps,) or not (np.isfinite(step_weights) & (step_weights >= 0)).all():
+        raise ValueError(f"step_weights of shape {step_weights.shape}: must be {steps} finite numbers, none negative")
+    if keys < 1:
+        raise ValueError(f"keys={keys}: must be at least 1")
+
+    cost = np.full((*[steps] * keys, steps + 1), np.inf)
+    for count in range(1, min(keys, steps) + 1):
+        paths = np.array([c for c in combinations(range(steps), count) if count == keys or c[0] == 0])
+        used, row = np.unique(paths[:, -predictor.history :], axis=0, return_inverse=True)
+        last = used[:, -1:]
+        errors = _errors(gram, used, _weights(predictor, used, steps)) * step_weights * (np.arange(steps) > last)
+        moves = np.zeros((len(used), steps + 1))
+        errors.cumsum(1, out=moves[:, 1:])
+        moves[np.arange(steps + 1) <= last] = np.inf
+        cost[(0,) * (keys - count) + tuple(paths.T)] = moves[row.ravel()]
+    return cost
+
+
+def _errors(gram, keys, weights):
+    """Squared error at every step for each row of keys, (n, T); what rounding leaves below zero is zero."""
+    target = gram[keys]
+    among = np.take_along_axis(target, keys[:, None], axis=2)
+    errors = (weights * (among @ weights - 2 * target)).sum(1) + gram.diagonal()
+    return errors.clip(0)  # exact errors are squares, but three terms of the size of G cancel to within 1e-16 of it
+
+
+def _weights(predictor, keys, steps):
+    """Weights of each row of keys for every step after its last, (n, keys, T), in the fewest calls; zero before it."""
+    if isinstance(predictor, LeastSquares):
+        if len(predictor.gram) != steps:
+            raise ValueError(f"{predictor} is for {len(predictor.gram)} steps, this Gram matrix has {steps}")
+        return predictor.solve(keys)
+    shift = np.zeros(len(keys), int)
+    if type(predictor) in _SHIFT_INVARIANT:
+        shift = np.maximum(keys[:, 0] - getattr(predictor, "since", 0), 0)
+    patterns, row = np.unique(keys - shift[:, None], axis=0, return_inverse=True)
+    weights = np.zeros((len(patterns), steps, keys.shape[1]))
+    for pattern, table in zip(map(tuple, patterns.tolist()), weights):
+        for step in range(pattern[-1] + 1, steps):
+            used = predictor.weights(pattern, step)  # may leave out the oldest keys
+            table[step, keys.shape[1] - len(used) :] = used
+    at = np.maximum(np.arange(steps) - shift[:, None], 0)
+    return weights[row.reshape(-1, 1), at].transpose(0, 2, 1)

@@ -108,23 +108,19 @@ class Calibration:
         except Exception as error:
             raise ValueError(f"{path} is not a calibration file: {error}") from None
 
+    def batches(self, limit: int | None = None) -> list[tuple[list[str], list[int]]]:
+        """The (first `limit`) prompts and their seeds as they were batched."""
+        prompts, seeds, size = (self.made_from[name] for name in ("prompts", "seeds", "batch_size"))
+        prompts, seeds = prompts[:limit], seeds[:limit]
+        return [(prompts[i : i + size], seeds[i : i + size]) for i in range(0, len(prompts), size)]
+
     def rerun(self, pipe, method, limit: int | None = None) -> np.ndarray:
         """Final latents (n, ...) of the calibration's (first `limit`) prompts under `method`; its report then covers
         all of them."""
-        prompts, seeds = self.made_from["prompts"][:limit], self.made_from["seeds"][:limit]
-        batches = range(0, len(prompts), self.made_from["batch_size"])
+        steps, call = method.num_inference_steps, self.made_from["call"]
         with cached(pipe, method):
-            latents = [
-                generate(
-                    pipe,
-                    prompts[start : start + self.made_from["batch_size"]],
-                    seeds[start : start + self.made_from["batch_size"]],
-                    method.num_inference_steps,
-                    decode=False,
-                    **self.made_from["call"],
-                ).latents
-                for start in tqdm(batches, desc="trying on the calibration prompts", unit="batch", leave=False)
-            ]
+            bar = tqdm(self.batches(limit), desc="trying on the calibration prompts", unit="batch", leave=False)
+            latents = [generate(pipe, *batch, steps, decode=False, **call).latents for batch in bar]
         return torch.cat(latents).numpy()
 
     def check(self, expected: dict[str, str]) -> "Calibration":

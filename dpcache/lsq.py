@@ -1,14 +1,17 @@
 """Beyond the paper: least-squares prediction, planned exactly over its whole history (`method=dpcache_lsq`)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from dpcache.gram import path_costs
 from dpcache.method import Method
 from dpcache.planner import plan
-from dpcache.predictors import LeastSquares, Reuse, Taylor
-from dpcache.schedules import Schedule, check_budget
+from dpcache.predictors import LeastSquares, Predictor, Reuse, Taylor
+from dpcache.sampler import sample
+from dpcache.schedules import EvenlySpaced, Schedule, check_budget
 
 
 class LeastSquaresPlan(Method):
@@ -18,6 +21,9 @@ class LeastSquaresPlan(Method):
     gain^(2 alpha) of the step, and the planner's state holds every key that a prediction looks at. Which predictor,
     warm-up and alpha serve best is settled in closed loop: of the candidates, the one whose accelerated runs of the
     calibration prompts end closest to the full-step latents.
+
+    The weights of least squares are then fitted once more, to the features that the accelerated runs really have at
+    their keys (targets: the full-step features), and kept if prompts left out of that fit end closer.
 
     Args:
         predictors: candidates: "lsq2", "lsq3" (least squares over 2 or 3 keys) and "taylor2".
@@ -53,21 +59,91 @@ class LeastSquaresPlan(Method):
 
     def prepare(self, pipe, calibration=None):
         gram = calibration.gram if self.site == "stack" else calibration.output_gram
-        norm = np.linalg.norm(calibration.latents.reshape(len(calibration.latents), -1), axis=1)
         trials, best = [], None
         for name, warmup, alpha in self.candidates:
             predictor = Taylor(2) if name == "taylor2" else LeastSquares(gram, int(name[-1]))
             cost = path_costs(gram, predictor, predictor.history, calibration.gain ** (2 * alpha))
             steps = plan(cost, self.budget, warmup)
             self._settle(steps, predictor)
-            moved = (calibration.rerun(pipe, self) - calibration.latents).reshape(len(norm), -1)
-            error = float(np.mean(np.linalg.norm(moved, axis=1) / norm))
+            error = float(self._error(pipe, calibration).mean())
             trials.append({"predictor": name, "warmup": warmup, "alpha": alpha, "steps": steps, "error": error})
             if best is None or error < best[0]:
                 best = error, steps, predictor
-        self._settle(*best[1:])
-        self.settled = {"trials": trials, "predictor": repr(self.predictor)}
+        error, steps, predictor = best
+        self._settle(steps, predictor)
+        self.settled = {"trials": trials, "predictor": repr(predictor)}
+        if isinstance(predictor, LeastSquares) and len(calibration.latents) > 1:
+            self._refit(pipe, calibration)
+
+    def _error(self, pipe, calibration) -> np.ndarray:
+        """Relative distance of each calibration prompt's final latents to the full-step ones, (n,)."""
+        reference = calibration.latents.reshape(len(calibration.latents), -1)
+        moved = calibration.rerun(pipe, self).reshape(reference.shape) - reference
+        return np.linalg.norm(moved, axis=1) / np.linalg.norm(reference, axis=1)
+
+    def _refit(self, pipe, calibration):
+        steps, first = self.schedule.steps, self.predictor
+        count = len(calibration.latents)
+        split = max(1, int(0.7 * count))
+        before = self._error(pipe, calibration)[split:].mean()
+        fitted, everything = fit_closed_loop(pipe, calibration, self, split)
+        self._settle(steps, fitted)
+        after = self._error(pipe, calibration)[split:].mean()
+        self._settle(steps, everything if after < before else first)
+        self.settled["refit"] = {"held_out_before": float(before), "held_out_after": float(after)}
 
     def _settle(self, steps, predictor):
         self.schedule = Schedule(steps, self.num_inference_steps)
         self.set_predictor(predictor)
+
+
+@dataclass(frozen=True, eq=False)
+class FittedWeights(Predictor):
+    """Weights that were fitted for one schedule: `table[step]` holds those of the last keys, newest last."""
+
+    history: int
+    table: dict[int, tuple[float, ...]]
+
+    def weights(self, keys, step):
+        return self.table[step]
+
+
+def fit_closed_loop(pipe, calibration, method, split: int, ridge: float = 1e-6) -> tuple[FittedWeights, FittedWeights]:
+    """Least-squares weights from the features that `method`'s runs have at their keys to the full-step features.
+
+    Returns those fitted on the first `split` prompts, and on all. The T + K features of one batch are held at a time.
+    """
+    keys, T, history = method.schedule.steps, method.num_inference_steps, method.predictor.history
+    own, cross = np.zeros((2, len(keys), len(keys))), np.zeros((2, len(keys), T))
+    full, done = Method(EvenlySpaced(T, T), method.site, Reuse()), 0
+    for batch in calibration.batches():
+        truth, seen = (_record(pipe, which, batch, calibration) for which in (full, method))
+        for branch in truth:
+            Y, X = truth[branch].double(), seen[branch].double()
+            for index, limit in enumerate((max(split - done, 0), None)):
+                x, y = X[:, :limit].flatten(1), Y[:, :limit].flatten(1)
+                own[index] += (x @ x.T).cpu().numpy()
+                cross[index] += (x @ y.T).cpu().numpy()
+        done += len(batch[0])
+
+    def solve(G, B):
+        table = {}
+        for step in sorted(set(range(T)) - set(keys)):
+            S = [a for a, key in enumerate(keys) if key < step][-history:]
+            among = G[np.ix_(S, S)]
+            noise = ridge * np.trace(among) / len(S) * np.eye(len(S))
+            table[step] = tuple((np.linalg.pinv(among + noise, hermitian=True) @ B[S, step]).tolist())
+        return FittedWeights(history, table)
+
+    return tuple(solve(G, B) for G, B in zip(own, cross))
+
+
+def _record(pipe, method, batch, calibration) -> dict[str, torch.Tensor]:
+    """Features (computed steps, B, ...) of every guidance branch over one batch."""
+    kept: dict[str, list[torch.Tensor]] = {}
+    method.observe = lambda branch, step, feature: kept.setdefault(branch, []).append(feature.clone())
+    try:
+        sample(pipe, method, *batch, decode=False, **calibration.made_from["call"])
+    finally:
+        method.observe = None
+    return {branch: torch.stack(features) for branch, features in kept.items()}

@@ -46,7 +46,6 @@ class RunConfig:
     method: Any = MISSING
     eval: EvalConfig = field(default_factory=EvalConfig)
     logger: Any = MISSING
-    experiment: str | None = None
     budget: int = 10
     num_inference_steps: int = 50
     seed: int = 0
@@ -63,7 +62,7 @@ ConfigStore.instance().store(name="schema", node=RunConfig)
 
 def config_hash(config: DictConfig) -> str:
     """12 hex digits of everything that shapes the results; where they go and who is told does not count."""
-    keys = [key for key in config if key not in ("hydra", "logger", "output_dir", "overwrite", "experiment")]
+    keys = [key for key in config if key not in ("hydra", "logger", "output_dir", "overwrite")]
     content = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -10,11 +10,12 @@ from baselines.full import full
 from baselines.teacache import teacache
 from dpcache.calibration import describe, fingerprint
 from dpcache.gram import gram
-from dpcache.lsq import LeastSquaresPlan
+from dpcache.lsq import FittedWeights, LeastSquaresPlan, fit_closed_loop
 from dpcache.method import dpcache as dpcache_method
 from dpcache.pact import l1_cost
-from dpcache.predictors import Taylor
+from dpcache.predictors import LeastSquares, Taylor
 from dpcache.sampler import generate, sample
+from dpcache.schedules import Schedule
 from dpcache.sites import transformer_blocks
 
 CALL = {"height": 64, "width": 64, "max_sequence_length": 12}
@@ -142,10 +143,24 @@ def test_least_squares_takes_the_best_candidate(calibration, pipe, site):
     assert len(trials) == 8 and all(len(trial["steps"]) == 4 for trial in trials)
     best = min(trials, key=lambda trial: trial["error"])
     assert method.schedule.steps == best["steps"]
+    refit = method.settled.get("refit")
+    if refit and refit["held_out_after"] < refit["held_out_before"]:
+        assert isinstance(method.predictor, FittedWeights)
+        return
     difference = (calibration.rerun(pipe, method) - calibration.latents).reshape(3, -1)
     ratios = np.linalg.norm(difference, axis=1) / np.linalg.norm(calibration.latents.reshape(3, -1), axis=1)
     assert ratios.mean() == pytest.approx(best["error"], rel=1e-5)
     assert method.report().computed["cond"] == best["steps"]
+
+
+def test_closed_loop_fit_is_the_open_loop_one_where_nothing_is_skipped_before(calibration, pipe):
+    # Keys 0..3 are the full trajectory's own, so the first skipped steps have the same regression in both.
+    method = dpcache.Method(Schedule([0, 1, 2, 3], T), "stack", LeastSquares(calibration.gram, 3))
+    part, every = fit_closed_loop(pipe, calibration, method, split=2)
+    for step in (4, 5, 6, 7):
+        expected = method.predictor.weights([0, 1, 2, 3], step)
+        np.testing.assert_allclose(every.table[step], expected, rtol=1e-3, atol=1e-3)
+        assert not np.allclose(part.table[step], every.table[step], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 | site       | kept                                                   | a skipped step still runs                    |
 |------------|--------------------------------------------------------|----------------------------------------------|
-| `stack`    | the last block's image stream                          | embedders and output layers                  |
+| `stack`    | the last block's image stream                          | time embedder and output layers (*)          |
 | `residual` | that stream minus the first block's input              | embedders and output layers                  |
 | `modules`  | each attention and feed-forward output before its gate | embedders, norms, gates, sums, output layers |
 | `output`   | the model's prediction                                 | nothing                                      |
+
+(*) and the other embedders, where `EMBEDDERS` does not say that they feed the blocks alone.
 
 Each hook asks the step cache (`cache.py`) whether the current step is skipped, and otherwise leaves the module alone.
 """
@@ -29,6 +31,12 @@ BRANCHES = {
     "HunyuanVideoSingleTransformerBlock": _SINGLE_STREAM,
     "BasicTransformerBlock": (("attn1", "ff"), ()),
     "WanTransformerBlock": (("attn1", "attn2", "ffn"), ()),
+}
+
+# Per transformer class, the embedders whose outputs nothing but the blocks reads.
+EMBEDDERS = {
+    "FluxTransformer2DModel": ("x_embedder", "context_embedder", "pos_embed"),
+    "DiTTransformer2DModel": ("pos_embed",),
 }
 
 
@@ -134,6 +142,14 @@ class FeederHook(_Hook):
         return self.fn_ref.original_forward(*args, **kwargs)
 
 
+class EmbedderHook(_Hook):
+    """On an embedder that feeds skipped blocks alone: its input stands in for its output, which nobody reads."""
+
+    @torch.compiler.disable(recursive=False)
+    def new_forward(self, module, *args, **kwargs):
+        return args[0] if self.cache.current.skip else self.fn_ref.original_forward(*args, **kwargs)
+
+
 def hooks(site: str, transformer: torch.nn.Module, cache, online: bool) -> list[tuple[torch.nn.Module, ModelHook]]:
     """(module, hook) pairs that make `cache` work at `site`. Raises ValueError where the model does not allow it."""
     if site == "output":
@@ -143,7 +159,11 @@ def hooks(site: str, transformer: torch.nn.Module, cache, online: bool) -> list[
     blocks = transformer_blocks(transformer)
     if site in ("stack", "residual"):
         ends = (blocks[0], blocks[-1])
-        return [(b, BlockHook(cache, b, b is ends[0], b is ends[1], site == "residual")) for b in blocks]
+        pairs = [(b, BlockHook(cache, b, b is ends[0], b is ends[1], site == "residual")) for b in blocks]
+        if site == "stack" and not online:
+            names = EMBEDDERS.get(type(transformer).__name__, ())
+            pairs += [(getattr(transformer, name), EmbedderHook(cache)) for name in names]
+        return pairs
     pairs = [(blocks[0], ProbeHook(cache))] if online else []
     for index, block in enumerate(blocks):
         kind = type(unwrap_module(block)).__name__

@@ -41,11 +41,12 @@ class Samples:
 
 
 def _pairs(sample: Samples, reference: Samples) -> Iterable[tuple[Tensor, Tensor]]:
-    """Pairs of float images (1, 3, H, W) in 0..255. One at a time: SSIM keeps five filtered copies of its input."""
+    """Pairs of float64 images (1, 3, H, W) in 0..255: in float32 SSIM's variances of flat regions are rounding noise.
+    One at a time, because SSIM keeps five filtered copies of its input."""
     if sample.images.shape != reference.images.shape:
         raise ValueError(f"image shapes differ: {tuple(sample.images.shape)} and {tuple(reference.images.shape)}")
     for pair in zip(sample.images, reference.images, strict=True):
-        yield tuple(image.permute(2, 0, 1)[None].float() for image in pair)
+        yield tuple(image.permute(2, 0, 1)[None].double() for image in pair)
 
 
 def psnr(sample: Samples, reference: Samples) -> Tensor:

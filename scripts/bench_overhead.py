@@ -27,7 +27,7 @@ class Rollout:
     def __init__(self, model, tokens, text_tokens, steps):
         side = int(tokens**0.5)
         like = next(model.parameters())
-        ids = torch.cartesian_prod(torch.zeros(1), torch.arange(side), torch.arange(tokens // side))
+        ids = torch.cartesian_prod(torch.zeros(1), torch.arange(side * 1.0), torch.arange(tokens // side * 1.0))
         random = torch.Generator("cpu").manual_seed(0)
         self.model, self.steps, self.cuda = model, steps, like.is_cuda
         self.start = torch.randn(1, tokens, model.config.in_channels, generator=random).to(like)

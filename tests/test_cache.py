@@ -127,20 +127,30 @@ def test_history_is_allocated_once(rollout):
         assert [buffer.data_ptr() for buffer in history.buffers] == addresses and len(addresses) == 3
 
 
-def test_guidance_branches_have_their_own_histories(pipe):
+def test_guidance_branches_have_their_own_histories(rollout, pipe):
     method = dpcache.Method(Schedule(STEPS, 10), "stack", Taylor(2))
-    guided = {"negative_prompt": ["", ""], "true_cfg_scale": 3.0, **CALL}
+    prompts = {"cond": rollout.fixed, "uncond": rollout.fixed | {"pooled_projections": torch.ones(2, 16)}}
+
+    @torch.no_grad()
+    def denoise(names):
+        samples = {name: rollout.start for name in names}
+        for step in range(10):
+            for name in names:
+                with rollout.model.cache_context(name):
+                    time = torch.full((2,), 1 - step / 10)
+                    velocity = rollout.model(samples[name], timestep=time, return_dict=False, **prompts[name])[0]
+                samples[name] = samples[name] - velocity / 10
+        return samples
+
+    with dpcache.cached(rollout.model, method):
+        alone = denoise(["cond"]) | denoise(["uncond"])
+        together = denoise(["cond", "uncond"])
+    assert not torch.equal(alone["cond"], alone["uncond"])
+    assert all(torch.equal(together[name], alone[name]) for name in alone)
+
     with dpcache.cached(pipe, method):
-        both = generate(pipe, ["red heart", "dog"], [0, 1], 10, decode=False, **guided)
-        report = dpcache.report(pipe)
-    assert report.computed == {"cond": STEPS, "uncond": STEPS}
-    # The same branches one at a time, kept apart by hand: guidance is linear in them, so a mix-up would show.
-    plain = generate(pipe, ["red heart", "dog"], [0, 1], 10, decode=False, **guided)
-    error = (both.latents - plain.latents).norm() / plain.latents.norm()
-    swapped = dpcache.Method(Schedule([0], 10), "stack", Reuse())
-    with dpcache.cached(pipe, swapped):
-        poor = generate(pipe, ["red heart", "dog"], [0, 1], 10, decode=False, **guided)
-    assert error < 0.5 * (poor.latents - plain.latents).norm() / plain.latents.norm()
+        generate(pipe, ["dog"], [0], 10, decode=False, negative_prompt=[""], true_cfg_scale=3.0, **CALL)
+        assert dpcache.report(pipe).computed == {"cond": STEPS, "uncond": STEPS}
 
 
 def test_a_generation_that_broke_off_leaves_no_trace(pipe):

@@ -9,7 +9,7 @@ import torch
 from dpcache.gram import path_costs
 from dpcache.method import Method
 from dpcache.planner import plan
-from dpcache.predictors import LeastSquares, Predictor, Reuse, Taylor
+from dpcache.predictors import LeastSquares, Predictor, Reuse, Taylor, ridge_regression
 from dpcache.sampler import sample
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
 
@@ -47,9 +47,8 @@ class LeastSquaresPlan(Method):
         check_budget(budget, num_inference_steps, min(warmups))
         super().__init__(Schedule(None, num_inference_steps), site, Reuse())
         self.budget = budget
-        self.candidates = [
-            (name, warmup, alpha) for name in predictors for alpha in alphas for warmup in warmups if warmup <= budget
-        ]
+        self.costs = [(name, alpha) for name in predictors for alpha in alphas]
+        self.warmups = [warmup for warmup in warmups if warmup <= budget]
 
     needs_calibration = True
 
@@ -60,35 +59,35 @@ class LeastSquaresPlan(Method):
     def prepare(self, pipe, calibration=None):
         gram = calibration.gram if self.site == "stack" else calibration.output_gram
         trials, best = [], None
-        for name, warmup, alpha in self.candidates:
+        for name, alpha in self.costs:
             predictor = Taylor(2) if name == "taylor2" else LeastSquares(gram, int(name[-1]))
             cost = path_costs(gram, predictor, predictor.history, calibration.gain ** (2 * alpha))
-            steps = plan(cost, self.budget, warmup)
-            self._settle(steps, predictor)
-            error = float(self._error(pipe, calibration).mean())
-            trials.append({"predictor": name, "warmup": warmup, "alpha": alpha, "steps": steps, "error": error})
-            if best is None or error < best[0]:
-                best = error, steps, predictor
-        error, steps, predictor = best
+            for warmup in self.warmups:
+                steps = plan(cost, self.budget, warmup)
+                self._settle(steps, predictor)
+                errors = self._errors(pipe, calibration)
+                trial = {"predictor": name, "warmup": warmup, "alpha": alpha, "steps": steps}
+                trials.append(trial | {"error": float(errors.mean())})
+                if best is None or errors.mean() < best[0].mean():
+                    best = errors, steps, predictor
+        errors, steps, predictor = best
         self._settle(steps, predictor)
         self.settled = {"trials": trials, "predictor": repr(predictor)}
-        if isinstance(predictor, LeastSquares) and len(calibration.latents) > 1:
-            self._refit(pipe, calibration)
+        if isinstance(predictor, LeastSquares) and len(errors) > 1:
+            self._refit(pipe, calibration, errors)
 
-    def _error(self, pipe, calibration) -> np.ndarray:
+    def _errors(self, pipe, calibration) -> np.ndarray:
         """Relative distance of each calibration prompt's final latents to the full-step ones, (n,)."""
         reference = calibration.latents.reshape(len(calibration.latents), -1)
         moved = calibration.rerun(pipe, self).reshape(reference.shape) - reference
         return np.linalg.norm(moved, axis=1) / np.linalg.norm(reference, axis=1)
 
-    def _refit(self, pipe, calibration):
+    def _refit(self, pipe, calibration, errors):
         steps, first = self.schedule.steps, self.predictor
-        count = len(calibration.latents)
-        split = max(1, int(0.7 * count))
-        before = self._error(pipe, calibration)[split:].mean()
+        split = max(1, int(0.7 * len(errors)))
         fitted, everything = fit_closed_loop(pipe, calibration, self, split)
         self._settle(steps, fitted)
-        after = self._error(pipe, calibration)[split:].mean()
+        before, after = errors[split:].mean(), self._errors(pipe, calibration)[split:].mean()
         self._settle(steps, everything if after < before else first)
         self.settled["refit"] = {"held_out_before": float(before), "held_out_after": float(after)}
 
@@ -130,9 +129,7 @@ def fit_closed_loop(pipe, calibration, method, split: int, ridge: float = 1e-6) 
         table = {}
         for step in sorted(set(range(T)) - set(keys)):
             S = [a for a, key in enumerate(keys) if key < step][-history:]
-            among = G[np.ix_(S, S)]
-            noise = ridge * np.trace(among) / len(S) * np.eye(len(S))
-            table[step] = tuple((np.linalg.pinv(among + noise, hermitian=True) @ B[S, step]).tolist())
+            table[step] = tuple(ridge_regression(G[np.ix_(S, S)], B[S, step], ridge).tolist())
         return FittedWeights(history, table)
 
     return tuple(solve(G, B) for G, B in zip(own, cross))

@@ -173,7 +173,13 @@ class LeastSquares(Predictor):
         """Weights for all T steps at once, (..., n, T), from the n keys in each row of `keys`, (..., n)."""
         target = self.gram[keys]
         among = np.take_along_axis(target, keys[..., None, :], axis=-1)
-        noise = self.ridge * np.trace(among, axis1=-2, axis2=-1) / keys.shape[-1]
-        # Symmetric, so by eigenvalues: as fast as solving, and finite where keys coincide.
-        inverse = np.linalg.pinv(among + noise[..., None, None] * np.eye(keys.shape[-1]), rcond=1e-14, hermitian=True)
-        return inverse @ target
+        return ridge_regression(among, target, self.ridge)
+
+
+def ridge_regression(among: np.ndarray, target: np.ndarray, ridge: float) -> np.ndarray:
+    """(G_SS + ridge)^-1 G_Ss for G_SS = `among`, (..., n, n), the ridge in units of its mean diagonal."""
+    n = among.shape[-1]
+    noise = ridge * np.trace(among, axis1=-2, axis2=-1) / n
+    # Symmetric, so by eigenvalues: as fast as solving, and finite where keys coincide.
+    inverse = np.linalg.pinv(among + noise[..., None, None] * np.eye(n), rcond=1e-14, hermitian=True)
+    return inverse @ target

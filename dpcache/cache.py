@@ -12,7 +12,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
 
-from dpcache.sites import hooks
+from dpcache.sites import hooks, model_input
 
 _HOOK = "dpcache"
 
@@ -54,15 +54,20 @@ class History:
             buffer = self.buffers[self.newest] = torch.empty(feature.shape, dtype=feature.dtype, device=feature.device)
         buffer.copy_(feature)
 
-    def combine(self, weights: tuple[float, ...]) -> torch.Tensor:
-        """The weighted sum of the newest features (newest last), accumulated in float32, in the features' dtype."""
+    def combine(self, weights: tuple[float, ...], current: torch.Tensor | None = None) -> torch.Tensor:
+        """The weighted sum of the newest features (newest last) and, if given, of `current` (its weight comes last),
+        accumulated in float32, in the features' dtype."""
         newest = self.buffers[self.newest]
         if weights == (1.0,):
             return newest
+        if current is not None:
+            weights, own = weights[:-1], weights[-1]
         low = newest.dtype in (torch.float16, torch.bfloat16)
         total = newest.float().mul_(weights[-1]) if low else newest * weights[-1]
         for age, weight in enumerate(reversed(weights[:-1]), 1):
             total.add_(self.buffers[self.newest - age], alpha=weight)
+        if current is not None:
+            total.add_(current, alpha=own)
         if newest.dtype == torch.float16:
             total.clamp_(-65504, 65504)
         return total.to(newest.dtype)
@@ -142,8 +147,11 @@ class RootHook(ModelHook):
         cache, start = self.cache, self.cache.stopwatch.now()
         context = cache.open()
         whole = cache.method.site == "output"
+        if whole and cache.method.observe is not None:
+            cache.method.observe(context.name, context.step, "input", model_input(args, kwargs))
         if whole and context.skip:
-            kind, predicted = context.output_type, cache.predict("output")
+            seen = model_input(args, kwargs) if cache.method.predictor.sees_input else None
+            kind, predicted = context.output_type, cache.predict("output", seen)
             output = (predicted,) if kind is tuple else kind(sample=predicted)
         else:
             output = self.fn_ref.original_forward(*args, **kwargs)
@@ -256,11 +264,12 @@ class StepCache:
         for history, tensor in zip(histories, features):
             history.push(tensor)
         if self.method.observe is not None:
-            self.method.observe(self.current.name, self.current.step, feature)
+            self.method.observe(self.current.name, self.current.step, name, feature)
 
-    def predict(self, name: str):
-        """The feature kept under `name`, predicted for the current step."""
-        predicted = tuple(history.combine(self.current.weights) for history in self.current.histories[name])
+    def predict(self, name: str, seen: torch.Tensor | None = None):
+        """The feature kept under `name`, predicted for the current step, from the model's input too if it is given."""
+        weights = self.current.weights
+        predicted = tuple(history.combine(weights, seen) for history in self.current.histories[name])
         return predicted if len(predicted) > 1 else predicted[0]
 
     def close(self, start) -> None:

@@ -19,10 +19,10 @@ from dpcache.method import Method, _transformer, cached
 from dpcache.pact import l1_cost
 from dpcache.predictors import Predictor, Reuse, Taylor
 from dpcache.sampler import generate, sample
-from dpcache.schedules import OnlineSchedule, Schedule
+from dpcache.schedules import EvenlySpaced, OnlineSchedule, Schedule
 from dpcache.sites import modulated_input
 
-_FORMAT = "dpcache calibration 1"
+_FORMAT = "dpcache calibration 2"
 
 
 def fingerprint(transformer: torch.nn.Module) -> str:
@@ -55,17 +55,18 @@ class Calibration:
     """What calibration learned from n full-step trajectories of T steps.
 
     Attributes:
-        cost: path-aware cost tensor (T, T+1, T+1), float64, mean over the samples (arXiv 2602.22654, Eq. 6), of the
-            last block's image stream, which alone reaches the output (the authors' code adds the text stream).
+        cost: path-aware cost tensor (T, T+1, T+1), float64, mean over the samples (arXiv 2602.22654, Eq. 6). Of
+            the last block it takes the image stream, which alone reaches the output (the authors' code adds the text).
         input_change: (n, T) relative L1 change of the first block's modulated input against the step before (0 at
             step 0); n counts batches. Empty (0, T) where the model's modulated input is not known.
-        output_change: (n, T) the same for the last block's output.
-        gram, output_gram: Gram matrices (T, T) of the last block's output and of the model's prediction, mean over
-            samples, guidance branches and elements (`dpcache.gram`).
+        output_change: (n, T) the same for the feature.
+        gram: Gram matrix of the features, mean over samples, guidance branches and elements (`dpcache.gram`): (T, T)
+            at site=stack; (2T, 2T) at site=output, features and then the model's inputs, or (T, T) where the two
+            differ in shape.
         gain: (T,) how far the final latents move per unit of feature error at each step (`measure_gain`); empty (0,)
             where it was not asked for.
         latents: the final latents of the trajectories, float32 (n, ...).
-        made_for: what `describe` said of the pipeline, and the predictor whose errors `cost` holds.
+        made_for: what `describe` said of the pipeline, and the `purpose`.
         made_from: prompts, seeds, batch_size and call (the pipeline's arguments), so that `rerun` can repeat them.
     """
 
@@ -73,7 +74,6 @@ class Calibration:
     input_change: np.ndarray
     output_change: np.ndarray
     gram: np.ndarray
-    output_gram: np.ndarray
     gain: np.ndarray
     latents: np.ndarray
     made_for: dict[str, str]
@@ -135,17 +135,50 @@ class Calibration:
         return self
 
 
-_ARRAYS = ("cost", "input_change", "output_change", "gram", "output_gram", "gain", "latents")
+_ARRAYS = ("cost", "input_change", "output_change", "gram", "gain", "latents")
 
 
-class _Recorder(OnlineSchedule):
-    """Computes every step of one generation and records what passes: the features of every guidance branch, and the
-    changes of the first one's modulated input."""
+class _Recorder:
+    """An observer: `kept[branch][name]` holds, in order, the features at the computed steps (K, B, ...) and the
+    model's inputs at all steps (T, B, ...)."""
+
+    def __init__(self, schedule: Schedule):
+        every = list(range(schedule.num_inference_steps))
+        self.every, self.computed = every, schedule.steps or every
+        self.kept: dict[str, dict[str, torch.Tensor]] = {}
+
+    def __call__(self, branch, step, name, tensor):
+        steps, kept = self.every if name == "input" else self.computed, self.kept.setdefault(branch, {})
+        if name not in kept:
+            kept[name] = _room(tensor, len(steps))
+        kept[name][steps.index(step)] = tensor
+
+
+def _room(like: torch.Tensor, steps: int) -> torch.Tensor:
+    """An empty tensor for `steps` of `like`, on its device if that leaves half of the free memory, else on the CPU."""
+    fits = like.device.type != "cuda" or steps * like.nbytes < torch.cuda.mem_get_info(like.device)[0] / 2
+    return torch.empty((steps, *like.shape), dtype=like.dtype, device=like.device if fits else "cpu")
+
+
+def record(pipe, method, prompts, seeds, **call) -> tuple[torch.Tensor, dict[str, dict[str, torch.Tensor]]]:
+    """Sample with `method` and keep everything that passes at its site.
+
+    Returns:
+        The final latents, and for every guidance branch the features of the computed steps (K, B, ...) under the
+        site's name, with site=output also the model's inputs at all steps (T, B, ...) under "input".
+    """
+    method.observe = recorder = _Recorder(method.schedule)
+    try:
+        return sample(pipe, method, prompts, seeds, decode=False, **call).latents, recorder.kept
+    finally:
+        method.observe = None
+
+
+class _InputChanges(OnlineSchedule):
+    """Computes every step of one generation and records the changes of the first branch's modulated input."""
 
     def __init__(self, num_inference_steps: int):
         super().__init__(num_inference_steps)
-        self.features: dict[str, torch.Tensor] = {}
-        self.outputs: dict[str, torch.Tensor] = {}
         self.states: list[dict] = []
 
     def start(self):
@@ -161,23 +194,23 @@ class _Recorder(OnlineSchedule):
         state["input_change"].append(0.0 if previous is None else relative_change(current, previous))
         return True
 
-    def keep(self, branch: str, step: int, feature: torch.Tensor) -> None:
-        self._put(self.features, branch, step, feature)
-        self.branch, self.step = branch, step
-
-    def keep_output(self, module, args, output) -> None:
-        """A forward hook of the transformer: runs right after `keep`."""
-        self._put(self.outputs, self.branch, self.step, output[0])
-
-    def _put(self, kept, branch, step, tensor):
-        if branch not in kept:
-            kept[branch] = tensor.new_empty((self.num_inference_steps, *tensor.shape))
-        kept[branch][step] = tensor
-
 
 def relative_change(current: torch.Tensor, previous: torch.Tensor) -> float:
     """mean|current - previous| / mean|previous| (TeaCache, arXiv 2411.19108, Eq. 4)."""
     return ((current - previous).abs().mean() / previous.abs().mean()).item()
+
+
+def purpose(
+    predictor: Predictor | None = None,
+    site: str = "stack",
+    path_aware: bool = True,
+    cumulative: bool = True,
+    measure_gains: bool = False,
+) -> dict[str, str]:
+    """What a calibration made with these arguments of `calibrate` is good for, field by field."""
+    dimensions, sums = "3D" if path_aware else "2D", "cumulative" if cumulative else "not cumulative"
+    gains = "measured" if measure_gains else "not measured"
+    return {"site": site, "cost": f"{predictor or Taylor(2)!r}, {dimensions}, {sums}", "gains": gains}
 
 
 def calibrate(
@@ -185,9 +218,12 @@ def calibrate(
     prompts: Sequence[str],
     num_inference_steps: int = 50,
     predictor: Predictor | None = None,
+    site: str = "stack",
+    path_aware: bool = True,
+    cumulative: bool = True,
+    measure_gains: bool = False,
     seeds: Sequence[int] | None = None,
     batch_size: int = 1,
-    measure_gains: bool = False,
     **call,
 ) -> Calibration:
     """Run `prompts` with every step computed and gather what the methods plan with.
@@ -197,42 +233,45 @@ def calibrate(
 
     Args:
         predictor: whose errors `cost` holds; default `Taylor(2)`, the paper's.
-        seeds: one per prompt; default 0, 1, ...
+        site: whose features: `stack`, or `output`, which takes any denoiser that diffusers has, U-Nets too.
+        path_aware, cumulative: of `cost`, see `dpcache.pact.l1_cost`; the paper's ablation.
         measure_gains: also measure how much an error at each step matters: a dozen more runs of two prompts.
+        seeds: one per prompt; default 0, 1, ...
         call: further arguments of the pipeline (height, width, guidance_scale, ...).
     """
     if not prompts:
         raise ValueError("calibration needs at least one prompt")
-    predictor = predictor or Taylor(2)
+    if site not in ("stack", "output"):
+        raise ValueError(f"site={site}: calibration takes stack or output")
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-    transformer = _transformer(pipe)
-    cost, grams, output_grams, shares, input_change, output_change, latents = 0.0, [], [], [], [], [], []
+    stack, full = site == "stack", EvenlySpaced(num_inference_steps, num_inference_steps)
+    device, cost, pooled = pipe._execution_device, 0.0, 0.0
+    input_change, output_change, latents = [], [], []
     for start in tqdm(range(0, len(prompts), batch_size), desc="calibrating", unit="batch", leave=False):
         chunk = slice(start, start + batch_size)
         share = len(prompts[chunk]) / len(prompts)
-        recorder = _Recorder(num_inference_steps)
-        method = Method(recorder, "stack", Reuse(), observe=recorder.keep)
-        handle = transformer.register_forward_hook(recorder.keep_output)
-        try:
-            latents.append(sample(pipe, method, prompts[chunk], seeds[chunk], decode=False, **call).latents)
-        finally:
-            handle.remove()
-        features = next(iter(recorder.features.values()))
-        cost = cost + share * l1_cost(features, predictor)
+        schedule = _InputChanges(num_inference_steps) if stack else full
+        final, kept = record(pipe, Method(schedule, site, Reuse()), prompts[chunk], seeds[chunk], **call)
+        latents.append(final)
+        features = next(iter(kept.values()))[site]
+        cost = cost + share * l1_cost(
+            features, predictor or Taylor(2), path_aware=path_aware, cumulative=cumulative, device=device
+        )
         output_change.append([0.0, *(relative_change(b.float(), a.float()) for a, b in pairwise(features))])
-        input_change += [recorder.states[0]["input_change"]] if recorder.states[0]["input_change"] else []
-        shares += [share / len(recorder.features)] * len(recorder.features)
-        grams += [gram(branch) for branch in recorder.features.values()]
-        output_grams += [gram(branch) for branch in recorder.outputs.values()]
+        if stack and schedule.states[0]["input_change"]:
+            input_change.append(schedule.states[0]["input_change"])
+        for branch in kept.values():
+            rows, inputs = branch[site], branch.get("input")
+            joined = [rows, inputs] if inputs is not None and inputs.shape == rows.shape else rows
+            pooled = pooled + share / len(kept) * gram(joined, device=device)
     calibration = Calibration(
         cost,
         np.reshape(np.array(input_change, dtype=float), (-1, num_inference_steps)),
         np.array(output_change),
-        np.tensordot(shares, grams, 1),
-        np.tensordot(shares, output_grams, 1),
+        pooled,
         np.zeros(0),
         torch.cat(latents).numpy(),
-        describe(pipe, num_inference_steps, **call) | {"predictor": repr(predictor)},
+        describe(pipe, num_inference_steps, **call) | purpose(predictor, site, path_aware, cumulative, measure_gains),
         {"prompts": list(prompts), "seeds": seeds, "batch_size": batch_size, "call": call},
     )
     if measure_gains:
@@ -248,11 +287,11 @@ def measure_gain(pipe, calibration: Calibration, points: int = 12, prompts: int 
     on a logarithmic scale between them. It holds the scheduler's step size, the output layers' sensitivity and the
     sampler's own in one figure.
     """
-    G, T = calibration.gram, len(calibration.gram)
+    G, T, site = calibration.gram, len(calibration.cost), calibration.made_for["site"]
     steps = np.unique(np.linspace(1, T - 1, min(points, T - 1)).round().astype(int))
     moved = []
     for step in tqdm(steps, desc="measuring gains", unit="run", leave=False):
-        method = Method(Schedule([s for s in range(T) if s != step], T), "stack", Reuse())
+        method = Method(Schedule([s for s in range(T) if s != step], T), site, Reuse())
         latents = calibration.rerun(pipe, method, prompts)
         moved.append(np.linalg.norm(latents - calibration.latents[:prompts]))
     error = np.sqrt(np.maximum(G[steps, steps] - 2 * G[steps, steps - 1] + G[steps - 1, steps - 1], 1e-12))

@@ -16,15 +16,17 @@ _SHIFT_INVARIANT = (Reuse, Taylor, Lagrange, AdamsBashforth)  # weights that dep
 
 
 @torch.no_grad()
-def gram(features, chunk=1 << 14) -> np.ndarray:
-    """Gram matrix of one trajectory: entry [a, b] is the mean over elements of features[a] * features[b].
+def gram(features, chunk=1 << 14, device=None) -> np.ndarray:
+    """Gram matrix of one trajectory's features: entry [a, b] is the mean over elements of features[a] * features[b].
 
     The mean, not the sum, so that errors are per element and resolutions compare. Products and sums are float64, as
     errors are small differences of large entries (float32 on Apple's MPS, which has no float64).
 
     Args:
-        features: (T, ...) float tensor, in sampling order, any precision and device.
+        features: (T, ...) float tensor, in sampling order, any precision and device; or several (T1, ...), (T2, ...)
+            of the same trailing shape, whose rows then follow each other in the result.
         chunk: elements taken at a time; the memory needed beyond the features is T x chunk float64.
+        device: where to multiply; None: where the features are.
 
     Returns:
         float64 array, (T, T), symmetric.
@@ -32,17 +34,22 @@ def gram(features, chunk=1 << 14) -> np.ndarray:
     Raises:
         ValueError: for features that are not finite floats, or that are empty.
     """
-    if not features.numel() or not features.is_floating_point():
-        raise ValueError(f"features of shape {tuple(features.shape)}, {features.dtype}: must be floats (T, ...)")
-    flat = features.reshape(len(features), -1)
-    dtype = torch.float32 if flat.device.type == "mps" else torch.float64
-    total = torch.zeros(len(flat), len(flat), dtype=torch.float64)
-    for x in flat.split(chunk, dim=1):
-        x = x.to(dtype)
+    parts = [features] if isinstance(features, torch.Tensor) else list(features)
+    for part in parts:
+        if not part.numel() or not part.is_floating_point() or part.shape[1:] != parts[0].shape[1:]:
+            raise ValueError(
+                f"features of shape {tuple(part.shape)}, {part.dtype}: must be floats (T, ...) of one shape"
+            )
+    flat = [part.reshape(len(part), -1) for part in parts]
+    device = torch.device(device or flat[0].device)
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    total = torch.zeros([sum(map(len, flat))] * 2, dtype=torch.float64)
+    for columns in zip(*(part.split(chunk, dim=1) for part in flat), strict=True):
+        x = torch.cat([part.to(device, dtype) for part in columns])
         total += (x @ x.T).cpu()
     if not total.isfinite().all():
         raise ValueError("features: must be finite")
-    return ((total + total.T) / (2 * flat.shape[1])).numpy()
+    return ((total + total.T) / (2 * flat[0].shape[1])).numpy()
 
 
 def path_costs(gram, predictor, keys=3, step_weights=None) -> np.ndarray:
@@ -55,7 +62,7 @@ def path_costs(gram, predictor, keys=3, step_weights=None) -> np.ndarray:
     is predicted from 0 and j, [0, 0, 0, k] from 0. Moves with k <= j or keys that do not increase are infinite.
 
     Args:
-        gram: (T, T), from `gram`, or a mean of such.
+        gram: (T, T), from `gram`, or a mean of such; (2T, 2T), features and inputs, if the predictor sees the input.
         predictor: see `dpcache.predictors`.
         keys: number of key axes, at least 1; the planner takes 2 and more. The result holds about T^(keys + 1)
             float64: 50 MB for 3 keys and T = 50, 2.5 GB for 4.
@@ -68,9 +75,9 @@ def path_costs(gram, predictor, keys=3, step_weights=None) -> np.ndarray:
         ValueError: for a setting of the wrong shape or out of range.
     """
     gram = np.asarray(gram, np.float64)
-    steps = len(gram) if gram.ndim else 0
+    steps = (len(gram) if gram.ndim else 0) // (2 if predictor.sees_input else 1)
     step_weights = np.ones(steps) if step_weights is None else np.asarray(step_weights, np.float64)
-    if gram.shape != (steps, steps) or not steps or not np.isfinite(gram).all():
+    if gram.ndim != 2 or len(gram) != gram.shape[1] or not steps or not np.isfinite(gram).all():
         raise ValueError(f"gram of shape {gram.shape}: must be (T, T) and finite")
     if step_weights.shape != (steps,) or not (np.isfinite(step_weights) & (step_weights >= 0)).all():
         raise ValueError(f"step_weights of shape {step_weights.shape}: must be {steps} finite numbers, none negative")
@@ -92,17 +99,24 @@ def path_costs(gram, predictor, keys=3, step_weights=None) -> np.ndarray:
 
 def _errors(gram, keys, weights):
     """Squared error at every step for each row of keys, (n, T); what rounding leaves below zero is zero."""
-    target = gram[keys]
+    steps = weights.shape[2]
+    target, diagonal = gram[keys], gram.diagonal()
     among = np.take_along_axis(target, keys[:, None], axis=2)
-    errors = (weights * (among @ weights - 2 * target)).sum(1) + gram.diagonal()
-    return errors.clip(0)  # exact errors are squares, but three terms of the size of G cancel to within 1e-16 of it
+    own, weights = weights[:, keys.shape[1] :], weights[:, : keys.shape[1]]
+    errors = (weights * (among @ weights - 2 * target[..., :steps])).sum(1) + diagonal[:steps]
+    if own.size:  # of the model's input
+        own, crossed = own[:, 0], (weights * target[..., steps:]).sum(1)
+        errors += own * (own * diagonal[steps:] + 2 * crossed - 2 * gram.diagonal(steps))
+    return errors.clip(0)  # exact errors are squares, but terms of the size of G cancel to within 1e-16 of it
 
 
 def _weights(predictor, keys, steps):
-    """Weights of each row of keys for every step after its last, (n, keys, T), in the fewest calls; zero before it."""
+    """Weights of each row of keys for every step after its last, (n, keys, T), in the fewest calls; zero before it.
+
+    One more row at the end for the model's input, where it is seen."""
     if isinstance(predictor, LeastSquares):
-        if len(predictor.gram) != steps:
-            raise ValueError(f"{predictor} is for {len(predictor.gram)} steps, this Gram matrix has {steps}")
+        if predictor.steps != steps:
+            raise ValueError(f"{predictor} is for {predictor.steps} steps, this Gram matrix has {steps}")
         return predictor.solve(keys)
     shift = np.zeros(len(keys), int)
     if type(predictor) in _SHIFT_INVARIANT:

@@ -1,35 +1,46 @@
 """Beyond the paper: least-squares prediction, planned exactly over its whole history (`method=dpcache_lsq`)."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from dpcache.gram import path_costs
+from dpcache.calibration import record
+from dpcache.gram import gram, path_costs
 from dpcache.method import Method
 from dpcache.planner import plan
 from dpcache.predictors import LeastSquares, Predictor, Reuse, Taylor, ridge_regression
-from dpcache.sampler import sample
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
+
+PREDICTORS = r"lsq[1-4]x?|taylor[0-3]"
 
 
 class LeastSquaresPlan(Method):
     """Chooses schedule and predictor together, on the calibration's Gram matrix.
 
     The cost of a schedule is the exact squared error of its predictions on the full-step trajectories, weighted by
-    gain^(2 alpha) of the step, and the planner's state holds every key that a prediction looks at. Which predictor,
-    warm-up and alpha serve best is settled in closed loop: of the candidates, the one whose accelerated runs of the
-    calibration prompts end closest to the full-step latents.
+    gain^(2 alpha) of the step, and the planner's state holds every key that a prediction looks at (the last three of
+    a predictor of four). Which predictor, planner, warm-up and alpha serve best is settled in closed loop: of the
+    candidates, the one whose accelerated runs of the calibration prompts end closest to the full-step latents.
 
     The weights of least squares are then fitted once more, to the features that the accelerated runs really have at
     their keys (targets: the full-step features), and kept if prompts left out of that fit end closer.
 
+    Prediction is linear and its weights are shared by the guidance branches, so predicting before or after the
+    branches are combined is the same.
+
     Args:
-        predictors: candidates: "lsq2", "lsq3" (least squares over 2 or 3 keys) and "taylor2".
-        warmups, alphas: candidates.
         site: `stack` or `output`.
+        predictors: candidates: "lsq1" to "lsq4", least squares over so many keys; "lsq1x" to "lsq4x", over the current
+            latents as well (site=output; left out where they differ in shape from the model's prediction, as with a
+            learned variance); "taylor0" (reuse) to "taylor3".
+        planners: candidates: "gram", as above; "l1", the paper's cost tensor and recurrence; "even" spacing.
+        warmups, alphas: candidates. Only planner "gram" depends on alpha.
+        refit: whether the weights may be fitted in closed loop.
     """
+
+    needs_calibration = True
 
     def __init__(
         self,
@@ -37,44 +48,74 @@ class LeastSquaresPlan(Method):
         num_inference_steps: int,
         site: str = "stack",
         predictors: Sequence[str] = ("lsq3", "taylor2"),
+        planners: Sequence[str] = ("gram",),
         warmups: Sequence[int] = (1, 2, 3),
         alphas: Sequence[float] = (0.0, 0.5, 1.0),
+        refit: bool = True,
     ):
-        if unknown := set(predictors) - {"lsq2", "lsq3", "taylor2"}:
-            raise ValueError(f"predictors={sorted(unknown)}: choose from lsq2, lsq3, taylor2")
+        for name, values in dict(predictors=predictors, planners=planners, warmups=warmups, alphas=alphas).items():
+            if not values:
+                raise ValueError(f"{name}=[] must name at least one candidate")
+        if unknown := [name for name in predictors if not re.fullmatch(PREDICTORS, name)]:
+            raise ValueError(f"predictors={unknown}: choose from lsq1..lsq4, lsq1x..lsq4x, taylor0..taylor3")
+        if unknown := set(planners) - {"gram", "l1", "even"}:
+            raise ValueError(f"planners={sorted(unknown)}: choose from gram, l1, even")
         if site not in ("stack", "output"):
-            raise ValueError(f"site={site}: the calibration holds Gram matrices for stack and output")
+            raise ValueError(f"site={site}: the calibration takes stack or output")
+        if site == "stack" and any(name.endswith("x") for name in predictors):
+            raise ValueError(f"predictors={list(predictors)}: those that see the current latents take site=output")
         check_budget(budget, num_inference_steps, min(warmups))
         super().__init__(Schedule(None, num_inference_steps), site, Reuse())
-        self.budget = budget
-        self.costs = [(name, alpha) for name in predictors for alpha in alphas]
-        self.warmups = [warmup for warmup in warmups if warmup <= budget]
-
-    needs_calibration = True
+        self.budget, self.predictors, self.planners, self.refit = budget, list(predictors), list(planners), refit
+        self.warmups, self.alphas = [warmup for warmup in warmups if warmup <= budget], list(alphas)
 
     @property
     def calibration_options(self):
-        return {"measure_gains": True}
+        return {"site": self.site, "measure_gains": True}
 
     def prepare(self, pipe, calibration=None):
-        gram = calibration.gram if self.site == "stack" else calibration.output_gram
-        trials, best = [], None
-        for name, alpha in self.costs:
-            predictor = Taylor(2) if name == "taylor2" else LeastSquares(gram, int(name[-1]))
-            cost = path_costs(gram, predictor, predictor.history, calibration.gain ** (2 * alpha))
-            for warmup in self.warmups:
-                steps = plan(cost, self.budget, warmup)
+        trials, best, tried = [], None, {}
+        for name, predictor, planner, alpha, warmup, steps in self._candidates(calibration):
+            same = tuple(steps), name  # other candidates may have led to the same
+            if same not in tried:
                 self._settle(steps, predictor)
-                errors = self._errors(pipe, calibration)
-                trial = {"predictor": name, "warmup": warmup, "alpha": alpha, "steps": steps}
-                trials.append(trial | {"error": float(errors.mean())})
-                if best is None or errors.mean() < best[0].mean():
-                    best = errors, steps, predictor
+                tried[same] = self._errors(pipe, calibration)
+                if best is None or tried[same].mean() < best[0].mean():
+                    best = tried[same], steps, predictor
+            trial = {"predictor": name, "planner": planner, "warmup": warmup, "alpha": alpha, "steps": steps}
+            trials.append(trial | {"error": float(tried[same].mean())})
         errors, steps, predictor = best
         self._settle(steps, predictor)
         self.settled = {"trials": trials, "predictor": repr(predictor)}
-        if isinstance(predictor, LeastSquares) and len(errors) > 1:
+        if self.refit and isinstance(predictor, LeastSquares) and len(errors) > 1:
             self._refit(pipe, calibration, errors)
+
+    def _candidates(self, calibration):
+        T = self.num_inference_steps
+        features = calibration.gram[:T, :T]
+        seen = len(calibration.gram) == 2 * T
+        names = [name for name in self.predictors if seen or not name.endswith("x")]
+        if not names:
+            raise ValueError(f"predictors={self.predictors}: this model's input has another shape than its prediction")
+        for name in names:
+            if name.startswith("taylor"):
+                predictor, G = Taylor(int(name[6:])), features
+            else:
+                G = calibration.gram if name.endswith("x") else features
+                predictor = LeastSquares(G, int(name[3]), sees_input=name.endswith("x"))
+            for planner in self.planners:
+                for alpha in self.alphas if planner == "gram" else (None,):
+                    if planner == "gram":
+                        keys = min(max(predictor.history, 2), 3)
+                        cost = path_costs(G, predictor, keys, calibration.gain ** (2 * alpha))
+                    for warmup in self.warmups:
+                        if planner == "gram":
+                            steps = plan(cost, self.budget, warmup)
+                        elif planner == "l1":
+                            steps = plan(calibration.cost, self.budget, warmup, "paper")
+                        else:
+                            steps = EvenlySpaced(self.budget, T, warmup).steps
+                        yield name, predictor, planner, alpha, warmup, steps
 
     def _errors(self, pipe, calibration) -> np.ndarray:
         """Relative distance of each calibration prompt's final latents to the full-step ones, (n,)."""
@@ -98,49 +139,50 @@ class LeastSquaresPlan(Method):
 
 @dataclass(frozen=True, eq=False)
 class FittedWeights(Predictor):
-    """Weights that were fitted for one schedule: `table[step]` holds those of the last keys, newest last."""
+    """Weights that were fitted for one schedule: `table[step]` holds those of the last keys, newest last, and of the
+    model's input if it is seen."""
 
     history: int
     table: dict[int, tuple[float, ...]]
+    sees_input: bool = False
 
     def weights(self, keys, step):
         return self.table[step]
 
 
 def fit_closed_loop(pipe, calibration, method, split: int, ridge: float = 1e-6) -> tuple[FittedWeights, FittedWeights]:
-    """Least-squares weights from the features that `method`'s runs have at their keys to the full-step features.
+    """Least-squares weights from what `method`'s runs have at their keys (and see) to the full-step features.
 
     Returns those fitted on the first `split` prompts, and on all. The T + K features of one batch are held at a time.
     """
-    keys, T, history = method.schedule.steps, method.num_inference_steps, method.predictor.history
-    own, cross = np.zeros((2, len(keys), len(keys))), np.zeros((2, len(keys), T))
-    full, done = Method(EvenlySpaced(T, T), method.site, Reuse()), 0
-    for batch in calibration.batches():
-        truth, seen = (_record(pipe, which, batch, calibration) for which in (full, method))
-        for branch in truth:
-            Y, X = truth[branch].double(), seen[branch].double()
-            for index, limit in enumerate((max(split - done, 0), None)):
-                x, y = X[:, :limit].flatten(1), Y[:, :limit].flatten(1)
-                own[index] += (x @ x.T).cpu().numpy()
-                cross[index] += (x @ y.T).cpu().numpy()
-        done += len(batch[0])
+    keys, T, site = method.schedule.steps, method.num_inference_steps, method.site
+    history, sees_input = method.predictor.history, method.predictor.sees_input
+    full, call, done = Method(EvenlySpaced(T, T), site, Reuse()), calibration.made_from["call"], 0
+    grams = np.zeros((2, *[len(keys) + T * (1 + sees_input)] * 2))  # keys, inputs, targets
+    for prompts, seeds in calibration.batches():
+        runs = [record(pipe, which, prompts, seeds, **call)[1] for which in (method, full)]
+        for branch in runs[1]:
+            seen, truth = (kept[branch] for kept in runs)
+            rows = [seen[site], *([seen["input"]] if sees_input else []), truth[site]]
+            # Guided pipelines may stack their branches in the batch: one prompt after the other within each.
+            rows = [part.unflatten(1, (-1, len(prompts))) for part in rows]
+            limit = max(split - done, 0)
+            for samples, fits in ((slice(limit), (0, 1)), (slice(limit, None), (1,))):
+                some = [part[:, :, samples] for part in rows]
+                if some[0].numel():
+                    G = gram(some, device=pipe._execution_device) * some[0].shape[2]
+                    for fit in fits:
+                        grams[fit] += G
+        done += len(prompts)
 
-    def solve(G, B):
+    def solve(G):
         table = {}
         for step in sorted(set(range(T)) - set(keys)):
-            S = [a for a, key in enumerate(keys) if key < step][-history:]
-            table[step] = tuple(ridge_regression(G[np.ix_(S, S)], B[S, step], ridge).tolist())
-        return FittedWeights(history, table)
+            used = [a for a, key in enumerate(keys) if key < step][-history:]
+            if sees_input:
+                used.append(len(keys) + step)
+            among, target = G[np.ix_(used, used)], G[used, step - T]
+            table[step] = tuple(ridge_regression(among, target, ridge).tolist())
+        return FittedWeights(history, table, sees_input)
 
-    return tuple(solve(G, B) for G, B in zip(own, cross))
-
-
-def _record(pipe, method, batch, calibration) -> dict[str, torch.Tensor]:
-    """Features (computed steps, B, ...) of every guidance branch over one batch."""
-    kept: dict[str, list[torch.Tensor]] = {}
-    method.observe = lambda branch, step, feature: kept.setdefault(branch, []).append(feature.clone())
-    try:
-        sample(pipe, method, *batch, decode=False, **calibration.made_from["call"])
-    finally:
-        method.observe = None
-    return {branch: torch.stack(features) for branch, features in kept.items()}
+    return tuple(map(solve, grams))

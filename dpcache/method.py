@@ -3,7 +3,6 @@
 import functools
 import weakref
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from diffusers.utils.torch_utils import unwrap_module
@@ -24,12 +23,15 @@ class Method:
         schedule: which steps are computed.
         site: what is kept of them, one of `stack`, `residual`, `modules`, `output`.
         predictor: how a skipped step is filled in.
-        observe: called as `observe(branch, step, feature)` for every feature kept.
+        observe: called as `observe(branch, step, name, feature)` for every feature kept, and with site=output for the
+            model's input ("input") at every step.
     """
 
     def __init__(self, schedule: Schedule, site: str, predictor: Predictor, observe=None):
         if site not in SITES:
             raise ValueError(f"site={site} is not one of {', '.join(SITES)}")
+        if predictor.sees_input and site != "output":
+            raise ValueError(f"site={site}: a predictor that sees the model's input takes site=output")
         self.schedule, self.site, self.observe = schedule, site, observe
         self.set_predictor(predictor)
         self.settled: dict = {}  # what `prepare` decided, for the record
@@ -51,9 +53,7 @@ class Method:
     @property
     def calibration_options(self) -> dict:
         """Arguments of `calibrate` that this method's calibration has to be made with."""
-        if isinstance(self.schedule, Planned):
-            return {"predictor": replace(self.predictor, since=0)}
-        return {}
+        return self.schedule.calibration_options
 
     def prepare(self, pipe, calibration=None) -> None:
         """Settle the schedule. `calibration`: a `Calibration`, where `needs_calibration`."""
@@ -81,23 +81,30 @@ def dpcache(
     order: int = 2,
     solver: str = "paper",
     max_jump: int | None = None,
+    cost: str = "l1",
+    path_aware: bool = True,
+    cumulative: bool = True,
     steps: list[int] | None = None,
 ) -> Method:
     """DPCache (Denoising as Path Planning, arXiv 2602.22654): planned steps, the last block's output, Taylor.
 
     Args:
+        solver, cost, path_aware, cumulative: see `dpcache.schedules.Planned`.
         max_jump: largest distance between computed steps; the authors' code uses `int(0.3 * num_inference_steps)`.
         steps: a schedule to use as it is, without calibration (for one, a published schedule).
     """
+    predictor = Taylor(order, since=max(warmup - 2, 0))
     if steps is None:
-        schedule = Planned(budget, num_inference_steps, warmup, solver, max_jump)
+        schedule = Planned(
+            predictor, budget, num_inference_steps, warmup, solver, max_jump, cost, path_aware, cumulative
+        )
     elif len(steps) != budget:
         raise ValueError(f"steps has {len(steps)} entries: set budget={len(steps)}, not {budget}")
     elif list(steps[:warmup]) != list(range(warmup)):
         raise ValueError(f"steps={list(steps)} does not begin with the warmup={warmup} steps 0..{warmup - 1}")
     else:
         schedule = Schedule(steps, num_inference_steps)
-    return Method(schedule, "stack", Taylor(order, since=max(warmup - 2, 0)))
+    return Method(schedule, "stack", predictor)
 
 
 _attached: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()

@@ -8,7 +8,7 @@ _ROWS = 4096  # residuals formed at a time: enough to hide the call, few enough 
 
 
 @torch.no_grad()
-def l1_cost(features, predictor, max_lookback=None, chunk=256, cumulative=True, path_aware=True, warmup=1):
+def l1_cost(features, predictor, max_lookback=None, chunk=256, cumulative=True, path_aware=True, warmup=1, device=None):
     """L1 cost of every move between key steps, as the authors calibrate it.
 
     Entry [i, j, k] is the sum over steps j+1..k of mean|predicted - true|, in feature units, where the prediction uses
@@ -30,6 +30,7 @@ def l1_cost(features, predictor, max_lookback=None, chunk=256, cumulative=True, 
         path_aware: False ignores i and predicts from j and the steps just before it (the paper's 2D ablation).
         warmup: steps 0..warmup-1 are computed anyway, so moves between them cost nothing. With the Taylor order + 1,
             every entry that is finite in the authors' tensor equals theirs.
+        device: where to compute; None: where the features are.
 
     Returns:
         float64 array, (T, T+1, T+1).
@@ -53,7 +54,9 @@ def l1_cost(features, predictor, max_lookback=None, chunk=256, cumulative=True, 
 
     errors = np.zeros((histories.shape[1], steps + 1))
     ahead = np.arange(steps + 1) > histories[1][:, None]
-    errors[ahead] = _errors(features.reshape(steps, -1), predictor, histories.T.tolist(), chunk)
+    errors[ahead] = _errors(
+        features.reshape(steps, -1), predictor, histories.T.tolist(), chunk, torch.device(device or features.device)
+    )
     if cumulative:
         errors = errors.cumsum(1)
     errors[~ahead] = np.inf
@@ -65,24 +68,24 @@ def l1_cost(features, predictor, max_lookback=None, chunk=256, cumulative=True, 
     return cost
 
 
-def _errors(features, predictor, histories, chunk):
+def _errors(features, predictor, histories, chunk, device):
     """mean|predicted - true| over elements, for each history (i, j) and each step j+1..T in turn."""
     steps, size = features.shape
-    index, weight = (part.to(features.device) for part in _residuals(predictor, histories, steps))
-    bags = torch.arange(0, _ROWS * index.shape[1], index.shape[1], dtype=index.dtype, device=index.device)
+    index, weight = (part.to(device) for part in _residuals(predictor, histories, steps))
+    bags = torch.arange(0, _ROWS * index.shape[1], index.shape[1], dtype=index.dtype, device=device)
     last = list(range(max(0, steps - predictor.history), steps))
     end = torch.full((len(last),), 0.2 / len(last))
     used = predictor.weights(last, steps)
     end[-len(used) :] += 0.8 * torch.tensor(used)
-    end = end.to(features.device)
+    end = end.to(device)
 
-    totals = torch.zeros(len(index), dtype=torch.float64, device=features.device)
+    totals = torch.zeros(len(index), dtype=torch.float64, device=device)
     blocks = [
         (rows.flatten(), weights.flatten(), bags[: len(rows)], total)
         for rows, weights, total in zip(*(part.split(_ROWS) for part in (index, weight, totals)), strict=True)
     ]
     for start in range(0, size, chunk):
-        x = features[:, start : start + chunk].float()
+        x = features[:, start : start + chunk].to(device, torch.float32)
         x = torch.cat([x, end[None] @ x[last]])
         for rows, weights, offsets, total in blocks:
             total += embedding_bag(rows, x, offsets, mode="sum", per_sample_weights=weights).abs_().sum(1)

@@ -15,13 +15,18 @@ import numpy as np
 
 
 class Predictor(ABC):
-    """Base of all predictors. `history` is the number of latest keys that `weights` looks at."""
+    """Base of all predictors.
+
+    `history` is the number of latest keys that `weights` looks at. One that `sees_input` also uses the input that the
+    model would have had at the skipped step (the current latents x_t), which takes site=output.
+    """
 
     history: int
+    sees_input = False
 
     @abstractmethod
     def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...]:
-        """Weights of the last `len(result) <= history` keys, newest last."""
+        """Weights of the last `len(result) <= history` keys, newest last, then that of the input if it is seen."""
 
 
 def _check_order(order: int, lowest: int, highest: int) -> None:
@@ -137,22 +142,28 @@ class LeastSquares(Predictor):
     Its fields are all there is to store.
 
     Args:
-        gram: (T, T), the mean Gram matrix of the calibration's trajectories, see `dpcache.gram`.
+        gram: (T, T), the mean Gram matrix of the calibration's trajectories, see `dpcache.gram`. To see the input
+            (2T, 2T): the T features followed by the model's T inputs.
         history: 1 to 4 keys.
         ridge: in units of the mean diagonal of G_SS, so that the scale of the features does not matter. It stands for
             keys that are off by independent noise of that relative variance: 1e-6 is a part in a thousand, about the
             rounding of bfloat16, which weights of large opposite signs would otherwise amplify. At 0, keys that
             depend on each other share the weight (least norm).
+        sees_input: predict from the model's input at the skipped step as well. A model's prediction of noise,
+            velocity or data is such a sum of the input and either of the others, so all three forms are contained.
     """
 
     gram: np.ndarray
     history: int = 3
     ridge: float = 1e-6
+    sees_input: bool = False
 
     def __post_init__(self):
         gram = np.array(self.gram, np.float64)
         if gram.ndim != 2 or len(gram) != gram.shape[1] or not gram.size or not np.isfinite(gram).all():
             raise ValueError(f"gram of shape {gram.shape}: must be (T, T) and finite")
+        if self.sees_input and len(gram) % 2:
+            raise ValueError(f"gram of shape {gram.shape}: must be (2T, 2T), features and inputs, to see the input")
         if not 1 <= self.history <= 4:
             raise ValueError(f"history={self.history} is not one of 1..4")
         if not 0 <= self.ridge < math.inf:
@@ -162,18 +173,36 @@ class LeastSquares(Predictor):
 
     def __repr__(self):
         digest = hashlib.sha256(self.gram.tobytes()).hexdigest()[:8]
-        return f"LeastSquares(gram={digest}, history={self.history}, ridge={self.ridge:g})"
+        seen = ", sees_input=True" if self.sees_input else ""
+        return f"LeastSquares(gram={digest}, history={self.history}, ridge={self.ridge:g}{seen})"
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return len(self.gram) // (2 if self.sees_input else 1)
 
     def weights(self, keys, step):
-        if not keys[-1] < step < len(self.gram):
-            raise ValueError(f"step={step} must lie between key {keys[-1]} and the {len(self.gram)} steps of the gram")
+        if not keys[-1] < step < self.steps:
+            raise ValueError(f"step={step} must lie between key {keys[-1]} and the {self.steps} steps of the gram")
         return tuple(self.solve(np.array(keys[-self.history :]))[:, step].tolist())
 
     def solve(self, keys: np.ndarray) -> np.ndarray:
-        """Weights for all T steps at once, (..., n, T), from the n keys in each row of `keys`, (..., n)."""
-        target = self.gram[keys]
+        """Weights for all T steps at once, (..., n, T), from the n keys in each row of `keys`, (..., n).
+
+        With `sees_input` (..., n + 1, T): the input's weights come last.
+        """
+        target, T = self.gram[keys], self.steps
         among = np.take_along_axis(target, keys[..., None, :], axis=-1)
-        return ridge_regression(among, target, self.ridge)
+        weights = ridge_regression(among, target, self.ridge)
+        if not self.sees_input:
+            return weights
+        # Block elimination: what the keys do not predict of the input is regressed on what they leave of the step.
+        weights, of_input, with_input = weights[..., :T], weights[..., T:], target[..., T:]
+        size = self.gram.diagonal()[T:]
+        rest = (1 + self.ridge) * size - (with_input * of_input).sum(-2)
+        together = self.gram.diagonal(T) - (with_input * weights).sum(-2)
+        own = np.divide(together, rest, out=np.zeros_like(rest), where=rest > 1e-14 * size)[..., None, :]
+        return np.concatenate([weights - of_input * own, own], axis=-2)
 
 
 def ridge_regression(among: np.ndarray, target: np.ndarray, ridge: float) -> np.ndarray:

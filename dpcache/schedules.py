@@ -6,7 +6,9 @@ steps that are always computed first.
 
 from collections.abc import Sequence
 
+from dpcache.gram import path_costs
 from dpcache.planner import plan
+from dpcache.predictors import Taylor
 
 
 class Schedule:
@@ -21,6 +23,7 @@ class Schedule:
 
     def __init__(self, steps: Sequence[int] | None, num_inference_steps: int):
         self.num_inference_steps = num_inference_steps
+        self.calibration_options: dict = {}  # arguments of `calibrate` that the calibration has to be made with
         self.steps = None if steps is None else list(steps)
         if self.steps is not None:
             legal = self.steps and self.steps[0] == 0 and self.steps[-1] < num_inference_steps
@@ -80,22 +83,51 @@ class Interval(Schedule):
 
 
 class Planned(Schedule):
-    """K steps chosen by dynamic programming over the calibration's path-aware cost tensor (arXiv 2602.22654, 3.3).
+    """K steps chosen by dynamic programming over a path-aware cost of a Taylor predictor (arXiv 2602.22654, 3.3).
 
     Args:
+        predictor: `Taylor`, whose errors the cost holds.
         solver: "paper" or "exact", see `dpcache.planner`.
         max_jump: largest distance between computed steps; None: any.
+        cost: "l1", the paper's tensor over two keys, where the steps just before them stand in for earlier keys; or
+            "gram", the squared error over all the keys that the predictor looks at (takes solver="exact").
+        path_aware, cumulative: of the L1 tensor, see `dpcache.pact.l1_cost`.
     """
 
     needs_calibration = True
 
-    def __init__(self, budget, num_inference_steps, warmup=3, solver="exact", max_jump=None):
+    def __init__(
+        self,
+        predictor,
+        budget,
+        num_inference_steps,
+        warmup=3,
+        solver="exact",
+        max_jump=None,
+        cost="l1",
+        path_aware=True,
+        cumulative=True,
+    ):
         check_budget(budget, num_inference_steps, warmup)
+        if cost not in ("l1", "gram"):
+            raise ValueError(f"cost={cost} is not one of l1, gram")
+        if cost == "gram" and solver == "paper":
+            raise ValueError("cost=gram depends on more keys than solver=paper looks at: set solver=exact")
         super().__init__(None, num_inference_steps)
-        self.budget, self.warmup, self.solver, self.max_jump = budget, warmup, solver, max_jump
+        self.predictor, self.budget, self.warmup, self.solver = predictor, budget, warmup, solver
+        self.max_jump, self.cost = max_jump, cost
+        # The authors' tensor knows nothing of the warm-up.
+        self.calibration_options = {
+            "predictor": Taylor(predictor.order),
+            "path_aware": path_aware,
+            "cumulative": cumulative,
+        }
 
     def prepare(self, calibration):
-        self.steps = plan(calibration.cost, self.budget, self.warmup, self.solver, self.max_jump)
+        self.tensor = calibration.cost
+        if self.cost == "gram":
+            self.tensor = path_costs(calibration.gram, self.predictor, min(max(self.predictor.history, 2), 3))
+        self.steps = plan(self.tensor, self.budget, self.warmup, self.solver, self.max_jump)
 
 
 class OnlineSchedule(Schedule):

@@ -175,6 +175,11 @@ def hooks(site: str, transformer: torch.nn.Module, cache, online: bool) -> list[
     return pairs
 
 
+def model_input(args: tuple, kwargs: dict) -> torch.Tensor:
+    """The noisy latents in the arguments of a transformer's or U-Net's call."""
+    return args[0] if args else kwargs["hidden_states"] if "hidden_states" in kwargs else kwargs["sample"]
+
+
 def modulated_input(block: torch.nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
     """What TeaCache looks at (arXiv 2411.19108, 3.3): the first block's input after its adaptive norm, (B, N, D)."""
     kind = type(unwrap_module(block)).__name__

@@ -1,18 +1,24 @@
 """Calibration on the embedded model: what it measures, its file, and the methods that are settled by it."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.numpy import save_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import dpcache
 from baselines.full import full
 from baselines.teacache import teacache
-from dpcache.calibration import describe, fingerprint
-from dpcache.gram import gram
+from baselines.uniform_skip import uniform_skip
+from dpcache.calibration import describe, fingerprint, purpose, record
+from dpcache.gram import gram, path_costs
 from dpcache.lsq import FittedWeights, LeastSquaresPlan, fit_closed_loop
 from dpcache.method import dpcache as dpcache_method
 from dpcache.pact import l1_cost
+from dpcache.planner import path_cost
 from dpcache.predictors import LeastSquares, Taylor
 from dpcache.sampler import generate, sample
 from dpcache.schedules import Schedule
@@ -28,28 +34,35 @@ def calibration(pipe):
 
 
 @pytest.fixture(scope="module")
+def output_calibration(pipe):
+    return dpcache.calibrate(pipe, PROMPTS, T, site="output", measure_gains=True, batch_size=2, **CALL)
+
+
+@pytest.fixture(scope="module")
 def trajectory(pipe):
-    """Features and predictions of the same three samples, taken by plain PyTorch hooks in one batch."""
-    features, outputs = [], []
+    """Features, predictions and inputs of the same three samples, taken by plain PyTorch hooks in one batch."""
+    features, outputs, inputs = [], [], []
     block = transformer_blocks(pipe.transformer)[-1]
     handles = [
         block.register_forward_hook(lambda module, args, output: features.append(output[1])),
         pipe.transformer.register_forward_hook(lambda module, args, output: outputs.append(output[0])),
+        pipe.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs: inputs.append(kwargs["hidden_states"]), with_kwargs=True
+        ),
     ]
     latents = generate(pipe, PROMPTS, [0, 1, 2], T, decode=False, **CALL).latents
     for handle in handles:
         handle.remove()
-    return torch.stack(features), torch.stack(outputs), latents
+    return torch.stack(features), torch.stack(outputs), torch.stack(inputs), latents
 
 
 def test_it_measures_the_full_trajectories(calibration, trajectory):
-    features, outputs, latents = trajectory
+    features, _, _, latents = trajectory
     expected = l1_cost(features, Taylor(2))
     finite = np.isfinite(expected)
     assert (finite == np.isfinite(calibration.cost)).all()
     np.testing.assert_allclose(calibration.cost[finite], expected[finite], rtol=1e-3)
     np.testing.assert_allclose(calibration.gram, gram(features), rtol=1e-3)
-    np.testing.assert_allclose(calibration.output_gram, gram(outputs), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(calibration.latents, latents.numpy(), atol=1e-3)
     assert calibration.input_change.shape == calibration.output_change.shape == (2, T)
     assert (calibration.input_change[:, 1:] > 0).all() and (calibration.output_change[:, 1:] > 0).all()
@@ -57,12 +70,21 @@ def test_it_measures_the_full_trajectories(calibration, trajectory):
     assert calibration.gain.mean() == pytest.approx(1)
 
 
+def test_at_the_output_it_measures_predictions_and_inputs(output_calibration, trajectory):
+    _, outputs, inputs, _ = trajectory
+    assert output_calibration.gram.shape == (2 * T, 2 * T) and len(output_calibration.input_change) == 0
+    np.testing.assert_allclose(output_calibration.gram, gram([outputs, inputs]), rtol=1e-3, atol=1e-3)
+    expected = l1_cost(outputs, Taylor(2))
+    finite = np.isfinite(expected)
+    np.testing.assert_allclose(output_calibration.cost[finite], expected[finite], rtol=1e-3)
+
+
 def test_the_file_holds_everything(calibration, tmp_path, pipe):
     calibration.save(tmp_path / "new" / "c.safetensors")
     loaded = dpcache.Calibration.load(tmp_path / "new" / "c.safetensors")
     for name, value in vars(calibration).items():
         np.testing.assert_equal(getattr(loaded, name), value)
-    assert loaded.check(describe(pipe, T, **CALL) | {"predictor": "Taylor(order=2, since=0)"}) is loaded
+    assert loaded.check(describe(pipe, T, **CALL) | purpose(measure_gains=True)) is loaded
     assert not list((tmp_path / "new").glob(".*.part"))
 
 
@@ -74,10 +96,14 @@ def test_the_file_holds_everything(calibration, tmp_path, pipe):
         ("dtype", {"dtype": "bfloat16"}),
         ("guidance", {"guidance": "{'guidance_scale': 2.0}"}),
         ("model", {"model": "FluxTransformer2DModel 0"}),
+        ("site", purpose(site="output")),
+        ("cost", purpose(Taylor(1))),
+        ("cost", purpose(path_aware=False)),
+        ("gains", purpose()),
     ],
 )
 def test_check_names_the_field_that_differs(calibration, pipe, field, changed):
-    expected = describe(pipe, T, **CALL)
+    expected = describe(pipe, T, **CALL) | purpose(measure_gains=True)
     assert field in expected
     with pytest.raises(ValueError, match=f"{field}: made for"):
         calibration.check(expected | changed)
@@ -119,6 +145,14 @@ def error(pipe, method):
     )
 
 
+def test_dpcache_plans_exactly_over_three_keys(calibration, pipe):
+    method = dpcache_method(5, T, warmup=2, solver="exact", cost="gram")
+    method.prepare(pipe, calibration)
+    tensor = path_costs(calibration.gram, Taylor(2), 3)
+    costs = {steps: path_cost(tensor, steps, 2) for steps in ((0, 1, *rest) for rest in combinations(range(2, T), 3))}
+    assert tuple(method.schedule.steps) == min(costs, key=costs.get)
+
+
 def test_dpcache_plans_on_its_costs(calibration, pipe):
     method = dpcache_method(5, T)
     method.prepare(pipe, calibration)
@@ -135,12 +169,14 @@ def test_teacache_spends_its_budget_in_closed_loop(calibration, pipe, budget):
     assert method.settled["threshold"] == method.schedule.threshold
 
 
-@pytest.mark.parametrize("site", ["stack", "output"])
-def test_least_squares_takes_the_best_candidate(calibration, pipe, site):
-    method = LeastSquaresPlan(4, T, site, ["lsq2", "taylor2"], warmups=[1, 3], alphas=[0.0, 1.0])
+@pytest.mark.parametrize(("site", "predictor"), [("stack", "lsq2"), ("output", "lsq2x")])
+def test_least_squares_takes_the_best_candidate(calibration, output_calibration, pipe, site, predictor):
+    calibration = calibration if site == "stack" else output_calibration
+    planners = ["gram", "l1", "even"]
+    method = LeastSquaresPlan(4, T, site, [predictor, "taylor2"], planners, warmups=[1, 3], alphas=[0.0, 1.0])
     method.prepare(pipe, calibration)
     trials = method.settled["trials"]
-    assert len(trials) == 8 and all(len(trial["steps"]) == 4 for trial in trials)
+    assert len(trials) == 16 and all(len(trial["steps"]) == 4 for trial in trials)
     best = min(trials, key=lambda trial: trial["error"])
     assert method.schedule.steps == best["steps"]
     refit = method.settled.get("refit")
@@ -151,6 +187,28 @@ def test_least_squares_takes_the_best_candidate(calibration, pipe, site):
     ratios = np.linalg.norm(difference, axis=1) / np.linalg.norm(calibration.latents.reshape(3, -1), axis=1)
     assert ratios.mean() == pytest.approx(best["error"], rel=1e-5)
     assert method.report().computed["cond"] == best["steps"]
+
+
+def test_the_input_is_seen_in_closed_loop_as_in_open(output_calibration, pipe):
+    # With one skipped step the accelerated run is the full one up to there, so the weights can be checked by hand.
+    predictor = LeastSquares(output_calibration.gram, 2, sees_input=True)
+    method = dpcache.Method(Schedule([0, 1, 2, 3, 4, 6, 7], T), "output", predictor)
+    _, kept = record(pipe, method, PROMPTS, [0, 1, 2], **CALL)
+    rows = kept["cond"]
+    predicted = sum(w * x for w, x in zip(predictor.weights([3, 4], 5), (*rows["output"][3:5], rows["input"][5])))
+    step = pipe.scheduler.sigmas[6] - pipe.scheduler.sigmas[5]
+    torch.testing.assert_close(rows["input"][6], rows["input"][5] + step * predicted, rtol=1e-4, atol=1e-4)
+    truth = record(pipe, full(T), PROMPTS, [0, 1, 2], **CALL)[1]["cond"]["output"][5]
+    assert (predicted - truth).norm() < 0.7 * (rows["output"][4] - truth).norm()
+
+
+def test_closed_loop_fit_with_the_input_is_the_open_loop_one(output_calibration, pipe):
+    method = dpcache.Method(
+        Schedule([0, 1, 2, 3], T), "output", LeastSquares(output_calibration.gram, 3, sees_input=True)
+    )
+    _, every = fit_closed_loop(pipe, output_calibration, method, split=2)
+    np.testing.assert_allclose(every.table[4], method.predictor.weights([0, 1, 2, 3], 4), rtol=1e-2, atol=1e-2)
+    assert every.sees_input and all(len(weights) == 4 for weights in every.table.values())
 
 
 def test_closed_loop_fit_is_the_open_loop_one_where_nothing_is_skipped_before(calibration, pipe):
@@ -165,8 +223,72 @@ def test_closed_loop_fit_is_the_open_loop_one_where_nothing_is_skipped_before(ca
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"predictors": ["cubic"]}, "cubic"), ({"site": "modules"}, "site=modules"), ({"warmups": [9]}, "warmup=9")],
+    [
+        ({"predictors": ["cubic"]}, "cubic"),
+        ({"predictors": ["lsq5"]}, "lsq5"),
+        ({"predictors": []}, "predictors="),
+        ({"predictors": ["lsq2x"]}, "site=output"),
+        ({"planners": ["l2"]}, "l2"),
+        ({"site": "modules"}, "site=modules"),
+        ({"warmups": [9]}, "warmup=9"),
+    ],
 )
 def test_least_squares_names_mistakes(arguments, message):
     with pytest.raises(ValueError, match=message):
         LeastSquaresPlan(4, T, **arguments)
+
+
+@pytest.fixture(scope="module")
+def unet_pipe(pipe):
+    """A random Stable Diffusion: a U-Net, guided by batch concatenation, DDIM."""
+    torch.manual_seed(0)
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(pipe.tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            projection_dim=16,
+            eos_token_id=pipe.tokenizer.eos_token_id,
+        )
+    )
+    pipe.tokenizer.model_max_length = 12
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    made = StableDiffusionPipeline(
+        AutoencoderKL(norm_num_groups=4, block_out_channels=(8,), latent_channels=4),
+        text,
+        pipe.tokenizer,
+        unet,
+        DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_the_output_site_takes_any_denoiser(unet_pipe):
+    call = {"height": 8, "width": 8, "guidance_scale": 3.0}
+    calibration = dpcache.calibrate(unet_pipe, PROMPTS, T, site="output", measure_gains=True, batch_size=2, **call)
+    assert calibration.gram.shape == (2 * T, 2 * T)
+    method = LeastSquaresPlan(4, T, "output", ["lsq2", "lsq2x"], warmups=[1], alphas=[1])
+    method.prepare(unet_pipe, calibration)
+    reference = calibration.rerun(unet_pipe, full(T))
+    np.testing.assert_allclose(reference, calibration.latents, atol=1e-5)
+    ours, even = (
+        np.linalg.norm(calibration.rerun(unet_pipe, which) - reference) for which in (method, uniform_skip(4, T))
+    )
+    assert ours < 0.5 * even and method.report().computed["default"] == method.schedule.steps
+    with pytest.raises(ValueError, match="use site=output"):
+        dpcache.calibrate(unet_pipe, PROMPTS, T, **call)

@@ -59,6 +59,44 @@ def test_gram_does_not_depend_on_the_chunk(seed, chunk):
     np.testing.assert_allclose(gram(features, chunk), gram(features), rtol=1e-12)
 
 
+def test_parts_are_joined_row_by_row():
+    features = walk(1, 9)
+    np.testing.assert_allclose(gram([features[:2], features[2:]], chunk=7), gram(features), rtol=1e-12)
+    with pytest.raises(ValueError, match="of one shape"):
+        gram([features, features[:, :3]])
+
+
+@given(seeds, st.integers(2, 8), st.integers(1, 3), st.integers(1, 3))
+@settings(deadline=None, max_examples=40)
+def test_costs_with_the_input_are_those_of_a_regression_on_keys_and_input(seed, steps, keys, history):
+    features, inputs = walk(seed, steps), walk(seed + 1, steps)
+    matrix = gram([features, inputs])
+    predictor = LeastSquares(matrix, history, ridge=0, sees_input=True)
+    cost = path_costs(matrix, predictor, keys)
+    for path in combinations(range(steps), keys):
+        total, used = 0.0, path[-history:]
+        for step in range(path[-1] + 1, steps):
+            regressors = torch.cat([features[list(used)], inputs[step : step + 1]])
+            weights = np.linalg.lstsq(regressors.T.numpy(), features[step].numpy())[0]
+            assert predictor.weights(path, step) == pytest.approx(weights.tolist(), rel=1e-6, abs=1e-9)
+            total += float((torch.from_numpy(weights) @ regressors - features[step]).square().mean())
+            assert cost[(*path, step + 1)] == pytest.approx(total, rel=1e-6, abs=1e-9)
+
+
+@given(seeds, st.sampled_from(["span", "zero"]))
+@settings(deadline=None, max_examples=20)
+def test_an_input_that_says_nothing_new_gets_no_weight(seed, kind):
+    features = walk(seed, 6)
+    inputs = features[:1].expand(6, -1) if kind == "span" else torch.zeros(6, features.shape[1])
+    predictor = LeastSquares(gram([features, inputs.double()]), 3, sees_input=True)
+    weights = predictor.weights((0, 1), 4)
+    plain = LeastSquares(gram(features), 3)
+    predicted = weights[0] * features[0] + weights[1] * features[1] + weights[2] * inputs[4]
+    other = plain.weights((0, 1), 4)
+    torch.testing.assert_close(predicted, other[0] * features[0] + other[1] * features[1], rtol=1e-3, atol=1e-3)
+    assert np.isfinite(weights).all() and (kind == "span" or weights[2] == 0)
+
+
 @given(seeds, st.integers(1, 8), st.integers(1, 3), st.sampled_from([*LINEAR, "least squares"]), st.booleans())
 @settings(deadline=None, max_examples=60)
 def test_every_cost_is_the_mean_squared_error_over_all_samples(seed, steps, keys, predictor, weighted):
@@ -192,6 +230,8 @@ FEATURES, EYE = walk(0, 4), np.eye(4)
         (lambda: path_costs(EYE, Reuse(), step_weights=np.ones(3)), r"step_weights of shape \(3,\)"),
         (lambda: path_costs(EYE, Reuse(), step_weights=-np.ones(4)), "none negative"),
         (lambda: path_costs(EYE, LeastSquares(np.eye(5))), "is for 5 steps, this Gram matrix has 4"),
+        (lambda: LeastSquares(np.eye(5), sees_input=True), r"must be \(2T, 2T\)"),
+        (lambda: Method(Schedule([0], 2), "stack", LeastSquares(EYE, sees_input=True)), "takes site=output"),
         (lambda: LeastSquares(EYE[:3]), r"gram of shape \(3, 4\)"),
         (lambda: LeastSquares(EYE, history=5), "history=5"),
         (lambda: LeastSquares(EYE, ridge=-1.0), "ridge=-1.0"),

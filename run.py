@@ -8,9 +8,11 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from eval.schema import config_hash
+from eval import sweep
+from eval.schema import config_hash, label
 
 log = logging.getLogger("run")
 
@@ -21,28 +23,41 @@ class RunError(CompactHydraException):
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> None:
+    folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        run(config)
-    except (ValueError, OSError, InstantiationException) as error:
-        log.debug("", exc_info=True)
+        run(config, folder)
+        sweep.succeed(folder)
+    except Exception as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
-        raise RunError(f"error: {' '.join(str(cause).split())}") from None
+        known = isinstance(error, (ValueError, OSError, InstantiationException))
+        line = f"error: {' '.join(str(cause).split())}"
+        sweep.fail(folder, line if known else f"{type(cause).__name__} {line}")
+        log.log(logging.DEBUG if known else logging.ERROR, "", exc_info=True)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs go on, and the sweep ends with its failures
+            log.error(line)
+        elif known:
+            raise RunError(line) from None
+        else:
+            raise
 
 
-def run(config: DictConfig) -> dict:
+def run(config: DictConfig, folder: Path) -> dict:
     """Compose, prepare the method, sample, evaluate, report. Returns what `result.json` holds."""
     from hydra.utils import get_method, instantiate  # here: a wrong command is answered before torch is loaded
 
     from eval import experiment, tracking
 
     choices = HydraConfig.get().runtime.choices
-    folder = Path(HydraConfig.get().runtime.output_dir)
     method = instantiate(config.method)
+    name = label(config, choices.method, method.needs_calibration, HydraConfig.get().overrides.task)
     experiment.check(config)
     prompts, calibration_prompts = experiment.read_prompts(config)
     with experiment.locked(folder / "run"):
         if (folder / "result.json").exists() and not config.overwrite:
             result = json.loads((folder / "result.json").read_text())
+            if result.get("label") != name:
+                result["label"] = name
+                experiment.write_text(folder / "result.json", json.dumps(result, indent=1))
             print(experiment.summary(result, folder), "(finished earlier; overwrite=true runs it again)", sep="\n")
             return result
         if config.overwrite:
@@ -62,13 +77,14 @@ def run(config: DictConfig) -> dict:
         result = {
             "model": choices.model,
             "method": choices.method,
+            "label": name,
             "budget": config.budget,
             "num_inference_steps": config.num_inference_steps,
             "seed": config.seed,
             "config_hash": config_hash(config),
             **trial.evaluate(method, samples, reference, computed),
         }
-        pictures = trial.pictures(method, calibration, samples, reference, result)
+        pictures = trial.pictures(method, samples, reference, result)
         experiment.write_text(folder / "result.json", json.dumps(result, indent=1))
         tracking.log(tracker, result, pictures, trial.rows(samples, reference, result))
         tracking.finish(tracker)

@@ -10,8 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from baselines.full import full
-from dpcache.calibration import Calibration, calibrate, describe
-from dpcache.predictors import Taylor
+from dpcache.calibration import Calibration, calibrate, describe, purpose
 from dpcache.sampler import sample
 from dpcache.schedules import Planned
 from eval import metrics, pictures, timing
@@ -36,23 +35,30 @@ def check(config: DictConfig) -> None:
 
 
 def read_prompts(config: DictConfig) -> tuple[list[str], list[str]]:
-    """Prompts to evaluate (the first of the file) and to calibrate with (the last).
+    """Prompts to evaluate, the first of `prompts`, and to calibrate with, the last of `calibration.prompts` (default:
+    of what `prompts` has beyond the evaluated ones).
 
-    Raises ValueError if the file cannot be read as text or holds too few prompts for both.
+    Raises ValueError if a file cannot be read as text or holds too few prompts.
     """
-    path = Path(config.prompts or ROOT / config.model.prompts).expanduser()
-    setting = "prompts" if config.prompts else "model.prompts"
+    setting, path = ("prompts", config.prompts) if config.prompts else ("model.prompts", ROOT / config.model.prompts)
+    prompts, wanted, calibrating = _lines(setting, path), config.num_prompts, config.calibration.num_prompts
+    own = config.calibration.prompts
+    others = _lines("calibration.prompts", own) if own else prompts[max(wanted, 0) :]
+    if not (1 <= wanted <= len(prompts) and 1 <= calibrating <= len(others)):
+        source = f"calibration.prompts={own} has {len(others)}" if own else "both come from the same file"
+        raise ValueError(
+            f"num_prompts={wanted} and calibration.num_prompts={calibrating} must be at least 1 and at most what the "
+            f"files hold: {setting}={path} has {len(prompts)} prompts, {source}"
+        )
+    return prompts[:wanted], others[-calibrating:]
+
+
+def _lines(setting: str, path: str | Path) -> list[str]:
+    path = Path(path).expanduser()
     try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{setting}={path} is not a readable UTF-8 text file: {error}") from None
-    wanted, kept_back = config.num_prompts, config.calibration.num_prompts
-    if wanted < 1 or kept_back < 1 or wanted + kept_back > len(prompts):
-        raise ValueError(
-            f"num_prompts={wanted} and calibration.num_prompts={kept_back} must be at least 1 each, and together at "
-            f"most the {len(prompts)} prompts of {setting}={path}"
-        )
-    return prompts[:wanted], prompts[-kept_back:]
 
 
 class Experiment:
@@ -78,18 +84,18 @@ class Experiment:
     def calibration(self, method, prompts: list[str]) -> Calibration:
         """The one given by `calibration.path`, else one made for this model, steps and prompts, kept on disk."""
         c = self.config
-        options = {"predictor": Taylor(2)} | method.calibration_options
-        expected = self.circumstances | {"predictor": repr(options["predictor"])}
+        options = method.calibration_options
+        expected = self.circumstances | purpose(**options)
         if c.calibration.path:
             return Calibration.load(c.calibration.path).check(expected)
-        name = self._key(expected, repr(options), prompts, c.calibration.seed, self.batch_size)
+        name = self._key(expected, prompts, c.calibration.seed, self.batch_size)
         path = self.shared / "calibrations" / f"{name}.safetensors"
         with locked(path):
             if path.exists():
                 return Calibration.load(path).check(expected)
             seeds = [c.calibration.seed + index for index in range(len(prompts))]
-            options |= {"seeds": seeds, "batch_size": self.batch_size}
-            calibration = calibrate(self.pipe, prompts, c.num_inference_steps, **options, **self.call)
+            settings = options | {"seeds": seeds, "batch_size": self.batch_size}
+            calibration = calibrate(self.pipe, prompts, c.num_inference_steps, **settings, **self.call)
             calibration.save(path)
             return calibration
 
@@ -150,7 +156,7 @@ class Experiment:
         ratios = timing.efficiency(self.config.num_inference_steps, computed, full_s, cached_s)
         return result | {name: float(value) for name, value in ratios.items()}
 
-    def pictures(self, method, calibration, samples: Samples, reference: Samples, result: dict) -> dict[str, Path]:
+    def pictures(self, method, samples: Samples, reference: Samples, result: dict) -> dict[str, Path]:
         """The side-by-side grid, the schedule and, where there is one, the cost tensor. Returns their paths."""
         T, name, steps = result["num_inference_steps"], result["method"], result["schedules"][0]
         rows = {
@@ -164,7 +170,7 @@ class Experiment:
             ),
         }
         if type(method.schedule) is Planned:
-            made["cost"] = pictures.cost_heatmap(self.folder / "cost.png", calibration.cost, steps)
+            made["cost"] = pictures.cost_heatmap(self.folder / "cost.png", method.schedule.tensor, steps)
         return made
 
     def rows(self, samples: Samples, reference: Samples, result: dict):

@@ -16,7 +16,17 @@ from eval.statistics import paired_difference
 
 log = logging.getLogger(__name__)
 
-ORDER = ("full", "fewer_steps", "uniform_skip", "fora", "teacache", "taylorseer", "dpcache")
+ORDER = (
+    "full",
+    "fewer_steps",
+    "uniform_skip",
+    "fora",
+    "teacache",
+    "taylorseer",
+    "dpcache",
+    "dpcache_lsq",
+    "dpcache_lsq_output",
+)
 SETTING = ["model", "num_inference_steps"]  # results of different settings never share a table
 LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "speedup": "speed-up", "computed_steps": "computed steps"}
 TRIVIAL_FOR_FULL = {"psnr", "ssim", "lpips", "latent_error"}  # distances to the full-step reference itself
@@ -38,8 +48,8 @@ def flatten(result: dict) -> dict:
 
 
 def collect(folder: str | Path) -> pd.DataFrame:
-    """One row per `result.json` below `folder`: the columns of `flatten`, the `scores` of every prompt, `path` and
-    `written` (seconds, mtime).
+    """One row per `result.json` below `folder`: the columns of `flatten`, the `label` that names the run on the board,
+    the `scores` of every prompt, `path` and `written` (seconds, mtime).
 
     Files that cannot be read or are not results of this project are skipped with a warning that names them.
     """
@@ -51,24 +61,27 @@ def collect(folder: str | Path) -> pd.DataFrame:
             if missing := {"method", "budget", "seed", "computed_steps", *SETTING} - row.keys():
                 raise ValueError(f"lacks {sorted(missing)}")
             scores = result.get("per_prompt", {})
-            rows.append(row | {"scores": scores, "path": str(path), "written": path.stat().st_mtime})
+            rows.append(
+                {"label": row["method"]} | row | {"scores": scores, "path": str(path), "written": path.stat().st_mtime}
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("skipped %s: %s: %s", path, type(error).__name__, error)
     return pd.DataFrame(rows)
 
 
 def _newest(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame.sort_values("written").drop_duplicates([*SETTING, "method", "budget", "seed"], keep="last")
+    return frame.sort_values("written").drop_duplicates([*SETTING, "label", "budget", "seed"], keep="last")
 
 
-def _rank(method: str) -> tuple:
-    return ORDER.index(method) if method in ORDER else len(ORDER), method
+def _rank(label: str) -> tuple:
+    method = label.split()[0]
+    return ORDER.index(method) if method in ORDER else len(ORDER), label
 
 
 def _boards(frame: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Per setting, its heading and a frame indexed by method with columns `budget, mean, lo, hi`.
+    """Per setting, its heading and a frame indexed by label with columns `budget, mean, lo, hi`.
 
-    Of runs that repeat a (setting, method, budget, seed) the newest counts. Seeds are averaged, and their interval
+    Of runs that repeat a (setting, label, budget, seed) the newest counts. Seeds are averaged, and their interval
     halves combined as independent errors; with one seed these are the run's own mean and interval.
     """
     if metric not in frame:
@@ -78,13 +91,13 @@ def _boards(frame: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFram
         bound = pd.to_numeric(frame[f"{metric}_{end}"]) if f"{metric}_{end}" in frame else np.nan
         frame[end] = (bound - frame["mean"]) ** 2
     for (model, total), part in frame.groupby(SETTING):
-        board = part.groupby(["method", "budget"]).agg(
+        board = part.groupby(["label", "budget"]).agg(
             mean=("mean", "mean"),
             lo=("lo", lambda squares: np.sqrt(squares.sum(skipna=False)) / len(squares)),
             hi=("hi", lambda squares: np.sqrt(squares.sum(skipna=False)) / len(squares)),
         )
         board["lo"], board["hi"] = board["mean"] - board["lo"], board["mean"] + board["hi"]
-        board = board.reset_index("budget").loc[sorted(part["method"].unique(), key=_rank)]
+        board = board.reset_index("budget").loc[sorted(part["label"].unique(), key=_rank)]
         yield f"{model}, {total} steps", board
 
 
@@ -108,28 +121,28 @@ def table(frame: pd.DataFrame, metric: str = "psnr") -> str:
     for heading, board in _boards(frame, metric) if metric in frame or lost.empty else ():
         budgets = sorted(board["budget"].unique())
         lines = [["method", *(f"K = {budget}" for budget in budgets)], ["---"] + ["---:"] * len(budgets)]
-        for method in dict.fromkeys(board.index):
-            cells = {row["budget"]: cell(row) for _, row in board.loc[[method]].iterrows()}
-            lines.append([method, *(cells.get(budget, "–") for budget in budgets)])
+        for label in dict.fromkeys(board.index):
+            cells = {row["budget"]: cell(row) for _, row in board.loc[[label]].iterrows()}
+            lines.append([label, *(cells.get(budget, "–") for budget in budgets)])
         parts.append(
             f"### {LABELS.get(metric, metric)}: {heading}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
         )
     parts += [
-        f"- {metric} unavailable: {r.method}, K = {r.budget}, seed {r.seed}: {r.reason}" for r in lost.itertuples()
+        f"- {metric} unavailable: {r.label}, K = {r.budget}, seed {r.seed}: {r.reason}" for r in lost.itertuples()
     ]
     return "\n\n".join(parts)
 
 
 def paired_table(frame: pd.DataFrame, against: str, metric: str = "psnr") -> str:
-    """Markdown table of every method's mean difference to `against` over the same prompts and noise, with its paired
-    95 % bootstrap interval. Raises ValueError if there is no run of `against`."""
+    """Markdown table of every row's mean difference to the row `against` over the same prompts and noise, with its
+    paired 95 % bootstrap interval. Raises ValueError if there is no such row."""
     frame = _newest(frame)
-    if against not in set(frame["method"]):
-        raise ValueError(f"no result of method {against!r}; methods are {sorted(set(frame['method']))}")
+    if against not in set(frame["label"]):
+        raise ValueError(f"no result of {against!r}; the board has {sorted(set(frame['label']))}")
     lines = [f"### {LABELS.get(metric, metric)} against {against}, same prompts", ""]
     lines += ["| setting | K | method | difference | 95 % interval |", "|---|---:|---|---:|---|"]
     for (model, total, budget, _), part in frame.groupby([*SETTING, "budget", "seed"]):
-        scores = {row.method: row.scores for row in part.itertuples()}
+        scores = {row.label: row.scores for row in part.itertuples()}
         base = scores.pop(against, {})
         for method in sorted(scores, key=_rank):
             ours = scores[method]
@@ -144,7 +157,7 @@ def paired_table(frame: pd.DataFrame, against: str, metric: str = "psnr") -> str
 
 @matplotlib.rc_context(STYLE)
 def figure(path: str | Path, frame: pd.DataFrame, metric: str = "psnr") -> Path:
-    """Metric over budget, one panel per setting, one line per method with its 95 % interval as a band.
+    """Metric over budget, one panel per setting, one line per row of the board with its 95 % interval as a band.
 
     `full` is a dashed level, or absent where the metric measures the distance to `full` itself.
     Raises ValueError for a column that no result has.
@@ -154,16 +167,16 @@ def figure(path: str | Path, frame: pd.DataFrame, metric: str = "psnr") -> Path:
     colors = dict(zip(ORDER, matplotlib.color_sequences["tab10"], strict=False))
     others = iter(matplotlib.color_sequences["Dark2"] * 8)
     for axes, (heading, board) in zip(plot.subplots(1, len(boards), squeeze=False)[0], boards, strict=True):
-        for method in dict.fromkeys(board.index):
-            line = board.loc[[method]].sort_values("budget")
-            if method == "full":
+        for label in dict.fromkeys(board.index):
+            line = board.loc[[label]].sort_values("budget")
+            if label == "full":
                 if metric not in TRIVIAL_FOR_FULL:
-                    axes.axhline(line["mean"].mean(), color="0.4", ls="--", lw=1, label=method)
+                    axes.axhline(line["mean"].mean(), color="0.4", ls="--", lw=1, label=label)
                 continue
-            if method not in colors:
-                colors[method] = next(others)
-            axes.plot(line["budget"], line["mean"], "o-", ms=3, lw=1.2, color=colors[method], label=method)
-            axes.fill_between(line["budget"], line["lo"], line["hi"], color=colors[method], alpha=0.15, lw=0)
+            if label not in colors:
+                colors[label] = next(others)
+            axes.plot(line["budget"], line["mean"], "o-", ms=3, lw=1.2, color=colors[label], label=label)
+            axes.fill_between(line["budget"], line["lo"], line["hi"], color=colors[label], alpha=0.15, lw=0)
         axes.set(title=heading, xlabel="budget K (computed steps)", ylabel=LABELS.get(metric, metric))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(color="0.9", lw=0.6)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ class ModelConfig:
 @dataclass
 class CalibrationConfig:
     path: str | None = None
+    prompts: str | None = None
     num_prompts: int = 10
     seed: int = 100000
 
@@ -53,6 +55,7 @@ class RunConfig:
     prompts: str | None = None
     batch_size: int | None = None
     overwrite: bool = False
+    label: str | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     output_dir: str = "outputs"
 
@@ -62,9 +65,17 @@ ConfigStore.instance().store(name="schema", node=RunConfig)
 
 def config_hash(config: DictConfig) -> str:
     """12 hex digits of everything that shapes the results; where they go and who is told does not count."""
-    keys = [key for key in config if key not in ("hydra", "logger", "output_dir", "overwrite")]
+    keys = [key for key in config if key not in ("hydra", "logger", "output_dir", "overwrite", "label")]
     content = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def label(config: DictConfig, method: str, calibrated: bool, overrides: Iterable[str]) -> str:
+    """The run's row on the board: `config.label`, else the method and what the command changed of it and, where it is
+    calibrated, of its calibration. `overrides` as Hydra lists them."""
+    telling = ("method.", "calibration.") if calibrated else ("method.",)
+    changed = sorted(o.removeprefix("method.") for o in overrides if o.startswith(telling))
+    return config.label or " ".join([method, *changed])
 
 
 def run_name(_root_: DictConfig) -> str:

@@ -343,7 +343,7 @@ def test_paired_differences_use_the_same_prompts_alone(tmp_path):
     low, high = map(float, cells[4].strip("[]").split(","))
     assert 0.9 < low < float(cells[3]) < high < 1.1  # far narrower than the spread of 5 dB between prompts
     assert "fora" not in text  # other prompts: no pairs
-    with pytest.raises(ValueError, match="no result of method 'toca'"):
+    with pytest.raises(ValueError, match="no result of 'toca'"):
         leaderboard.paired_table(leaderboard.collect(tmp_path), "toca")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+
+from dpcache import Calibration
 
 ROOT = Path(__file__).parents[1]
 TINY = ["num_inference_steps=8", "num_prompts=4", "calibration.num_prompts=2", "batch_size=2", "eval.timing.repeats=0"]
@@ -72,12 +75,41 @@ def test_a_finished_run_is_not_run_again(finished):
 
 
 def test_sweep_shares_the_reference_and_a_failing_job_takes_nothing_with_it(tmp_path):
-    code, _, err = run("-m", "method=fora,teacache,fewer_steps", "budget=9,4", *TINY, folder=tmp_path)
-    assert code != 0 and "budget=9" in err
+    command = ["-m", "method=fora,teacache,fewer_steps", "budget=9,4", *TINY]
+    code, out, err = run(*command, folder=tmp_path)
+    assert code == 1 and len(re.findall(r"^failed: .*K9.*: error: .*budget=9", err, re.M)) == 3
     done = {result["method"]: result for result in results(tmp_path)}
     assert set(done) == {"fora", "teacache", "fewer_steps"}
     assert done["fora"]["computed_steps"] == 4 and abs(done["teacache"]["computed_steps"] - 4) <= 1
     assert len(list(tmp_path.glob("references/*"))) == 1 and len(list(tmp_path.glob("calibrations/*.safetensors"))) == 1
+    assert f"| fora | {done['fora']['metrics']['psnr']['mean']:.2f}" in out  # the sweep ends with the board
+    assert (tmp_path / "runs" / "board.md").read_text().strip() in out and (tmp_path / "runs" / "board.png").exists()
+    # An earlier sweep's failures do not fail the next one.
+    code, _, err = run("-m", "method=fora", "budget=4", *TINY, folder=tmp_path)
+    assert code == 0 and "failed" not in err
+
+
+def test_rows_of_the_board_carry_what_the_command_changed(tmp_path):
+    changed = ["method.warmup=3,2", "calibration.num_prompts=1", "label=null"]
+    code, out, err = run("-m", "method=dpcache", "budget=4", *TINY, *changed, folder=tmp_path)
+    assert code == 0, err
+    labels = {f"dpcache calibration.num_prompts=1 warmup={warmup}" for warmup in (2, 3)}
+    assert {result["label"] for result in results(tmp_path)} == labels and all(
+        f"| {label} |" in out for label in labels
+    )
+    code, *_ = run("method=dpcache", "budget=4", *TINY, *changed[1:2], "method.warmup=2", "label=mine", folder=tmp_path)
+    assert code == 0 and "mine" in {result["label"] for result in results(tmp_path)} and len(results(tmp_path)) == 2
+
+
+def test_calibration_prompts_of_another_file(tmp_path):
+    (tmp_path / "others.txt").write_text("red car\n\nblue ball\n")
+    command = ["budget=4", *TINY, f"calibration.prompts={tmp_path / 'others.txt'}"]
+    code, _, err = run(*command, folder=tmp_path)
+    assert code == 0, err
+    (path,) = tmp_path.glob("calibrations/*.safetensors")
+    assert Calibration.load(path).made_from["prompts"] == ["red car", "blue ball"]
+    code, _, err = run(*command, "calibration.num_prompts=3", folder=tmp_path)
+    assert code == 1 and "has 2" in err
 
 
 def test_parallel_sweep(tmp_path):

@@ -50,7 +50,7 @@ class LeastSquaresPlan(Method):
         predictors: Sequence[str] = ("lsq3", "taylor2"),
         planners: Sequence[str] = ("gram",),
         warmups: Sequence[int] = (1, 2, 3),
-        alphas: Sequence[float] = (0.0, 0.5, 1.0),
+        alphas: Sequence[float] = (0.5, 1.0),
         refit: bool = True,
     ):
         for name, values in dict(predictors=predictors, planners=planners, warmups=warmups, alphas=alphas).items():

@@ -15,12 +15,13 @@ import pandas as pd
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from eval.leaderboard import LABELS, SETTING, TRIVIAL_FOR_FULL, _newest, _rank, table
+from eval.leaderboard import LABELS, ORDER, SETTING, TRIVIAL_FOR_FULL, _newest, _rank, table
 from eval.store import write_text
 
 LOWER_IS_BETTER = ("latent_error", "lpips", "fid", "kid")  # beginnings of names
 SPEED = ("speedup", "transformer_speedup", "efficiency")
 MEMORY = {"history": "cache memory", "peak_device": "peak device memory", "peak_rss": "peak process memory"}
+ABBREVIATIONS = {"clip", "fid", "kid", "lpips"}
 VERSIONS = ("processor", "python", "torch", "diffusers", "git")
 OWN_GRID = {"fewer_steps"}  # its steps are not among the T steps of the others
 LARGEST = 512  # pixels on the longer side; larger images would make a page of hundreds of megabytes
@@ -148,7 +149,7 @@ def _data(frame: pd.DataFrame, failed: list[dict], prompts: int) -> dict:
         "metrics": [{"name": name, "label": _title(name), "lower": name.startswith(LOWER_IS_BETTER)} for name in names],
         "trivial": sorted(TRIVIAL_FOR_FULL),
         "memory": {name: label for name, label in MEMORY.items() if name in frame and frame[name].notna().any()},
-        "methods": list(dict.fromkeys(frame.loc[_order(frame, []), "label"])),
+        "methods": _colors(frame),
         "machines": sorted(", ".join(f"{n} {row[n]}" for n in versions) for row in machines.to_dict("records")),
         "processors": len(set(machines.get("processor", []))),
         "walls": walls,
@@ -198,6 +199,7 @@ def _run(row, names: list[str]) -> dict:
     return {
         "model": row.model,
         "steps": total,
+        "method": row.method,
         "label": row.label,
         "full": row.method == "full",
         "budget": int(row.budget),
@@ -216,7 +218,16 @@ def _run(row, names: list[str]) -> dict:
 
 
 def _title(name: str) -> str:
-    return LABELS.get(name, name.replace("_", " ").capitalize())
+    words = [word.upper() if word in ABBREVIATIONS else word for word in name.split("_")]
+    title = LABELS.get(name, " ".join(words))
+    return title[:1].upper() + title[1:]
+
+
+def _colors(frame: pd.DataFrame) -> dict[str, int]:
+    """A number for every label, in the order of the board; a method known to it has the same one on every page."""
+    labels = list(dict.fromkeys(frame.loc[_order(frame, []), "label"]))
+    others = [label for label in labels if label not in ORDER]
+    return {label: ORDER.index(label) if label in ORDER else len(ORDER) + others.index(label) for label in labels}
 
 
 def _number(value) -> float | None:

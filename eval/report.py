@@ -20,7 +20,7 @@ from eval.store import write_text
 
 LOWER_IS_BETTER = ("latent_error", "lpips", "fid", "kid")  # beginnings of names
 SPEED = ("speedup", "transformer_speedup", "efficiency")
-MEMORY = {"history": "cache memory", "peak_device": "peak device memory", "peak_rss": "peak process memory"}
+MEMORY = {"history": "cache memory", "peak_device": "peak device memory", "peak_rss": "peak RSS"}
 ABBREVIATIONS = {"clip", "fid", "kid", "lpips"}
 VERSIONS = ("processor", "python", "torch", "diffusers", "git")
 OWN_GRID = {"fewer_steps"}  # its steps are not among the T steps of the others

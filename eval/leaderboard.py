@@ -1,4 +1,7 @@
-"""The board: every `result.json` below a folder as one table. `python -m eval.leaderboard FOLDER [--metric psnr]`."""
+"""The board: every `result.json` below a folder as one table. `python -m eval.leaderboard FOLDER [--metric psnr]`.
+
+The command also writes the board into the folder: `leaderboard.csv`, `leaderboard.md` and `report.html`.
+"""
 
 import argparse
 import json
@@ -187,12 +190,16 @@ def figure(path: str | Path, frame: pd.DataFrame, metric: str = "psnr") -> Path:
 
 
 def main() -> None:
-    """Prints the tables of a folder of runs."""
+    """Prints the tables of a folder of runs and writes the board."""
+    from eval import report  # here: it builds on this module
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="folder below which result.json files are collected")
     parser.add_argument("--metric", help="print this column only; default: PSNR, SSIM, speed-up and computed steps")
     parser.add_argument("--against", metavar="METHOD", help="also print paired differences to this method")
     parser.add_argument("--figure", type=Path, help="also draw the metric (default: PSNR) over the budget")
+    parser.add_argument("--out", type=Path, help="where the board is written; default: the folder itself")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts on the report's image wall; default: 8")
     arguments = parser.parse_args()
     frame = collect(arguments.folder)
     if frame.empty:
@@ -208,6 +215,8 @@ def main() -> None:
         print(paired_table(frame, arguments.against, metric))
     if arguments.figure:
         figure(arguments.figure, frame, metric)
+    for path in report.write(arguments.folder, arguments.out or arguments.folder, frame, arguments.prompts):
+        print(path)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,9 @@ def flatten(result: dict) -> dict:
 
 
 def collect(folder: str | Path) -> pd.DataFrame:
-    """One row per `result.json` below `folder`: the columns of `flatten`, the `label` that names the run on the board,
-    the `scores` of every prompt, `path` and `written` (seconds, mtime).
+    """One row per `result.json` below `folder`: the columns of `flatten`, the `label` that names the run on the board
+    (the run's own, without the changed settings that all runs of its method share), the `scores` of every prompt,
+    `path` and `written` (seconds, mtime).
 
     Files that cannot be read or are not results of this project are skipped with a warning that names them.
     """
@@ -69,6 +70,11 @@ def collect(folder: str | Path) -> pd.DataFrame:
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("skipped %s: %s: %s", path, type(error).__name__, error)
+    for method in {row["method"] for row in rows}:
+        same = [row for row in rows if row["label"].split()[0] == row["method"] == method]
+        shared = set.intersection(*(set(row["label"].split()[1:]) for row in same)) if same else set()
+        for row in same:
+            row["label"] = " ".join(word for word in row["label"].split() if word not in shared)
     return pd.DataFrame(rows)
 
 

@@ -67,24 +67,20 @@ def _error(path: Path) -> str:
 
 
 def board(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the board: of repeated runs the newest, with `label` (method and variant) and `equal_compute`, false
-    where the computed steps are not the budget.
+    """The rows of the board: of repeated runs the newest, with `equal_compute`, false where the computed steps are not
+    the budget.
 
     `full` has no budget: it is one row per setting and seed, with all T steps as its budget.
     """
-    frame = frame.assign(variant=frame["variant"].fillna("") if "variant" in frame else "")
     full = frame["method"] == "full"
     frame = _newest(frame.assign(budget=frame["budget"].where(~full, frame["num_inference_steps"])))
-    frame = frame.assign(
-        label=[m if m.endswith(v) else f"{m} {v}" for m, v in zip(frame["method"], frame["variant"])],
-        equal_compute=(frame["computed_steps"] - frame["budget"]).abs() <= 0.5,
-    )
+    frame = frame.assign(equal_compute=(frame["computed_steps"] - frame["budget"]).abs() <= 0.5)
     return frame.loc[_order(frame, [*SETTING, "budget"])]
 
 
 def _order(frame: pd.DataFrame, first: list[str]) -> list:
     """The frame's index sorted by the columns `first`, then by method."""
-    rows = {r.Index: (*(getattr(r, c) for c in first), _rank(r.method), r.variant, r.seed) for r in frame.itertuples()}
+    rows = {r.Index: (*(getattr(r, c) for c in first), _rank(r.label), r.seed) for r in frame.itertuples()}
     return sorted(rows, key=rows.get)
 
 
@@ -96,8 +92,8 @@ def metrics(frame: pd.DataFrame) -> list[str]:
 
 def csv(frame: pd.DataFrame, folder: str | Path) -> str:
     """One line per row with every number as it stands in `result.json`; `path` is relative to `folder`."""
-    first = ["model", "num_inference_steps", "method", "variant", "budget", "computed_steps", "equal_compute", "seed"]
-    rest = [name for name in frame if name not in {*first, "label", "scores", "written", "path"}]
+    first = ["model", "num_inference_steps", "method", "label", "budget", "computed_steps", "equal_compute", "seed"]
+    rest = [name for name in frame if name not in {*first, "scores", "written", "path"}]
     paths = [Path(path).relative_to(folder).as_posix() for path in frame["path"]]
     frame = frame[first + rest].assign(path=paths)
     return frame.map(lambda v: json.dumps(v) if isinstance(v, (list, dict)) else v).to_csv(index=False)
@@ -106,7 +102,7 @@ def csv(frame: pd.DataFrame, folder: str | Path) -> str:
 def markdown(frame: pd.DataFrame, failed: list[dict]) -> str:
     """A table for every metric and speed, then what readers must know: unequal compute and failed runs."""
     wanted = [name for name in (*metrics(frame), *SPEED, "computed_steps") if name in frame]
-    parts = ["# Leaderboard", *(table(frame.assign(method=frame["label"], variant=""), name) for name in wanted)]
+    parts = ["# Leaderboard", *(table(frame, name) for name in wanted)]
     if unequal := [
         f"- {r.label}, K = {r.budget}: {r.computed_steps:g} steps computed, not at equal compute"
         for r in frame[~frame["equal_compute"]].itertuples()

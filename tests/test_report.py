@@ -123,7 +123,8 @@ def test_fewer_prompts_and_another_folder(outputs, tmp_path, monkeypatch):
 
 
 def test_unequal_compute_and_variants_are_told_apart(outputs, tmp_path):
-    for name, changes in {"a": {"computed_steps": 6.0}, "b": {"variant": "order=1"}}.items():
+    changed = {"a": {"computed_steps": 6.0, "label": "dpcache"}, "b": {"label": "dpcache order=1"}}
+    for name, changes in changed.items():
         result = next(r for r in results(outputs).values() if (r["method"], r["budget"]) == ("dpcache", 4))
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text(json.dumps(result | {"seed": name == "a"} | changes))

@@ -53,6 +53,7 @@ def run(config: DictConfig) -> dict:
             settings = OmegaConf.to_container(config, resolve=True)
             tracker = tracking.start(config.logger.project, settings, folder.name, group, folder, config.logger.mode)
 
+        scorers = experiment.load_metrics(config)
         load, model = get_method(config.model.loader), config.model
         trial = experiment.Experiment(config, load(model.path, model.dtype, model.device, model.offload), folder)
         calibration = trial.calibration(method, calibration_prompts) if method.needs_calibration else None
@@ -66,7 +67,7 @@ def run(config: DictConfig) -> dict:
             "num_inference_steps": config.num_inference_steps,
             "seed": config.seed,
             "config_hash": config_hash(config),
-            **trial.evaluate(method, samples, reference, computed),
+            **trial.evaluate(method, samples, reference, computed, scorers),
         }
         pictures = trial.pictures(method, calibration, samples, reference, result)
         experiment.write_text(folder / "result.json", json.dumps(result, indent=1))

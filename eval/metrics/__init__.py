@@ -65,11 +65,12 @@ def load(names: Iterable[str], settings: Settings, require_all: bool = False) ->
             raise
         except Exception as error:  # any failure of a metric must cost that metric only
             scorers[name] = error
-            log.warning("%s is unavailable: %s", name, _line(error))
     lost = [f"{name}: {_line(scorer)}" for name, scorer in scorers.items() if isinstance(scorer, Exception)]
     if require_all and lost:
         reasons = " | ".join(lost)
         raise ValueError(f"eval.require_all=true, but {len(lost)} of {len(names)} metrics cannot be had: {reasons}")
+    for reason in lost:
+        log.warning("unavailable: %s", reason)
     return scorers
 
 

@@ -1,5 +1,6 @@
 """What metrics are given, and what they raise when something they need cannot be had."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,9 +68,10 @@ class Unavailable(Exception):
 @contextmanager
 def weights(what: str, command: str) -> Iterator[None]:
     """In this context weights are loaded: pickled code in them is refused, whatever the library that loads them asks
-    for, and a failure becomes `Unavailable`, naming the `command` that fetches `what`."""
+    for, and a failure becomes `Unavailable`, naming the `command` that fetches `what`. Notes on progress are hidden."""
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    logging.disable(logging.INFO)
     try:
         yield
     except Exception as error:
@@ -77,6 +79,7 @@ def weights(what: str, command: str) -> Iterator[None]:
             f"{what} cannot be loaded ({type(error).__name__}: {error}); once, with a connection: {command}"
         ) from error
     finally:
+        logging.disable(logging.NOTSET)
         if before is None:
             del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
         else:

@@ -162,6 +162,9 @@ MISTAKES = [
     (["num_prompts=100000"], "num_prompts=100000"),
     (["calibration.path=/no/such/file"], "calibration file /no/such/file does not exist"),
     (["eval.metrics=[beauty]", *TINY, "budget=4"], "beauty"),
+    (["eval=offline", "model.metrics.clip_model=ViT-Z-99", *TINY, "budget=4"], "model.metrics.clip_model=ViT-Z-99 is"),
+    (["model.metrics.clip_modell=ViT-L-14"], "clip_modell"),
+    (["eval.require_all=perhaps"], "require_all"),
 ]
 
 

@@ -61,7 +61,7 @@ class Unavailable(Exception):
     """The weights cannot be had, for this reason; `command` would fetch them."""
 
     def __init__(self, reason: str, folder: Path | None = None):
-        super().__init__(reason)
+        super().__init__(reason.rstrip("."))
         into = f" --local-dir {shlex.quote(str(folder))}" if folder else ""
         files: dict[str, list[str]] = {}
         for name, repository in REPOSITORIES.items():
@@ -120,8 +120,9 @@ def trained_model(weights: Path | None, device: str):
     checkpoint, med_config, vocabulary = (locate(name, weights) for name in REPOSITORIES)
     try:  # the package's own `load` would run whatever code a pickle holds
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise Unavailable(f"{checkpoint} is no plain state dict: {one_line(error)}", checkpoint.parent) from error
+    except Exception as error:  # named only: torch's message advises to load it unsafely
+        reason = f"{checkpoint} is damaged or holds more than tensors ({type(error).__name__}), so it is not loaded"
+        raise Unavailable(reason, checkpoint.parent) from error
     model = build(med_config, vocabulary, device)
     try:
         missing = model.load_state_dict(state, strict=False).missing_keys

@@ -16,10 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import image_reward as module
-from eval import image_reward_scorer as scorer
-from eval.image_reward import check, image_reward, score
-from eval.metrics import METRICS, Samples, evaluate
+from eval.metrics import Samples, Settings, evaluate, load, psnr
+from eval.metrics import image_reward as module
+from eval.metrics import image_reward_scorer as scorer
+from eval.metrics.image_reward import check, image_reward, score
 
 PROMPTS = [
     "a red balloon over the sea",
@@ -107,11 +107,10 @@ def test_the_request_holds_paths_prompts_and_options(fake_uv, paths, tmp_path):
 )
 def test_a_scorer_that_dies_costs_its_own_metric_only(fake_uv, samples, monkeypatch, run, reason):
     monkeypatch.setenv("PYTHONPATH", "/somewhere")
-    monkeypatch.setitem(METRICS, "image_reward", image_reward)
     fake_uv(run)
     with pytest.raises(RuntimeError, match=reason):
         check() if "of 8" not in reason else image_reward(samples, samples)
-    values, unavailable = evaluate(["psnr", "image_reward"], samples, samples)
+    values, unavailable, _ = evaluate({"psnr": psnr, "image_reward": image_reward}, samples, samples)
     assert values.keys() == {"psnr"} and unavailable.keys() == {"image_reward"}
     assert "\n" not in unavailable["image_reward"]
 
@@ -136,9 +135,8 @@ def test_an_environment_that_cannot_be_created_gives_one_line(fake_uv):
 def test_without_uv_one_line_says_how_to_install_it(monkeypatch, samples, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "uv", None)
-    monkeypatch.setitem(METRICS, "image_reward", image_reward)
-    values, unavailable = evaluate(["psnr", "image_reward"], samples, samples)
-    line = "RuntimeError: ImageReward runs in an environment that uv makes: pip install uv"
+    values, unavailable, _ = evaluate(load(["psnr", "image_reward"], Settings()), samples, samples)
+    line = "ImageReward runs in an environment that uv makes: pip install uv"
     assert unavailable == {"image_reward": line} and values.keys() == {"psnr"}
 
 

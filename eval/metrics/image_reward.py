@@ -15,21 +15,33 @@ import tempfile
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from eval.metrics import Samples
+from eval.metrics.base import Samples, Scorer, Settings, Unavailable
 
 SCORER = Path(__file__).with_name("image_reward_scorer.py")
 TIMEOUT = 6 * 3600.0
 
 
-def image_reward(sample: "Samples", reference: "Samples | None" = None, **options) -> Tensor:
+def load(settings: Settings) -> Scorer:
+    """`image_reward` with the weights of the settings, after a check that it can run.
+
+    Raises Unavailable where the environment or the weights cannot be had.
+    """
+    options = {"weights": settings.image_reward_weights, "device": str(settings.device)}
+    try:
+        check(**options)
+    except (RuntimeError, TimeoutError) as error:
+        raise Unavailable(str(error)) from error
+    return partial(image_reward, **options)
+
+
+def image_reward(sample: Samples, reference: Samples | None = None, **options) -> Tensor:
     """ImageReward of each image for its prompt, float64 (N,), without unit: higher is better. No reference is used.
 
     Args:

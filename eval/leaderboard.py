@@ -7,6 +7,7 @@ import argparse
 import json
 import logging
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -168,33 +169,55 @@ def paired_table(frame: pd.DataFrame, against: str, metric: str = "psnr") -> str
 
 @matplotlib.rc_context(STYLE)
 def figure(path: str | Path, frame: pd.DataFrame, metric: str = "psnr") -> Path:
-    """Metric over budget, one panel per setting, one line per row of the board with its 95 % interval as a band.
+    """Metric over budget, one panel per setting, one line per row of the board with its 95 % interval as a band; with
+    one or two budgets a list of the rows, a mark with its interval for each budget.
 
-    `full` is a dashed level, or absent where the metric measures the distance to `full` itself.
+    `full` is a level, or absent where the metric measures the distance to `full` itself.
     Raises ValueError for a column that no result has.
     """
-    boards = list(_boards(frame, metric))
-    plot = Figure(figsize=(5.2 * len(boards), 3.2), layout="constrained")
-    colors = dict(zip(ORDER, matplotlib.color_sequences["tab10"], strict=False))
-    others = iter(matplotlib.color_sequences["Dark2"] * 8)
-    for axes, (heading, board) in zip(plot.subplots(1, len(boards), squeeze=False)[0], boards, strict=True):
-        for label in dict.fromkeys(board.index):
-            line = board.loc[[label]].sort_values("budget")
-            if label == "full":
-                if metric not in TRIVIAL_FOR_FULL:
-                    axes.axhline(line["mean"].mean(), color="0.4", ls="--", lw=1, label=label)
-                continue
-            if label not in colors:
-                colors[label] = next(others)
-            axes.plot(line["budget"], line["mean"], "o-", ms=3, lw=1.2, color=colors[label], label=label)
-            axes.fill_between(line["budget"], line["lo"], line["hi"], color=colors[label], alpha=0.15, lw=0)
-        axes.set(title=heading, xlabel="budget K (computed steps)", ylabel=LABELS.get(metric, metric))
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(color="0.9", lw=0.6)
+    boards = [(heading, _without_full(board, metric)) for heading, board in _boards(frame, metric)]
+    lists = [board["budget"].nunique() <= 2 for _, (board, _) in boards]
+    rows = max([len(set(board.index)) for (_, (board, _)), short in zip(boards, lists) if short], default=0)
+    plot = Figure(figsize=(5.2 * len(boards) + any(lists), max(3.2 * (not all(lists)), 0.8 + 0.25 * rows)))
+    plot.set_layout_engine("constrained")
+    for axes, short, (heading, (board, level)) in zip(plot.subplots(1, len(boards), squeeze=False)[0], lists, boards):
+        (_list if short else _curves)(axes, board, LABELS.get(metric, metric))
+        if level is not None:
+            (axes.axvline if short else axes.axhline)(level, color="0.4", ls="--", lw=1, label="full")
+        axes.set_title(heading)
+        axes.grid(color="0.9", lw=0.6, axis="x" if short else "both")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return save(plot, path)
+
+
+def _without_full(board: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, float | None]:
+    """The board without `full`, and the level of `full` where that says something."""
+    full = board[board.index == "full"]["mean"]
+    return board[board.index != "full"], None if metric in TRIVIAL_FOR_FULL or full.empty else full.mean()
+
+
+def _curves(axes, board: pd.DataFrame, title: str) -> None:
+    colors = dict(zip(ORDER, matplotlib.color_sequences["tab10"], strict=False))
+    others = iter(matplotlib.color_sequences["Dark2"] * 8)
+    for label in dict.fromkeys(board.index):
+        line, color = board.loc[[label]].sort_values("budget"), colors.get(label) or next(others)
+        axes.plot(line["budget"], line["mean"], "o-", ms=3, lw=1.2, color=color, label=label)
+        axes.fill_between(line["budget"], line["lo"], line["hi"], color=color, alpha=0.15, lw=0)
+    axes.set(xlabel="budget K (computed steps)", ylabel=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _list(axes, board: pd.DataFrame, title: str) -> None:
+    labels = list(dict.fromkeys(board.index))
+    for budget, color in zip(sorted(board["budget"].unique()), matplotlib.color_sequences["tab10"]):
+        part = board[board["budget"] == budget]
+        spread = [(part["mean"] - part["lo"]).fillna(0), (part["hi"] - part["mean"]).fillna(0)]
+        at = [labels.index(label) for label in part.index]
+        axes.errorbar(part["mean"], at, xerr=spread, fmt="o", ms=4, lw=1.2, color=color, label=f"K = {budget}")
+    names = [textwrap.fill(label, 48, break_long_words=False) for label in labels]
+    axes.set(yticks=range(len(labels)), yticklabels=names, ylim=(len(labels) - 0.5, -0.5), xlabel=title)
 
 
 def main() -> None:

@@ -82,6 +82,7 @@ def run(config: DictConfig, folder: Path) -> dict:
             "num_inference_steps": config.num_inference_steps,
             "seed": config.seed,
             "config_hash": config_hash(config),
+            "calibration_prompts": len(calibration.made_from["prompts"]) if calibration else 0,
             **trial.evaluate(method, samples, reference, computed),
         }
         pictures = trial.pictures(method, samples, reference, result)

@@ -99,13 +99,16 @@ class Experiment:
             calibration.save(path)
             return calibration
 
+    def reference_folder(self, prompts: list[str]) -> Path:
+        """Where the reference of these prompts is kept."""
+        return self.shared / "references" / self._key(self.circumstances, prompts, self.config.seed, self.batch_size)
+
     def reference(self, prompts: list[str]) -> Samples:
         """Full-step samples, shared by all runs of the same model, prompts, seed and batch size."""
-        c = self.config
-        name = self._key(self.circumstances, prompts, c.seed, self.batch_size)
-        method = full(c.num_inference_steps)
+        method = full(self.config.num_inference_steps)
         make = functools.partial(self._sample, method, prompts)
-        return collect(self.shared / "references" / name, prompts, self.batch_size, make, "full-step reference")[0]
+        folder = self.reference_folder(prompts)
+        return collect(folder, prompts, self.batch_size, make, "full-step reference")[0]
 
     def samples(self, method, prompts: list[str]) -> tuple[Samples, list[list[int]]]:
         """The method's samples and the computed steps of every batch; also as PNG files."""
@@ -124,6 +127,7 @@ class Experiment:
         return {
             "computed_steps": float(np.average([len(steps) for steps in computed], weights=weights)),
             "schedules": computed,
+            "reference": self.reference_folder(samples.prompts).name,
             "settled": method.settled,
             "metrics": {name: summarise(scores) for name, scores in values.items()},
             "metrics_unavailable": unavailable,

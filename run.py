@@ -68,6 +68,7 @@ def run(config: DictConfig, folder: Path) -> dict:
             settings = OmegaConf.to_container(config, resolve=True)
             tracker = tracking.start(config.logger.project, settings, folder.name, group, folder, config.logger.mode)
 
+        scorers = experiment.load_metrics(config)
         load, model = get_method(config.model.loader), config.model
         trial = experiment.Experiment(config, load(model.path, model.dtype, model.device, model.offload), folder)
         calibration = trial.calibration(method, calibration_prompts) if method.needs_calibration else None
@@ -83,7 +84,7 @@ def run(config: DictConfig, folder: Path) -> dict:
             "seed": config.seed,
             "config_hash": config_hash(config),
             "calibration_prompts": len(calibration.made_from["prompts"]) if calibration else 0,
-            **trial.evaluate(method, samples, reference, computed),
+            **trial.evaluate(method, samples, reference, computed, scorers),
         }
         pictures = trial.pictures(method, samples, reference, result)
         experiment.write_text(folder / "result.json", json.dumps(result, indent=1))

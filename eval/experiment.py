@@ -11,14 +11,15 @@ from PIL import Image
 
 from baselines.full import full
 from dpcache.calibration import Calibration, calibrate, describe, purpose
+from dpcache.models.flux import default_device
 from dpcache.sampler import sample
 from dpcache.schedules import Planned
 from eval import metrics, pictures, timing
-from eval.metrics import Samples, evaluate
+from eval.metrics import Samples, Scorer, evaluate
 from eval.statistics import summarise
 from eval.store import collect, locked, write_text
 
-__all__ = ["Experiment", "check", "locked", "read_prompts", "summary", "write_text"]
+__all__ = ["Experiment", "check", "load_metrics", "locked", "read_prompts", "summary", "write_text"]
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,6 +60,14 @@ def _lines(setting: str, path: str | Path) -> list[str]:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{setting}={path} is not a readable UTF-8 text file: {error}") from None
+
+
+def load_metrics(config: DictConfig) -> dict[str, Scorer | Exception]:
+    """The run's metrics with all that they need, before anything is sampled. Raises as `eval.metrics.load`."""
+    device = default_device() if config.model.device == "auto" else config.model.device
+    cache = Path(config.output_dir) / "features"
+    settings = metrics.Settings(**config.model.metrics, cache=cache, device=device)
+    return metrics.load(config.eval.metrics, settings, config.eval.require_all)
 
 
 class Experiment:
@@ -120,20 +129,31 @@ class Experiment:
             Image.fromarray(image.numpy()).save(self.folder / "images" / f"{index:04d}-{slug}.png")
         return samples, computed
 
-    def evaluate(self, method, samples: Samples, reference: Samples, computed: list[list[int]]) -> dict:
+    def evaluate(
+        self,
+        method,
+        samples: Samples,
+        reference: Samples,
+        computed: list[list[int]],
+        scorers: dict[str, Scorer | Exception],
+    ) -> dict:
         """Metrics with intervals, timing, memory and versions, as they stand in `result.json`."""
-        values, unavailable = evaluate(self.config.eval.metrics, samples, reference)
+        measured = {
+            "timing": self._time(method, samples.prompts),
+            "memory": timing.memory(self.device) | {"history": method.report().history_bytes or None},
+        }
+        values, unavailable, details = evaluate(scorers, samples, reference)  # last: its networks take memory too
         weights = [min(self.batch_size, len(samples.prompts) - i * self.batch_size) for i in range(len(computed))]
         return {
             "computed_steps": float(np.average([len(steps) for steps in computed], weights=weights)),
             "schedules": computed,
             "reference": self.reference_folder(samples.prompts).name,
             "settled": method.settled,
-            "metrics": {name: summarise(scores) for name, scores in values.items()},
+            "metrics": {name: summarise(scores) | details.get(name, {}) for name, scores in values.items()},
             "metrics_unavailable": unavailable,
-            "per_prompt": {"prompts": samples.prompts, **values},
-            "timing": self._time(method, samples.prompts),
-            "memory": timing.memory(self.device) | {"history": method.report().history_bytes or None},
+            "per_prompt": {"prompts": samples.prompts}
+            | {name: scores for name, scores in values.items() if len(scores) == len(samples.prompts)},
+            **measured,
             "versions": timing.versions(self.device),
         }
 
@@ -188,21 +208,24 @@ def summary(result: dict, folder: Path) -> str:
     timed = result["timing"]
     of = f"{result['computed_steps']:g} of {result['num_inference_steps']} steps computed"
     lines = [f"{result['model']}  {result['method']}  {of}"]
-    lines.append(f"  schedule             {result['schedules'][0]}")
+    lines.append(f"  schedule               {result['schedules'][0]}")
     for name, value in result["metrics"].items():
         low, high = value["ci95"]
         interval = "" if low is None else f"  [{low:.4g}, {high:.4g}]"
-        lines.append(f"  {name:<20} {value['mean']:.4g}{interval}  n={value['n']}")
+        against = f" against {value['reference_n']:,} images" if "reference_n" in value else ""
+        lines.append(f"  {name:<22} {value['mean']:.4g}{interval}  n={value['n']}{against}")
+        if "warning" in value:
+            lines.append(f"  {'':<22} {value['warning']}")
     for name, reason in result["metrics_unavailable"].items():
-        lines.append(f"  {name:<20} unavailable: {reason}")
+        lines.append(f"  {name:<22} unavailable: {reason}")
     if timed:
         lines.append(
-            f"  speed-up             {timed['speedup']:.2f}x end to end"
+            f"  speed-up               {timed['speedup']:.2f}x end to end"
             f" ({timed['reference_s']:.2f} s -> {timed['cached_s']:.2f} s)"
         )
         lines.append(
-            f"  transformer only     {timed['transformer_speedup']:.2f}x of {timed['ideal_speedup']:.2f}x ideal,"
+            f"  transformer only       {timed['transformer_speedup']:.2f}x of {timed['ideal_speedup']:.2f}x ideal,"
             f" efficiency {timed['efficiency']:.3f}"
         )
-    lines.append(f"  pictures, images     {folder}")
+    lines.append(f"  pictures, images       {folder}")
     return "\n".join(lines)

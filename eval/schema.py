@@ -11,6 +11,15 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 
 @dataclass
+class MetricsConfig:
+    """What the metrics of `conf/eval/` use for a model."""
+
+    clip_model: str = "ViT-L-14"
+    clip_pretrained: str | None = "openai"
+    fid_reference: str | None = None
+
+
+@dataclass
 class ModelConfig:
     loader: str = MISSING
     path: str = MISSING
@@ -20,6 +29,7 @@ class ModelConfig:
     batch_size: int = 1
     prompts: str = MISSING
     call: dict[str, Any] = field(default_factory=dict)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
 
 @dataclass
@@ -39,6 +49,7 @@ class TimingConfig:
 @dataclass
 class EvalConfig:
     metrics: list[str] = MISSING
+    require_all: bool = False
     timing: TimingConfig = field(default_factory=TimingConfig)
 
 

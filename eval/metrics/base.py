@@ -1,0 +1,86 @@
+"""What metrics are given, and what they raise when something they need cannot be had."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eval.schema import MetricsConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a sampler produced for N prompts.
+
+    images: uint8 tensor or array (N, H, W, 3). latents: float tensor (N, ...), or None where a sampler has none.
+    prompts: N strings.
+
+    Raises ValueError for images of another dtype or shape, and for lengths that disagree.
+    """
+
+    images: Tensor
+    latents: Tensor | None
+    prompts: list[str]
+
+    def __post_init__(self):
+        images = torch.as_tensor(self.images).cpu()
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"images must be uint8 (N, H, W, 3), got {images.dtype} {tuple(images.shape)}")
+        sizes = {len(images), len(self.prompts)} | ({len(self.latents)} if self.latents is not None else set())
+        if len(sizes) != 1:
+            raise ValueError(f"images, latents and prompts must have one length, got lengths {sorted(sizes)}")
+        object.__setattr__(self, "images", images)
+
+
+def pairs(sample: Samples, reference: Samples) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of float64 images (1, 3, H, W) in 0..255: in float32 SSIM's variances of flat regions are rounding noise.
+    One at a time, because SSIM and LPIPS keep several filtered copies of their input."""
+    if sample.images.shape != reference.images.shape:
+        raise ValueError(f"image shapes differ: {tuple(sample.images.shape)} and {tuple(reference.images.shape)}")
+    for pair in zip(sample.images, reference.images, strict=True):
+        yield tuple(image.permute(2, 0, 1)[None].double() for image in pair)
+
+
+@dataclass
+class Settings(MetricsConfig):
+    """The model's `metrics` settings, the folder that keeps features of reference images, and the torch device."""
+
+    cache: Path = Path("outputs/features")
+    device: str = "cpu"
+
+
+Scorer = Callable[[Samples, Samples], Tensor | tuple[Tensor, dict]]
+"""`scorer(sample, reference)`: one value per sample, shape (N,), or one of the whole set, shape (1,), which may come
+with a dictionary of what else belongs into the result (counts, a warning)."""
+
+
+class Unavailable(Exception):
+    """Something that a metric needs cannot be had here. The message says why, and what would get it."""
+
+
+@contextmanager
+def weights(what: str, command: str) -> Iterator[None]:
+    """In this context weights are loaded: pickled code in them is refused, whatever the library that loads them asks
+    for, and a failure becomes `Unavailable`, naming the `command` that fetches `what`. Notes on progress are hidden."""
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    logging.disable(logging.INFO)
+    try:
+        yield
+    except Exception as error:
+        raise Unavailable(
+            f"{what} cannot be loaded ({type(error).__name__}: {error}); once, with a connection: {command}"
+        ) from error
+    finally:
+        logging.disable(logging.NOTSET)
+        if before is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before

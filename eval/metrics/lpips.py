@@ -1,0 +1,26 @@
+"""LPIPS: Zhang et al. 2018, "The unreasonable effectiveness of deep features as a perceptual metric"."""
+
+import torch
+from torch import Tensor
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+from eval.metrics.base import Samples, Scorer, Settings, pairs, weights
+
+FETCH = "python -c \"from torchvision.models import alexnet; alexnet(weights='DEFAULT')\""
+
+
+def load(settings: Settings) -> Scorer:
+    """Perceptual distance to the reference per image, shape (N,), 0 for identical images, at the images' own size.
+    Lower is better. AlexNet, version 0.1, as in torchmetrics, which carries the linear layers.
+
+    Raises Unavailable where torchvision has no ImageNet weights of AlexNet in its cache and cannot download them.
+    """
+    with weights("ImageNet weights of AlexNet", FETCH):
+        metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
+
+    def score(sample: Samples, reference: Samples) -> Tensor:
+        metric.to(settings.device)
+        scaled = ([(image / 255).float().to(settings.device) for image in pair] for pair in pairs(sample, reference))
+        return torch.stack([metric(x, ref) for x, ref in scaled]).cpu()
+
+    return score

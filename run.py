@@ -1,4 +1,7 @@
-"""Run one method at one budget and compare it with the full-step reference: `python run.py model=... method=...`."""
+"""Run one method at one budget and compare it with the full-step reference: `python run.py model=... method=...`.
+
+`python run.py stage=eval dir=outputs eval=...` scores finished runs with further metrics.
+"""
 
 import json
 import logging
@@ -6,13 +9,14 @@ import shutil
 from pathlib import Path
 
 import hydra
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from eval import sweep
-from eval.schema import config_hash, label
+from eval.schema import Stage, config_hash, label
 
 log = logging.getLogger("run")
 
@@ -25,20 +29,35 @@ class RunError(CompactHydraException):
 def main(config: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        run(config, folder)
-        sweep.succeed(folder)
+        if config.stage is Stage.eval:
+            score(config)
+        else:
+            run(config, folder)
+            sweep.succeed(folder)
     except Exception as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         known = isinstance(error, (ValueError, OSError, InstantiationException))
         line = f"error: {' '.join(str(cause).split())}"
-        sweep.fail(folder, line if known else f"{type(cause).__name__} {line}")
+        if config.stage is Stage.run:
+            sweep.fail(folder, line if known else f"{type(cause).__name__} {line}")
         log.log(logging.DEBUG if known else logging.ERROR, "", exc_info=True)
-        if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs go on, and the sweep ends with its failures
+        sweeping = HydraConfig.get().mode == RunMode.MULTIRUN and config.stage is Stage.run
+        if sweeping:  # the other jobs go on, and the sweep ends with its failures
             log.error(line)
         elif known:
             raise RunError(line) from None
         else:
             raise
+
+
+def score(config: DictConfig) -> None:
+    """Score finished runs again, without a model."""
+    from eval import rescore
+
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ValueError("stage=eval takes all runs of a folder in one command: dir=FOLDER, without -m")
+    others = [override for override in HydraConfig.get().overrides.task if not override.startswith("model=")]
+    rescore.rescore(config, lambda model: compose("config", [*others, f"model={model}"]))
 
 
 def run(config: DictConfig, folder: Path) -> dict:

@@ -19,7 +19,7 @@ from eval.metrics import Samples, Scorer, evaluate
 from eval.statistics import summarise
 from eval.store import collect, locked, write_text
 
-__all__ = ["Experiment", "check", "load_metrics", "locked", "read_prompts", "summary", "write_text"]
+__all__ = ["Experiment", "check", "load_metrics", "locked", "read_prompts", "scores", "summary", "write_text"]
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,6 +68,17 @@ def load_metrics(config: DictConfig) -> dict[str, Scorer | Exception]:
     cache = Path(config.output_dir) / "features"
     settings = metrics.Settings(**config.model.metrics, cache=cache, device=device)
     return metrics.load(config.eval.metrics, settings, config.eval.require_all)
+
+
+def scores(scorers: dict[str, Scorer | Exception], samples: Samples, reference: Samples) -> dict:
+    """Metrics with intervals, reasons for missing ones, and scores per prompt, as they stand in `result.json`."""
+    values, unavailable, details = evaluate(scorers, samples, reference)
+    return {
+        "metrics": {name: summarise(scores) | details.get(name, {}) for name, scores in values.items()},
+        "metrics_unavailable": unavailable,
+        "per_prompt": {"prompts": samples.prompts}
+        | {name: scores for name, scores in values.items() if len(scores) == len(samples.prompts)},
+    }
 
 
 class Experiment:
@@ -121,13 +132,16 @@ class Experiment:
 
     def samples(self, method, prompts: list[str]) -> tuple[Samples, list[list[int]]]:
         """The method's samples and the computed steps of every batch; also as PNG files."""
-        make = functools.partial(self._sample, method, prompts)
-        samples, computed = collect(self.folder / "samples", prompts, self.batch_size, make, "samples")
-        (self.folder / "images").mkdir(exist_ok=True)
-        for index, (prompt, image) in enumerate(zip(prompts, samples.images)):
-            slug = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())[:60].strip("-")
-            Image.fromarray(image.numpy()).save(self.folder / "images" / f"{index:04d}-{slug}.png")
-        return samples, computed
+        (self.folder / "images").mkdir(parents=True, exist_ok=True)
+
+        def make(chunk: slice):
+            images, latents, steps = self._sample(method, prompts, chunk)
+            for index, prompt, image in zip(range(chunk.start, chunk.stop), prompts[chunk], images):
+                slug = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())[:60].strip("-")
+                Image.fromarray(image).save(self.folder / "images" / f"{index:04d}-{slug}.png")
+            return images, latents, steps
+
+        return collect(self.folder / "samples", prompts, self.batch_size, make, "samples")
 
     def evaluate(
         self,
@@ -142,17 +156,14 @@ class Experiment:
             "timing": self._time(method, samples.prompts),
             "memory": timing.memory(self.device) | {"history": method.report().history_bytes or None},
         }
-        values, unavailable, details = evaluate(scorers, samples, reference)  # last: its networks take memory too
+        scored = scores(scorers, samples, reference)  # last: its networks take memory too
         weights = [min(self.batch_size, len(samples.prompts) - i * self.batch_size) for i in range(len(computed))]
         return {
             "computed_steps": float(np.average([len(steps) for steps in computed], weights=weights)),
             "schedules": computed,
             "reference": self.reference_folder(samples.prompts).name,
             "settled": method.settled,
-            "metrics": {name: summarise(scores) | details.get(name, {}) for name, scores in values.items()},
-            "metrics_unavailable": unavailable,
-            "per_prompt": {"prompts": samples.prompts}
-            | {name: scores for name, scores in values.items() if len(scores) == len(samples.prompts)},
+            **scored,
             **measured,
             "versions": timing.versions(self.device),
         }

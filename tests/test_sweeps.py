@@ -1,0 +1,144 @@
+"""Sweeps: stages, prompts, launchers, processes that share a run, tuning, and what W&B is told."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from test_run import ROOT, TINY, results, run
+
+from eval.rescore import rescore
+from eval.store import collect, stored
+
+OFFLINE = {"psnr", "ssim", "latent_error", "clip", "fid_efficientnet_lite0", "kid_efficientnet_lite0"}
+
+
+def folders(output, method):
+    return sorted(path.parent for path in output.glob(f"runs/*-{method}-*/result.json"))
+
+
+def compose(*overrides):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return hydra_compose("config", list(overrides))
+
+
+def scores_of(output):
+    """What must not depend on how a sweep is run: the scores and schedules of every run folder."""
+    kept = ("metrics", "metrics_unavailable", "per_prompt", "schedules", "computed_steps", "settled")
+    paths = sorted(output.glob("runs/*/result.json"))
+    return {path.parent.name: {key: json.loads(path.read_text())[key] for key in kept} for path in paths}
+
+
+@pytest.fixture(scope="module")
+def serial(tmp_path_factory):
+    """A sweep of two methods, one job after the other."""
+    folder = tmp_path_factory.mktemp("serial")
+    code, _, err = run("-m", "method=fora,teacache", "budget=4", *TINY, folder=folder)
+    assert code == 0, err
+    return folder
+
+
+# --- batches on disk
+
+
+class Maker:
+    """Counts the batches that it makes: image i is filled with i."""
+
+    def __init__(self):
+        self.made = []
+
+    def __call__(self, chunk: slice):
+        self.made.append(chunk.start)
+        values = torch.arange(chunk.start, min(chunk.stop, 5))
+        images = values.to(torch.uint8)[:, None, None, None].expand(-1, 4, 4, 3)
+        return images.numpy(), values[:, None].float(), [0, chunk.start]
+
+
+def test_a_batch_that_is_there_is_not_made_again_and_a_damaged_one_is(tmp_path):
+    first, second = Maker(), Maker()
+    samples, computed = collect(tmp_path, list("abcde"), 2, first, "")
+    assert first.made == [0, 2, 4] and computed == [[0, 0], [0, 2], [0, 4]]
+    assert samples.images[:, 0, 0, 0].tolist() == samples.latents[:, 0].tolist() == [0, 1, 2, 3, 4]
+    damaged = tmp_path / "batch_0001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(FileNotFoundError, match="no whole batch_0001"):
+        stored(tmp_path, list("abcde"))
+    again, _ = collect(tmp_path, list("abcde"), 2, second, "")
+    assert second.made == [2] and torch.equal(again.images, samples.images)
+    assert torch.equal(stored(tmp_path, list("abcde")).latents, samples.latents)
+    assert sorted(os.listdir(tmp_path)) == [f"batch_000{index}.safetensors" for index in range(3)]
+
+
+# --- stage=eval
+
+
+def test_finished_runs_are_scored_again_without_the_model(serial, tmp_path):
+    output = tmp_path / "moved"  # the reference is found beside the runs, wherever they are
+    shutil.copytree(serial, output)
+    before = {path: path.read_bytes() for path in output.rglob("*.safetensors")}
+    old = scores_of(output)
+    eval_ = ["stage=eval", f"dir={output}", "eval=offline", "model.path=/no/such/model"]
+    code, out, err = run(*eval_, folder=tmp_path)
+    assert code == 0, err
+    new = scores_of(output)
+    assert len(new) == 2 and before == {path: path.read_bytes() for path in output.rglob("*.safetensors")}
+    for name, result in new.items():
+        assert set(result["metrics"]) == OFFLINE and result["metrics_unavailable"] == {}
+        assert old[name]["metrics"].items() <= result["metrics"].items()
+        assert len(result["per_prompt"]["clip"]) == 4 and "clip" in out
+    # The same numbers as of a run that was asked for them at once.
+    code, _, err = run("method=fora", "budget=4", *TINY, "eval=offline", folder=tmp_path)
+    assert code == 0, err
+    (direct,), (again,) = results(tmp_path), [new[path.name] for path in folders(output, "fora")]
+    assert direct["metrics"] == again["metrics"] and direct["per_prompt"] == again["per_prompt"]
+    # Nothing is asked for that is not there already, unless it shall be overwritten.
+    (path,) = folders(output, "fora")
+    result = json.loads((path / "result.json").read_text())
+    result["metrics"]["psnr"]["mean"] = -1.0
+    (path / "result.json").write_text(json.dumps(result))
+    settings = {model: compose(f"model={model}", f"dir={path}") for model in ("tiny_flux", "flux")}
+    rescore(settings["tiny_flux"], settings.get)
+    assert json.loads((path / "result.json").read_text()) == result
+    settings["tiny_flux"].overwrite = True
+    rescore(settings["tiny_flux"], settings.get)
+    assert scores_of(output) == new
+
+
+def test_runs_that_cannot_be_scored_are_named_and_the_others_go_on(serial, tmp_path):
+    output = tmp_path / "copy"
+    shutil.copytree(serial, output)
+    (good,) = folders(output, "teacache")
+    (lost,) = folders(output, "fora")
+    for name, damage in {
+        "no-json": lambda folder: (folder / "result.json").write_text("{"),
+        "no-samples": lambda folder: shutil.rmtree(folder / "samples"),
+        "no-batch": lambda folder: (folder / "samples" / "batch_0001.safetensors").unlink(),
+        "no-reference": lambda folder: (folder / "result.json").write_text(
+            json.dumps(json.loads((folder / "result.json").read_text()) | {"reference": "0123456789abcdef"})
+        ),
+    }.items():
+        damage(shutil.copytree(lost, lost.parent / name))
+    code, _, err = run("stage=eval", f"dir={output}", "eval.metrics=[psnr]", "overwrite=true", folder=tmp_path)
+    assert code == 1 and "4 of 6 runs cannot be scored" in err and "Traceback" not in err
+    log = (tmp_path / "evaluations" / "run.log").read_text()
+    for name in ("no-json", "no-samples", "no-batch", "no-reference"):
+        assert f"{name}: " in log
+    for folder in (good, lost):
+        assert set(json.loads((folder / "result.json").read_text())["metrics"]) == {"psnr", "ssim", "latent_error"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["stage=evaluate"], "stage"),
+        (["stage=eval"], "dir=FOLDER"),
+        (["stage=eval", "dir=/no/such/folder"], "dir=/no/such/folder"),
+        (["-m", "stage=eval", "dir=a,b"], "without -m"),
+    ],
+)
+def test_mistakes_with_stages_end_in_one_clear_line(tmp_path, arguments, named):
+    code, _, err = run(*arguments, folder=tmp_path)
+    assert code != 0 and named in err and "Traceback" not in err

@@ -16,6 +16,7 @@ from dpcache.sampler import sample
 from dpcache.schedules import Planned
 from eval import metrics, pictures, timing
 from eval.metrics import Samples, Scorer, evaluate
+from eval.prompts import read
 from eval.statistics import summarise
 from eval.store import collect, locked, write_text
 
@@ -39,12 +40,12 @@ def read_prompts(config: DictConfig) -> tuple[list[str], list[str]]:
     """Prompts to evaluate, the first of `prompts`, and to calibrate with, the last of `calibration.prompts` (default:
     of what `prompts` has beyond the evaluated ones).
 
-    Raises ValueError if a file cannot be read as text or holds too few prompts.
+    Raises ValueError if a file or set cannot be read or holds too few prompts.
     """
     setting, path = ("prompts", config.prompts) if config.prompts else ("model.prompts", ROOT / config.model.prompts)
-    prompts, wanted, calibrating = _lines(setting, path), config.num_prompts, config.calibration.num_prompts
+    prompts, wanted, calibrating = read(setting, path), config.num_prompts, config.calibration.num_prompts
     own = config.calibration.prompts
-    others = _lines("calibration.prompts", own) if own else prompts[max(wanted, 0) :]
+    others = read("calibration.prompts", own) if own else prompts[max(wanted, 0) :]
     if not (1 <= wanted <= len(prompts) and 1 <= calibrating <= len(others)):
         source = f"calibration.prompts={own} has {len(others)}" if own else "both come from the same file"
         raise ValueError(
@@ -52,14 +53,6 @@ def read_prompts(config: DictConfig) -> tuple[list[str], list[str]]:
             f"files hold: {setting}={path} has {len(prompts)} prompts, {source}"
         )
     return prompts[:wanted], others[-calibrating:]
-
-
-def _lines(setting: str, path: str | Path) -> list[str]:
-    path = Path(path).expanduser()
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{setting}={path} is not a readable UTF-8 text file: {error}") from None
 
 
 def load_metrics(config: DictConfig) -> dict[str, Scorer | Exception]:

@@ -10,6 +10,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from test_run import ROOT, TINY, results, run
 
+from eval import prompts
 from eval.rescore import rescore
 from eval.store import collect, stored
 
@@ -70,6 +71,69 @@ def test_a_batch_that_is_there_is_not_made_again_and_a_damaged_one_is(tmp_path):
     assert second.made == [2] and torch.equal(again.images, samples.images)
     assert torch.equal(stored(tmp_path, list("abcde")).latents, samples.latents)
     assert sorted(os.listdir(tmp_path)) == [f"batch_000{index}.safetensors" for index in range(3)]
+
+
+# --- prompts
+
+
+def test_every_format_of_prompts(tmp_path):
+    expected = ["a red fox, running", "two „quoted“ cats", 'a sign that says "hi"']
+    files = {
+        "a.txt": 'a red fox, running\n\n  two „quoted“ cats\na sign that says "hi"',
+        "a.csv": '\ufeffPrompts,Category\n"a red fox, running",Colors\ntwo „quoted“ cats,\n'
+        '"a sign that says ""hi""",Text\n',
+        "a.tsv": 'Category\tPrompt\r\nx\ta red fox, running\r\nx\ttwo „quoted“ cats\r\nx\ta sign that says "hi"\r\n',
+        "a.JSONL": '{"id": 1, "caption": "a red fox, running"}\n"two „quoted“ cats"\n\n'
+        '{"text": "x", "Prompt": "a sign that says \\"hi\\""}\n',
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, newline="", encoding="utf-8")
+        assert prompts.read("prompts", tmp_path / name) == expected, name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"fine\nfine\n\xff\n", "is not a readable UTF-8 text file: line 3:"),
+        ("a.csv", b"id,name\n1,fox\n", "line 1: none of prompt, .* is among its columns id, name"),
+        ("a.csv", b"prompt,id\nfox,1\na fox, red,2\n", "line 3: 3 fields, but the header has 2"),
+        ("a.csv", b'prompt,id\nfox,1\n"a" fox,2\n', "line 3: .*expected after"),
+        ("a.csv", b"prompt,id\nfox,1\n,2\n", "line 3: '' is not a prompt"),
+        ("a.tsv", b"id\tprompt\n1\n", "line 2: 1 fields, but the header has 2"),
+        ("a.jsonl", b'"fox"\n{"prompt": "fox"\n', "line 2: not JSON"),
+        ("a.jsonl", b'{"prompt": "fox"}\n\n{"prompt": 7}\n', "line 3: 7 is not a prompt"),
+        ("a.jsonl", b'{"name": "fox"}\n', "line 1: none of prompt"),
+    ],
+)
+def test_a_bad_file_of_prompts_names_the_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^prompts={path}.*{message}"):
+        prompts.read("prompts", path)
+
+
+def test_known_sets_of_prompts(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    tables = {
+        "drawbench": {"Prompts": ["a fox ", "a cat"], "Category": ["x", "y"]},
+        "partiprompts": {"Prompt": ["a fox", "a cat"]},
+        "coco": {"captions": [["a fox", "the fox"], ["a cat"]]},
+    }
+
+    def load(repository, split):
+        (name,) = (name for name, known in prompts.SETS.items() if known[:2] == (repository, split))
+        return datasets.Dataset.from_dict(tables[name])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for name in prompts.SETS:
+        assert prompts.read("prompts", name) == ["a fox", "a cat"]
+
+
+def test_a_known_set_without_a_hub_ends_in_one_clear_line(tmp_path):
+    pytest.importorskip("datasets")
+    code, _, err = run("prompts=drawbench", "budget=4", *TINY, folder=tmp_path)
+    assert code == 1 and "Traceback" not in err
+    assert "prompts=drawbench cannot be had" in err and "load_dataset('sayakpaul/drawbench', split='train')" in err
 
 
 # --- stage=eval

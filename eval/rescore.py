@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from eval.experiment import load_metrics, scores, summary
 from eval.metrics import Scorer, check
@@ -72,8 +72,8 @@ def _load(compose: Callable, model: str, names: Iterable[str]) -> dict[str, Scor
         config = compose(model)
     except HydraException as error:  # a model that conf/ does not know: these runs cannot be scored, others can
         return error
-    config.eval.metrics = [name for name in config.eval.metrics if name in names]
-    return load_metrics(config)
+    wanted = [name for name in config.eval.metrics if name in names]
+    return load_metrics(OmegaConf.merge(config, {"eval": {"metrics": wanted}}))
 
 
 def _score(folder: Path, scorers: dict, config: DictConfig) -> None:

@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
+import signal
+import time
 
+import psutil
 import pytest
 import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from test_run import ROOT, TINY, results, run
+from test_run import ENVIRONMENT, ROOT, TINY, results, run, start
 
 from eval import prompts
 from eval.rescore import rescore
@@ -35,9 +38,9 @@ def scores_of(output):
 
 @pytest.fixture(scope="module")
 def serial(tmp_path_factory):
-    """A sweep of two methods, one job after the other."""
+    """A sweep of three methods, one job after the other."""
     folder = tmp_path_factory.mktemp("serial")
-    code, _, err = run("-m", "method=fora,teacache", "budget=4", *TINY, folder=folder)
+    code, _, err = run("-m", "method=fora,teacache,uniform_skip", "budget=4", *TINY, folder=folder)
     assert code == 0, err
     return folder
 
@@ -148,7 +151,7 @@ def test_finished_runs_are_scored_again_without_the_model(serial, tmp_path):
     code, out, err = run(*eval_, folder=tmp_path)
     assert code == 0, err
     new = scores_of(output)
-    assert len(new) == 2 and before == {path: path.read_bytes() for path in output.rglob("*.safetensors")}
+    assert len(new) == 3 and before == {path: path.read_bytes() for path in output.rglob("*.safetensors")}
     for name, result in new.items():
         assert set(result["metrics"]) == OFFLINE and result["metrics_unavailable"] == {}
         assert old[name]["metrics"].items() <= result["metrics"].items()
@@ -186,7 +189,7 @@ def test_runs_that_cannot_be_scored_are_named_and_the_others_go_on(serial, tmp_p
     }.items():
         damage(shutil.copytree(lost, lost.parent / name))
     code, _, err = run("stage=eval", f"dir={output}", "eval.metrics=[psnr]", "overwrite=true", folder=tmp_path)
-    assert code == 1 and "4 of 6 runs cannot be scored" in err and "Traceback" not in err
+    assert code == 1 and "4 of 7 runs cannot be scored" in err and "Traceback" not in err
     log = (tmp_path / "evaluations" / "run.log").read_text()
     for name in ("no-json", "no-samples", "no-batch", "no-reference"):
         assert f"{name}: " in log
@@ -206,3 +209,44 @@ def test_runs_that_cannot_be_scored_are_named_and_the_others_go_on(serial, tmp_p
 def test_mistakes_with_stages_end_in_one_clear_line(tmp_path, arguments, named):
     code, _, err = run(*arguments, folder=tmp_path)
     assert code != 0 and named in err and "Traceback" not in err
+
+
+# --- launchers
+
+
+def test_ray_gives_the_same_numbers_and_a_killed_worker_takes_nothing_with_it(serial, tmp_path):
+    pytest.importorskip("ray")
+    command = ["-m", "method=fora,teacache,uniform_skip", "budget=4", *TINY]
+    command += ["hydra/launcher=ray", "hydra.launcher.init.num_cpus=2"]
+    process, deadline = start(*command, folder=tmp_path), time.time() + 120
+    while not (begun := list(tmp_path.glob("runs/*-teacache-*/samples/batch_0000.safetensors"))):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    name, first = begun[0].parents[1].name, begun[0].stat().st_mtime_ns
+    workers = psutil.Process(process.pid).children(recursive=True)
+    (worker,) = (worker for worker in workers if f"ray::{name}" in " ".join(worker.cmdline()))
+    worker.send_signal(signal.SIGKILL)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 1 and f"failed: {name}: WorkerCrashedError" in err, err
+    expected, finished = scores_of(serial), scores_of(tmp_path)
+    assert finished == {run: expected[run] for run in expected if run != name} and "| fora |" in out
+    assert "WorkerCrashedError" in json.loads((tmp_path / "runs" / name / "error.json").read_text())["error"]
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/result.json")}
+    assert len(written) == 2
+    # The same command again: only what is missing.
+    code, _, err = run(*command, folder=tmp_path)
+    assert code == 0, err
+    assert scores_of(tmp_path) == expected and begun[0].stat().st_mtime_ns == first
+    assert all(path.stat().st_mtime_ns == then for path, then in written.items())
+    assert not list(tmp_path.glob("runs/*/error.json")) and len(list(tmp_path.glob("references/*"))) == 1
+
+
+def test_submitit_gives_the_same_numbers(serial, tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(ROOT))  # its jobs do not start in the folder of run.py
+    code, out, err = run(
+        "-m", "method=fora,uniform_skip", "budget=4", *TINY, "hydra/launcher=submitit_local", folder=tmp_path
+    )
+    assert code == 0, err
+    done = scores_of(tmp_path)
+    assert len(done) == 2 and done.items() <= scores_of(serial).items() and "| fora |" in out

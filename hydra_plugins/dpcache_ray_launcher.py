@@ -12,6 +12,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, run_job, setup_globals
+from hydra.errors import CompactHydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -36,7 +37,7 @@ class RayLauncher(Launcher):
         try:
             import ray  # here, because Hydra imports all launchers for every command
         except ImportError:
-            raise ImportError("hydra/launcher=ray needs the package ray: pip install 'dpcache[ray]'") from None
+            raise CompactHydraException("hydra/launcher=ray needs ray: pip install 'dpcache[ray]'") from None
 
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)

@@ -4,16 +4,22 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
 import pytest
 import torch
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image
 from test_run import ENVIRONMENT, ROOT, TINY, results, run, start
 
-from eval import prompts
+from dpcache.sampler import generate
+from eval import prompts, sweep, timing
 from eval.rescore import rescore
 from eval.store import collect, stored
 
@@ -27,6 +33,11 @@ def folders(output, method):
 def compose(*overrides):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return hydra_compose("config", list(overrides))
+
+
+def results_of(output, method):
+    (folder,) = folders(output, method)
+    return json.loads((folder / "result.json").read_text())
 
 
 def scores_of(output):
@@ -250,3 +261,150 @@ def test_submitit_gives_the_same_numbers(serial, tmp_path, monkeypatch):
     assert code == 0, err
     done = scores_of(tmp_path)
     assert len(done) == 2 and done.items() <= scores_of(serial).items() and "| fora |" in out
+
+
+# --- one run, many processes
+
+
+def test_two_processes_share_a_run_and_make_the_same_images(tmp_path):
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    alone.mkdir()
+    settings = ["num_inference_steps=20", "num_prompts=12", "batch_size=1", "eval.timing.repeats=0"]
+    command = ["method=uniform_skip", "budget=10", *settings]
+    code, _, err = run(*command, folder=alone)
+    assert code == 0, err
+    shutil.copytree(alone, shared)
+    shutil.rmtree(shared / "references")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command = [*launch, str(ROOT / "run.py"), *command, "overwrite=true", f"output_dir={shared}"]
+    began, together = time.time_ns(), 0
+    process = subprocess.Popen(command, cwd=shared, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and together < 2:
+        together = max(
+            together, len(list(shared.glob("*/*/batch_*.lock"))), len(list(shared.glob("*/*/*/batch_*.lock")))
+        )
+        time.sleep(0.005)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert together == 2  # batches that were made at the same time
+    for kind in ("references/*/*.safetensors", "runs/*/samples/*.safetensors", "runs/*/images/*.png"):
+        paths = sorted(alone.glob(kind))
+        assert len(paths) == 12 == len(list(shared.glob(kind)))
+        for path in paths:
+            again = shared / path.relative_to(alone)
+            assert again.read_bytes() == path.read_bytes() and again.stat().st_mtime_ns > began
+    assert scores_of(shared) == scores_of(alone)
+
+
+# --- wall clock
+
+
+def test_flops_are_counted_per_call(pipe):
+    layer = torch.nn.Linear(8, 16)
+    total, calls = timing.flops(
+        layer, lambda: [layer(torch.ones(n, 8)) for n in (4, 6)] + [torch.ones(3, 5) @ torch.ones(5, 7)]
+    )
+    assert calls == [2 * 4 * 8 * 16, 2 * 6 * 8 * 16] and total == sum(calls) + 2 * 3 * 5 * 7
+    assert not layer._forward_hooks and not layer._forward_pre_hooks
+
+
+def test_a_result_counts_flops_of_full_and_skipped_steps(serial):
+    counts = {method: results_of(serial, method)["flops"] for method in ("fora", "teacache", "uniform_skip")}
+    assert len({count["full"] for count in counts.values()}) == 1  # the same run without a cache
+    for method, count in counts.items():
+        around = count["full"] - 8 * count["full_step"]  # text encoders and VAE
+        steps = [n * count["computed_step"] + (8 - n) * count["skipped_step"] for n in range(9)]
+        (computed,) = (n for n in range(9) if count["cached"] == pytest.approx(around + steps[n], rel=1e-9))
+        assert computed == 4 or method == "teacache"  # which spends its budget on average
+        assert count["skipped_step"] < 0.05 * count["computed_step"]
+    assert counts["uniform_skip"]["skipped_step"] == 0  # it keeps the model's prediction
+    assert counts["uniform_skip"]["computed_step"] == counts["uniform_skip"]["full_step"]
+    assert counts["teacache"]["computed_step"] > counts["teacache"]["full_step"]  # it looks at its input first
+
+
+def test_phases_are_timed_and_the_pipeline_is_left_as_it_was(pipe):
+    began = time.perf_counter()
+    with timing.phases(pipe) as phases:
+        generate(pipe, ["red fox"], [0], 2, height=64, width=64, max_sequence_length=12)
+    whole, seconds = time.perf_counter() - began, phases()
+    assert set(seconds) == {"text_encoder", "vae"} and min(seconds.values()) > 0 and sum(seconds.values()) < whole
+    assert "encode_prompt" not in vars(pipe) and "decode" not in vars(pipe.vae)
+
+
+# --- tuning and W&B
+
+
+def test_tuning_maximises_psnr_within_the_budget_and_repeats_itself(tmp_path):
+    pytest.importorskip("optuna")
+    command = ["-m", "experiment=tune_teacache", "budget=4", *TINY, "hydra.sweeper.n_trials=4"]
+    code, _, err = run(*command, folder=tmp_path)
+    assert code == 0, err
+    best = OmegaConf.load(tmp_path / "tune_teacache" / "optimization_results.yaml")
+    found = [json.loads(path.read_text()) for path in tmp_path.glob("tune_teacache/*/result.json")]
+    assert len(found) == 4 and any(result["computed_steps"] > 4.5 for result in found)
+    within = [result["metrics"]["psnr"]["mean"] for result in found if result["computed_steps"] <= 4.5]
+    assert best.best_value == max(within, default=0.0)
+    assert {sweep.objective(result) for result in found} >= {0.0, best.best_value}
+
+
+def test_the_wandb_sweep_is_a_command_of_run_py(tmp_path):
+    settings = yaml.safe_load((ROOT / "scripts" / "wandb_sweep.yaml").read_text())
+    assert settings["program"] == "run.py" and settings["command"][-1] == "${args_no_hyphens}"
+    assert settings["metric"] == {"name": "objective", "goal": "maximize"}
+    values = {name: spec.get("value", spec.get("min")) for name, spec in settings["parameters"].items()}
+    arguments = [f"{name}={value}" for name, value in (values | {"budget": 4}).items()]
+    code, _, err = run(*arguments, *TINY, folder=tmp_path)
+    assert code == 0, err
+    (result,) = results(tmp_path)
+    assert result["computed_steps"] > 4.5  # the smallest threshold computes nearly everything ...
+    (records,) = logged(tmp_path)
+    assert records["history"]["objective"] == 0 and records["run"]["config"]["update"]["method"]["threshold"] == 0.01
+
+
+def logged(folder):
+    """What wandb's own reader finds in every offline run below `folder`, by type of record."""
+    for path in sorted(folder.rglob("*.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+        found = {"path": path.parent, "history": {}, "summary": {}, "files": [], "artifact": []}
+        for record in map(json.loads, lines):
+            kind, content = record["type"], record.get(record["type"], {})
+            if kind == "run":
+                found[kind] = content
+            elif kind == "history":
+                found[kind] |= content["item"]
+            elif kind == "summary":
+                found[kind] |= content.get("update", {})
+            elif kind == "files":
+                found[kind] += [file["path"] for file in content["files"]]
+            elif kind == "artifact":
+                found[kind] += content["manifest"]["contents"]
+        yield found
+
+
+def test_wandb_holds_config_metrics_pictures_and_all_images(tmp_path, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "WANDB_DATA_DIR", str(tmp_path / "data"))
+    code, _, err = run("-m", "method=fora", "budget=4,5", *TINY, "logger=wandb", folder=tmp_path)
+    assert code == 0, err
+    runs = list(logged(tmp_path))
+    assert len(runs) == 2 and len({run["run"]["run_group"] for run in runs}) == 1
+    for run_ in runs:
+        folder = run_["path"].parents[1]
+        result = json.loads((folder / "result.json").read_text())
+        config = run_["run"]["config"]["update"]
+        assert config["budget"] == result["budget"] and config["method"]["_target_"] == "baselines.fora.fora"
+        assert config["num_prompts"] == 4 and config["eval"]["metrics"] == list(result["metrics"])
+        for name, value in result["metrics"].items():
+            logged_ = [run_["history"][f"{name}{end}"] for end in ("", "_lo", "_hi", "_n")]
+            assert logged_ == [value["mean"], *value["ci95"], 4]
+        assert run_["history"]["flops_cached"] == result["flops"]["cached"]
+        assert run_["summary"]["schedules"] == result["schedules"] and run_["summary"]["label"] == result["label"]
+        for picture in ("grid", "schedule"):
+            kept = run_["history"][f"{picture}.path"]
+            assert kept in run_["files"]
+            assert (run_["path"] / "files" / kept).read_bytes() == (folder / f"{picture}.png").read_bytes()
+        assert run_["history"]["samples.nrows"] == 4 and run_["history"]["samples.ncols"] == 4
+        stored_ = [Image.open(e["local_path"]) for e in run_["artifact"] if e["path"].endswith(".png")]
+        in_wandb = {image.tobytes() for image in stored_}
+        own = {Image.open(path).tobytes() for path in (folder / "images").iterdir()}
+        assert len(own) == 4 and own < in_wandb and len(in_wandb) == 8  # and the references

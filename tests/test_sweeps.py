@@ -345,6 +345,10 @@ def test_tuning_maximises_psnr_within_the_budget_and_repeats_itself(tmp_path):
     within = [result["metrics"]["psnr"]["mean"] for result in found if result["computed_steps"] <= 4.5]
     assert best.best_value == max(within, default=0.0)
     assert {sweep.objective(result) for result in found} >= {0.0, best.best_value}
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("tune_teacache/*/result.json")}
+    code, out, err = run(*command, folder=tmp_path)
+    assert code == 0 and out.count("finished earlier") == 4, err
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("tune_teacache/*/result.json")} == written
 
 
 def test_the_wandb_sweep_is_a_command_of_run_py(tmp_path):

@@ -71,8 +71,8 @@ def read_prompts(config: DictConfig) -> tuple[list[str], list[str]]:
 
 
 def device(config: DictConfig) -> str:
-    """`model.device`; among processes of `accelerate launch`, auto is each one's own device."""
-    together = config.model.device == "auto" and "LOCAL_RANK" in os.environ
+    """`model.device`; among processes of `accelerate launch`, auto and cuda are each one's own device."""
+    together = config.model.device in ("auto", "cuda") and "LOCAL_RANK" in os.environ
     return str(PartialState().device) if together else config.model.device
 
 

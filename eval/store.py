@@ -74,8 +74,10 @@ def stored(folder: Path, prompts: list[str]) -> Samples:
     missing = [path.name for path in paths if not _whole(path)]
     if missing or not paths:
         raise FileNotFoundError(f"{folder} has no {'samples' if not paths else f'whole {missing[0]}'}")
-    samples, _ = _read(paths, prompts)
-    return samples
+    try:
+        return _read(paths, prompts)[0]
+    except ValueError:  # another number of them than of prompts
+        raise FileNotFoundError(f"{folder} does not hold the samples of all {len(prompts)} prompts") from None
 
 
 def _batch(folder: Path, index: int) -> Path:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -85,6 +86,21 @@ def test_a_batch_that_is_there_is_not_made_again_and_a_damaged_one_is(tmp_path):
     assert second.made == [2] and torch.equal(again.images, samples.images)
     assert torch.equal(stored(tmp_path, list("abcde")).latents, samples.latents)
     assert sorted(os.listdir(tmp_path)) == [f"batch_000{index}.safetensors" for index in range(3)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks the Linux kernel")
+def test_samples_need_not_fit_into_memory(tmp_path):
+    def make(chunk: slice):
+        return torch.full((1, 1024, 1024, 3), chunk.start, dtype=torch.uint8), torch.zeros(1, 4), []
+
+    def resident() -> int:  # bytes that the kernel cannot write back to a file
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
+
+    before = resident()
+    samples, _ = collect(tmp_path, ["fox"] * 60, 1, make, "")
+    assert samples.images.nbytes > 180e6 and resident() - before < 60e6
+    assert samples.images[:, -1, -1, -1].tolist() == list(range(60))
 
 
 # --- prompts

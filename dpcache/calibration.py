@@ -207,10 +207,10 @@ def purpose(
     cumulative: bool = True,
     measure_gains: bool = False,
 ) -> dict[str, str]:
-    """What a calibration made with these arguments of `calibrate` is good for, field by field."""
+    """What a calibration made with these arguments of `calibrate` is good for, field by field. Measured gains do no
+    harm where they are not needed, so they are not among the fields."""
     dimensions, sums = "3D" if path_aware else "2D", "cumulative" if cumulative else "not cumulative"
-    gains = "measured" if measure_gains else "not measured"
-    return {"site": site, "cost": f"{predictor or Taylor(2)!r}, {dimensions}, {sums}", "gains": gains}
+    return {"site": site, "cost": f"{predictor or Taylor(2)!r}, {dimensions}, {sums}"}
 
 
 def calibrate(
@@ -271,7 +271,7 @@ def calibrate(
         pooled,
         np.zeros(0),
         torch.cat(latents).numpy(),
-        describe(pipe, num_inference_steps, **call) | purpose(predictor, site, path_aware, cumulative, measure_gains),
+        describe(pipe, num_inference_steps, **call) | purpose(predictor, site, path_aware, cumulative),
         {"prompts": list(prompts), "seeds": seeds, "batch_size": batch_size, "call": call},
     )
     if measure_gains:

@@ -74,6 +74,8 @@ class LeastSquaresPlan(Method):
         return {"site": self.site, "measure_gains": True}
 
     def prepare(self, pipe, calibration=None):
+        if not len(calibration.gain):
+            raise ValueError("this calibration was made without the gains: calibrate with measure_gains=True")
         trials, best, tried = [], None, {}
         for name, predictor, planner, alpha, warmup, steps in self._candidates(calibration):
             same = tuple(steps), name  # other candidates may have led to the same

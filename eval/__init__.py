@@ -1,5 +1,6 @@
 """How good and how fast an accelerated result is, compared with the full-step reference on the same prompts.
 
 `metrics` scores samples, `statistics` turns scores into a mean with an interval, `timing` measures speed and memory,
-`pictures` draws, `leaderboard` collects `result.json` files, `tracking` logs to W&B. Nothing here knows of methods.
+`pictures` draws, `leaderboard` collects `result.json` files, `report` makes a page of them, `tracking` logs
+to W&B. Nothing here knows how a method works.
 """

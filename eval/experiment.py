@@ -127,7 +127,8 @@ class Experiment:
         expected = self.circumstances | purpose(**options)
         if c.calibration.path:
             return Calibration.load(c.calibration.path).check(expected)
-        name = self._key(expected, prompts, c.calibration.seed, self.batch_size)
+        gains = options.get("measure_gains", False)
+        name = self._key(expected, gains, prompts, c.calibration.seed, self.batch_size)
         path = self.shared / "calibrations" / f"{name}.safetensors"
         with locked(path):
             if path.exists():

@@ -1,4 +1,7 @@
-"""The board: every `result.json` below a folder as one table. `python -m eval.leaderboard FOLDER [--metric psnr]`."""
+"""The board: every `result.json` below a folder as one table. `python -m eval.leaderboard FOLDER [--metric psnr]`.
+
+The command also writes the board into the folder: `leaderboard.csv`, `leaderboard.md` and `report.html`.
+"""
 
 import argparse
 import json
@@ -50,8 +53,9 @@ def flatten(result: dict) -> dict:
 
 
 def collect(folder: str | Path) -> pd.DataFrame:
-    """One row per `result.json` below `folder`: the columns of `flatten`, the `label` that names the run on the board,
-    the `scores` of every prompt, `path` and `written` (seconds, mtime).
+    """One row per `result.json` below `folder`: the columns of `flatten`, the `label` that names the run on the board
+    (the run's own, without the changed settings that all runs of its method share), the `scores` of every prompt,
+    `path` and `written` (seconds, mtime).
 
     Files that cannot be read or are not results of this project are skipped with a warning that names them.
     """
@@ -68,6 +72,11 @@ def collect(folder: str | Path) -> pd.DataFrame:
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("skipped %s: %s: %s", path, type(error).__name__, error)
+    for method in {row["method"] for row in rows}:
+        same = [row for row in rows if row["label"].split()[0] == row["method"] == method]
+        shared = set.intersection(*(set(row["label"].split()[1:]) for row in same)) if same else set()
+        for row in same:
+            row["label"] = " ".join(word for word in row["label"].split() if word not in shared)
     return pd.DataFrame(rows)
 
 
@@ -189,12 +198,16 @@ def figure(path: str | Path, frame: pd.DataFrame, metric: str = "psnr") -> Path:
 
 
 def main() -> None:
-    """Prints the tables of a folder of runs."""
+    """Prints the tables of a folder of runs and writes the board."""
+    from eval import report  # here: it builds on this module
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="folder below which result.json files are collected")
     parser.add_argument("--metric", help="print this column only; default: PSNR, SSIM, speed-up and computed steps")
     parser.add_argument("--against", metavar="METHOD", help="also print paired differences to this method")
     parser.add_argument("--figure", type=Path, help="also draw the metric (default: PSNR) over the budget")
+    parser.add_argument("--out", type=Path, help="where the board is written; default: the folder itself")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts on the report's image wall; default: 8")
     arguments = parser.parse_args()
     frame = collect(arguments.folder)
     if frame.empty:
@@ -210,6 +223,8 @@ def main() -> None:
         print(paired_table(frame, arguments.against, metric))
     if arguments.figure:
         figure(arguments.figure, frame, metric)
+    for path in report.write(arguments.folder, arguments.out or arguments.folder, frame, arguments.prompts):
+        print(path)
 
 
 if __name__ == "__main__":

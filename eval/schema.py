@@ -18,6 +18,7 @@ class MetricsConfig:
     clip_model: str = "ViT-L-14"
     clip_pretrained: str | None = "openai"
     fid_reference: str | None = None
+    image_reward_weights: str | None = None
 
 
 @dataclass

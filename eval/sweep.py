@@ -52,8 +52,8 @@ def group(hydra: DictConfig) -> str | None:
 
 
 class Board(Callback):
-    """Hydra's callback around a sweep: ends it with the board of its folder, printed and written there as `board.md`
-    and `board.png` (PSNR over the budget), then its failed jobs, for which the exit code is 1.
+    """Hydra's callback around a sweep: ends it with the PSNR table of its folder, printed, and there the whole board as
+    `leaderboard.csv`, `.md`, `.png` and `report.html`; then its failed jobs, for which the exit code is 1.
 
     Args:
         against: a row of the board to which the others are compared in pairs.
@@ -65,20 +65,16 @@ class Board(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
         if not main_process():
             return
-        from eval.leaderboard import collect, figure, paired_table, table
-        from eval.store import write_text
+        from eval import leaderboard, report
 
         folder = Path(config.hydra.sweep.dir)
-        frame = collect(folder)
+        frame = leaderboard.collect(folder)
         if "psnr" in frame:
-            text = table(frame)
-            if self.against is not None:
-                try:
-                    text += "\n\n" + paired_table(frame, self.against)
-                except ValueError as error:
-                    text += f"\n\nno paired differences: {error}"
-            write_text(folder / "board.md", text + "\n")
-            print(text, f"picture: {figure(folder / 'board.png', frame)}", sep="\n\n")
+            print(leaderboard.table(frame), end="\n\n")
+            if self.against in set(frame["label"]):
+                print(leaderboard.paired_table(frame, self.against), end="\n\n")
+            picture = leaderboard.figure(folder / "leaderboard.png", frame)
+            print(*report.write(folder, folder, frame), picture, sep="\n")
         failures = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{FAILURE}"))}
         failures = {name: failure["error"] for name, failure in failures.items() if failure["time"] >= self.began}
         for name, error in failures.items():

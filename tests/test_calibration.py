@@ -1,5 +1,6 @@
 """Calibration on the embedded model: what it measures, its file, and the methods that are settled by it."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -84,7 +85,7 @@ def test_the_file_holds_everything(calibration, tmp_path, pipe):
     loaded = dpcache.Calibration.load(tmp_path / "new" / "c.safetensors")
     for name, value in vars(calibration).items():
         np.testing.assert_equal(getattr(loaded, name), value)
-    assert loaded.check(describe(pipe, T, **CALL) | purpose(measure_gains=True)) is loaded
+    assert loaded.check(describe(pipe, T, **CALL) | purpose()) is loaded
     assert not list((tmp_path / "new").glob(".*.part"))
 
 
@@ -99,11 +100,10 @@ def test_the_file_holds_everything(calibration, tmp_path, pipe):
         ("site", purpose(site="output")),
         ("cost", purpose(Taylor(1))),
         ("cost", purpose(path_aware=False)),
-        ("gains", purpose()),
     ],
 )
 def test_check_names_the_field_that_differs(calibration, pipe, field, changed):
-    expected = describe(pipe, T, **CALL) | purpose(measure_gains=True)
+    expected = describe(pipe, T, **CALL) | purpose()
     assert field in expected
     with pytest.raises(ValueError, match=f"{field}: made for"):
         calibration.check(expected | changed)
@@ -167,6 +167,11 @@ def test_teacache_spends_its_budget_in_closed_loop(calibration, pipe, budget):
     calibration.rerun(pipe, method)
     assert abs(np.mean(method.report().computed_counts["cond"]) - budget) <= 1
     assert method.settled["threshold"] == method.schedule.threshold
+
+
+def test_least_squares_asks_for_gains(calibration, pipe):
+    with pytest.raises(ValueError, match="measure_gains=True"):
+        LeastSquaresPlan(4, T).prepare(pipe, replace(calibration, gain=np.zeros(0)))
 
 
 @pytest.mark.parametrize(("site", "predictor"), [("stack", "lsq2"), ("output", "lsq2x")])

@@ -89,7 +89,8 @@ def test_sweep_shares_the_reference_and_a_failing_job_takes_nothing_with_it(tmp_
     assert done["fora"]["computed_steps"] == 4 and abs(done["teacache"]["computed_steps"] - 4) <= 1
     assert len(list(tmp_path.glob("references/*"))) == 1 and len(list(tmp_path.glob("calibrations/*.safetensors"))) == 1
     assert f"| fora | {done['fora']['metrics']['psnr']['mean']:.2f}" in out  # the sweep ends with the board
-    assert (tmp_path / "runs" / "board.md").read_text().strip() in out and (tmp_path / "runs" / "board.png").exists()
+    files = {path.name for path in (tmp_path / "runs").glob("*.*")}
+    assert files >= {"leaderboard.csv", "leaderboard.md", "leaderboard.png", "report.html"}
     # An earlier sweep's failures do not fail the next one.
     code, _, err = run("-m", "method=fora", "budget=4", *TINY, folder=tmp_path)
     assert code == 0 and "failed" not in err
@@ -100,9 +101,8 @@ def test_rows_of_the_board_carry_what_the_command_changed(tmp_path):
     code, out, err = run("-m", "method=dpcache", "budget=4", *TINY, *changed, folder=tmp_path)
     assert code == 0, err
     labels = {f"dpcache calibration.num_prompts=1 warmup={warmup}" for warmup in (2, 3)}
-    assert {result["label"] for result in results(tmp_path)} == labels and all(
-        f"| {label} |" in out for label in labels
-    )
+    assert {result["label"] for result in results(tmp_path)} == labels
+    assert all(f"| dpcache warmup={warmup} |" in out for warmup in (2, 3))  # what they share tells nothing
     code, *_ = run("method=dpcache", "budget=4", *TINY, *changed[1:2], "method.warmup=2", "label=mine", folder=tmp_path)
     assert code == 0 and "mine" in {result["label"] for result in results(tmp_path)} and len(results(tmp_path)) == 2
 
@@ -168,6 +168,9 @@ MISTAKES = [
     (["num_prompts=100000"], "num_prompts=100000"),
     (["calibration.path=/no/such/file"], "calibration file /no/such/file does not exist"),
     (["eval.metrics=[beauty]", *TINY, "budget=4"], "beauty"),
+    (["eval=offline", "model.metrics.clip_model=ViT-Z-99", *TINY, "budget=4"], "model.metrics.clip_model=ViT-Z-99 is"),
+    (["model.metrics.clip_modell=ViT-L-14"], "clip_modell"),
+    (["eval.require_all=perhaps"], "require_all"),
 ]
 
 

@@ -179,8 +179,8 @@ def load(distance: str, extractor: str, settings: Settings) -> Scorer:
         details = {"n": len(fake), "reference_n": len(real)}
         if distance == "fid" and len(fake) <= real.shape[1]:
             details["warning"] = (
-                f"{len(fake)} samples do not determine the covariance of {real.shape[1]} features; compare with runs "
-                "of the same prompts only"
+                f"{len(fake):,} samples do not determine the covariance of {real.shape[1]:,} features; compare with "
+                "runs of the same prompts only"
             )
         return compute(real, fake), details
 

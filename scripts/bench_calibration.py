@@ -1,0 +1,86 @@
+"""What the Gram matrix of a calibration costs beside the paper's L1 tensor: ``python -m scripts.bench_calibration``.
+
+Features of FLUX.1-dev's last block (T x 4,608 x 3,072) by default. The forward passes that make them are estimated from
+one single-stream block of that size, timed here: the model has 57 blocks, of which 19 cost about twice as much.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import time
+
+import torch
+
+from dpcache.gram import gram
+from dpcache.pact import l1_cost
+from dpcache.predictors import Taylor
+
+
+def measure(name: str, steps: int, shape: tuple[int, int], dtype: str, threads: int, report) -> None:
+    """In a process of its own, so that its peak memory is its own: seconds, and bytes beyond the features."""
+    torch.set_num_threads(threads)
+    features = torch.empty(steps, *shape, dtype=getattr(torch, dtype))
+    torch.manual_seed(0)
+    features[0].normal_()
+    for step in range(1, steps):
+        features[step] = features[step - 1] + 0.1 * torch.randn_like(features[step])
+    small = features[:, :1]
+    work = {"gram": gram, "l1": lambda rows: l1_cost(rows, Taylor(2))}[name]
+    work(small)  # warm-up
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    work(features)
+    seconds = time.perf_counter() - start
+    report.put((seconds, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), features.nbytes))
+
+
+@torch.no_grad()
+def block_seconds(tokens: int, dtype: str, threads: int) -> float:
+    """One single-stream block of FLUX.1-dev over `tokens`, the faster of two calls."""
+    from diffusers.models.transformers.transformer_flux import FluxPosEmbed, FluxSingleTransformerBlock
+
+    torch.set_num_threads(threads)
+    text = 512
+    block = FluxSingleTransformerBlock(3072, 24, 128).to(getattr(torch, dtype)).eval()
+    rope = FluxPosEmbed(theta=10000, axes_dim=(16, 56, 56))(torch.zeros(tokens, 3))
+    hidden = torch.randn(1, tokens, 3072, dtype=getattr(torch, dtype))
+    temb = torch.randn(1, 3072, dtype=hidden.dtype)
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        block(hidden[:, text:], hidden[:, :text], temb, image_rotary_emb=rope)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--steps", type=int, default=50, help="steps T of the trajectory")
+    parser.add_argument("--tokens", type=int, default=4608, help="tokens of the feature and of the block")
+    parser.add_argument("--dtype", default="bfloat16", help="of the features")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
+    args = parser.parse_args()
+
+    context = multiprocessing.get_context("spawn")
+    results = {}
+    for name in ("gram", "l1"):
+        report = context.Queue()
+        process = context.Process(
+            target=measure, args=(name, args.steps, (args.tokens, 3072), args.dtype, args.threads, report)
+        )
+        process.start()
+        results[name] = report.get()
+        process.join()
+    block = block_seconds(args.tokens, "float32", args.threads)
+    forward = args.steps * block * (38 + 19 * 2)
+
+    print(f"T={args.steps}, {args.tokens} x 3072 {args.dtype} features ({results['gram'][2] / 2**30:.2f} GiB)")
+    print(f"{'':<28}{'seconds':>10}{'more memory, MiB':>18}{'of the forward passes':>23}")
+    for name, label in (("gram", "Gram matrix, float64"), ("l1", "L1 tensor (order-2 Taylor)")):
+        seconds, memory, _ = results[name]
+        print(f"{label:<28}{seconds:>10.1f}{memory / 2**20:>18.0f}{seconds / forward:>23.3%}")
+    print(f"one float32 block {block:.1f} s, so {args.steps} forward passes about {forward:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

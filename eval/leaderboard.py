@@ -6,6 +6,7 @@ The command also writes the board into the folder: `leaderboard.csv`, `leaderboa
 import argparse
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,8 +86,9 @@ def _newest(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _rank(label: str) -> tuple:
-    method = label.split()[0]
-    return ORDER.index(method) if method in ORDER else len(ORDER), label
+    method, words = label.split()[0], re.split(r"(\d+)", label)  # numbers in the order of numbers
+    natural = [int(word) if index % 2 else word for index, word in enumerate(words)]
+    return ORDER.index(method) if method in ORDER else len(ORDER), natural
 
 
 def _boards(frame: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFrame]]:

@@ -17,7 +17,6 @@ from diffusers import (
 
 from dpcache.models.flux import load
 
-
 if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 

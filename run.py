@@ -1,18 +1,24 @@
-"""Run one method at one budget and compare it with the full-step reference: `python run.py model=... method=...`."""
+"""Run one method at one budget and compare it with the full-step reference: `python run.py model=... method=...`.
+
+`python run.py stage=eval dir=outputs eval=...` scores finished runs with further metrics. Processes that `accelerate
+launch run.py ...` starts share the batches of a run; the main one does everything else.
+"""
 
 import json
 import logging
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import hydra
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from eval import sweep
-from eval.schema import config_hash, label
+from eval.schema import Stage, config_hash, label
 
 log = logging.getLogger("run")
 
@@ -22,23 +28,42 @@ class RunError(CompactHydraException):
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> float | None:
+    """Returns what a tuning sweep maximises, see `eval.sweep.objective`."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        run(config, folder)
+        if config.stage is Stage.eval:
+            score(config)
+            return None
+        result = run(config, folder)
         sweep.succeed(folder)
+        return sweep.objective(result)
     except Exception as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         known = isinstance(error, (ValueError, OSError, InstantiationException))
         line = f"error: {' '.join(str(cause).split())}"
-        sweep.fail(folder, line if known else f"{type(cause).__name__} {line}")
+        if config.stage is Stage.run:
+            sweep.fail(folder, line if known else f"{type(cause).__name__} {line}")
         log.log(logging.DEBUG if known else logging.ERROR, "", exc_info=True)
-        if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs go on, and the sweep ends with its failures
+        sweeping = HydraConfig.get().mode == RunMode.MULTIRUN and config.stage is Stage.run
+        if sweeping:  # the other jobs go on, and the sweep ends with its failures
             log.error(line)
         elif known:
             raise RunError(line) from None
         else:
             raise
+
+
+def score(config: DictConfig) -> None:
+    """Score finished runs again, without a model."""
+    from eval import rescore
+
+    if not sweep.main_process():
+        return
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ValueError("stage=eval takes all runs of a folder in one command: dir=FOLDER, without -m")
+    others = [override for override in HydraConfig.get().overrides.task if not override.startswith("model=")]
+    rescore.rescore(config, lambda model: compose("config", [*others, f"model={model}"]))
 
 
 def run(config: DictConfig, folder: Path) -> dict:
@@ -52,29 +77,36 @@ def run(config: DictConfig, folder: Path) -> dict:
     name = label(config, choices.method, method.needs_calibration, HydraConfig.get().overrides.task)
     experiment.check(config)
     prompts, calibration_prompts = experiment.read_prompts(config)
-    with experiment.locked(folder / "run"):
+    main = sweep.main_process()
+    with experiment.locked(folder / "run") if main else nullcontext():
         if (folder / "result.json").exists() and not config.overwrite:
             result = json.loads((folder / "result.json").read_text())
-            if result.get("label") != name:
+            if main and result.get("label") != name:
                 result["label"] = name
                 experiment.write_text(folder / "result.json", json.dumps(result, indent=1))
-            print(experiment.summary(result, folder), "(finished earlier; overwrite=true runs it again)", sep="\n")
+            if main:
+                print(experiment.summary(result, folder), "(finished earlier; overwrite=true runs it again)", sep="\n")
             return result
         if config.overwrite:
-            shutil.rmtree(folder / "samples", ignore_errors=True)
+            if main:
+                shutil.rmtree(folder / "samples", ignore_errors=True)
+            experiment.wait_for_all()  # no process may take an old batch for a new one
         tracker = None
-        if config.logger.name == "wandb":
-            group = config.logger.group or choices.model
+        if main and config.logger.name == "wandb":
+            group = config.logger.group or sweep.group(HydraConfig.get()) or choices.model
             settings = OmegaConf.to_container(config, resolve=True)
             tracker = tracking.start(config.logger.project, settings, folder.name, group, folder, config.logger.mode)
 
-        scorers = experiment.load_metrics(config)
+        scorers = experiment.load_metrics(config) if main else {}
         load, model = get_method(config.model.loader), config.model
-        trial = experiment.Experiment(config, load(model.path, model.dtype, model.device, model.offload), folder)
+        pipe = load(model.path, model.dtype, experiment.device(config), model.offload)
+        trial = experiment.Experiment(config, pipe, folder)
         calibration = trial.calibration(method, calibration_prompts) if method.needs_calibration else None
         method.prepare(trial.pipe, calibration)
         reference = trial.reference(prompts)
         samples, computed = trial.samples(method, prompts)
+        if not main:
+            return {}
         result = {
             "model": choices.model,
             "method": choices.method,
@@ -88,7 +120,9 @@ def run(config: DictConfig, folder: Path) -> dict:
         }
         pictures = trial.pictures(method, samples, reference, result)
         experiment.write_text(folder / "result.json", json.dumps(result, indent=1))
-        tracking.log(tracker, result, pictures, trial.rows(samples, reference, result))
+        tracking.log(
+            tracker, result | {"objective": sweep.objective(result)}, pictures, trial.rows(samples, reference, result)
+        )
         tracking.finish(tracker)
         print(experiment.summary(result, folder))
         return result

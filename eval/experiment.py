@@ -3,23 +3,39 @@
 import functools
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
+import torch
+from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from baselines.full import full
 from dpcache.calibration import Calibration, calibrate, describe, purpose
+from dpcache.method import _transformer
 from dpcache.models.flux import default_device
 from dpcache.sampler import sample
 from dpcache.schedules import Planned
 from eval import metrics, pictures, timing
 from eval.metrics import Samples, Scorer, evaluate
+from eval.prompts import read
 from eval.statistics import summarise
 from eval.store import collect, locked, write_text
 
-__all__ = ["Experiment", "check", "load_metrics", "locked", "read_prompts", "summary", "write_text"]
+__all__ = [
+    "Experiment",
+    "check",
+    "device",
+    "load_metrics",
+    "locked",
+    "read_prompts",
+    "scores",
+    "summary",
+    "wait_for_all",
+    "write_text",
+]
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,12 +55,12 @@ def read_prompts(config: DictConfig) -> tuple[list[str], list[str]]:
     """Prompts to evaluate, the first of `prompts`, and to calibrate with, the last of `calibration.prompts` (default:
     of what `prompts` has beyond the evaluated ones).
 
-    Raises ValueError if a file cannot be read as text or holds too few prompts.
+    Raises ValueError if a file or set cannot be read or holds too few prompts.
     """
     setting, path = ("prompts", config.prompts) if config.prompts else ("model.prompts", ROOT / config.model.prompts)
-    prompts, wanted, calibrating = _lines(setting, path), config.num_prompts, config.calibration.num_prompts
+    prompts, wanted, calibrating = read(setting, path), config.num_prompts, config.calibration.num_prompts
     own = config.calibration.prompts
-    others = _lines("calibration.prompts", own) if own else prompts[max(wanted, 0) :]
+    others = read("calibration.prompts", own) if own else prompts[max(wanted, 0) :]
     if not (1 <= wanted <= len(prompts) and 1 <= calibrating <= len(others)):
         source = f"calibration.prompts={own} has {len(others)}" if own else "both come from the same file"
         raise ValueError(
@@ -54,12 +70,15 @@ def read_prompts(config: DictConfig) -> tuple[list[str], list[str]]:
     return prompts[:wanted], others[-calibrating:]
 
 
-def _lines(setting: str, path: str | Path) -> list[str]:
-    path = Path(path).expanduser()
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{setting}={path} is not a readable UTF-8 text file: {error}") from None
+def device(config: DictConfig) -> str:
+    """`model.device`; among processes of `accelerate launch`, auto and cuda are each one's own device."""
+    together = config.model.device in ("auto", "cuda") and "LOCAL_RANK" in os.environ
+    return str(PartialState().device) if together else config.model.device
+
+
+def wait_for_all() -> None:
+    """Wait until all processes of `accelerate launch` are here."""
+    PartialState().wait_for_everyone()
 
 
 def load_metrics(config: DictConfig) -> dict[str, Scorer | Exception]:
@@ -68,6 +87,17 @@ def load_metrics(config: DictConfig) -> dict[str, Scorer | Exception]:
     cache = Path(config.output_dir) / "features"
     settings = metrics.Settings(**config.model.metrics, cache=cache, device=device)
     return metrics.load(config.eval.metrics, settings, config.eval.require_all)
+
+
+def scores(scorers: dict[str, Scorer | Exception], samples: Samples, reference: Samples) -> dict:
+    """Metrics with intervals, reasons for missing ones, and scores per prompt, as they stand in `result.json`."""
+    values, unavailable, details = evaluate(scorers, samples, reference)
+    return {
+        "metrics": {name: summarise(scores) | details.get(name, {}) for name, scores in values.items()},
+        "metrics_unavailable": unavailable,
+        "per_prompt": {"prompts": samples.prompts}
+        | {name: scores for name, scores in values.items() if len(scores) == len(samples.prompts)},
+    }
 
 
 class Experiment:
@@ -122,13 +152,16 @@ class Experiment:
 
     def samples(self, method, prompts: list[str]) -> tuple[Samples, list[list[int]]]:
         """The method's samples and the computed steps of every batch; also as PNG files."""
-        make = functools.partial(self._sample, method, prompts)
-        samples, computed = collect(self.folder / "samples", prompts, self.batch_size, make, "samples")
-        (self.folder / "images").mkdir(exist_ok=True)
-        for index, (prompt, image) in enumerate(zip(prompts, samples.images)):
-            slug = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())[:60].strip("-")
-            Image.fromarray(image.numpy()).save(self.folder / "images" / f"{index:04d}-{slug}.png")
-        return samples, computed
+        (self.folder / "images").mkdir(parents=True, exist_ok=True)
+
+        def make(chunk: slice):
+            images, latents, steps = self._sample(method, prompts, chunk)
+            for index, prompt, image in zip(range(chunk.start, chunk.stop), prompts[chunk], images):
+                slug = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())[:60].strip("-")
+                Image.fromarray(image).save(self.folder / "images" / f"{index:04d}-{slug}.png")
+            return images, latents, steps
+
+        return collect(self.folder / "samples", prompts, self.batch_size, make, "samples")
 
     def evaluate(
         self,
@@ -138,48 +171,77 @@ class Experiment:
         computed: list[list[int]],
         scorers: dict[str, Scorer | Exception],
     ) -> dict:
-        """Metrics with intervals, timing, memory and versions, as they stand in `result.json`."""
-        measured = {
-            "timing": self._time(method, samples.prompts),
-            "memory": timing.memory(self.device) | {"history": method.report().history_bytes or None},
-        }
-        values, unavailable, details = evaluate(scorers, samples, reference)  # last: its networks take memory too
+        """Metrics with intervals, timing, memory, FLOPs and versions, as they stand in `result.json`."""
+        memory = timing.memory(self.device)  # before the timing, which resets the peak
+        seconds, peaks = self._time(method, samples.prompts)
+        memory |= peaks | {"history": method.report().history_bytes or None}
+        measured = {"timing": seconds, "memory": memory, "flops": self._flops(method, samples.prompts)}
+        scored = scores(scorers, samples, reference)  # last: its networks take memory too
         weights = [min(self.batch_size, len(samples.prompts) - i * self.batch_size) for i in range(len(computed))]
         return {
             "computed_steps": float(np.average([len(steps) for steps in computed], weights=weights)),
             "schedules": computed,
             "reference": self.reference_folder(samples.prompts).name,
             "settled": method.settled,
-            "metrics": {name: summarise(scores) | details.get(name, {}) for name, scores in values.items()},
-            "metrics_unavailable": unavailable,
-            "per_prompt": {"prompts": samples.prompts}
-            | {name: scores for name, scores in values.items() if len(scores) == len(samples.prompts)},
+            **scored,
             **measured,
             "versions": timing.versions(self.device),
         }
 
-    def _time(self, method, prompts: list[str]) -> dict:
+    def _time(self, method, prompts: list[str]) -> tuple[dict, dict]:
+        """Seconds, and on CUDA the peak memory in bytes that full and cached runs allocate."""
         settings = self.config.eval.timing
         if settings.repeats == 0:
-            return {}
+            return {}, {}
         chunk = slice(0, settings.batch_size or self.batch_size)
         reference = full(self.config.num_inference_steps)
-        seconds = {reference: [], method: []}
+        rounds = {reference: [], method: []}
+        cuda = self.device.type == "cuda"
 
         def timed(which):
-            self._sample(which, prompts, chunk)
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(self.device)
+            with timing.phases(self.pipe) as phases:
+                self._sample(which, prompts, chunk)
             report = which.report()
-            inside = [*report.seconds_computed.values(), *report.seconds_predicted.values()]
+            inside = sum(report.seconds_computed.values()) + sum(report.seconds_predicted.values())
             counts = [count for counts in report.computed_counts.values() for count in counts]
-            seconds[which].append((sum(inside), np.mean(counts)))
+            peak = torch.cuda.max_memory_allocated(self.device) if cuda else None
+            rounds[which].append((phases() | {"transformer": inside}, np.mean(counts), peak))
 
         result = timing.compare(
             lambda: timed(reference), lambda: timed(method), settings.repeats, warmup=1, device=self.device
         )
-        full_s, cached_s = (np.median([s for s, _ in seconds[which][1:]]) for which in (reference, method))
-        computed = np.mean([count for _, count in seconds[method]])
-        ratios = timing.efficiency(self.config.num_inference_steps, computed, full_s, cached_s)
-        return result | {name: float(value) for name, value in ratios.items()}
+        seconds, peaks = {}, {}
+        for name, which in {"full": reference, "cached": method}.items():
+            measured = rounds[which][1:]
+            seconds[name] = {p: float(np.median([phases[p] for phases, *_ in measured])) for p in measured[0][0]}
+            peaks[f"peak_{name}"] = measured[-1][2]
+        computed = np.mean([count for _, count, _ in rounds[method]])
+        times = (seconds[name]["transformer"] for name in ("full", "cached"))
+        ratios = timing.efficiency(self.config.num_inference_steps, computed, *times)
+        result |= {name: float(value) for name, value in ratios.items()} | {"phases": seconds}
+        return result, peaks | {"peak_added": peaks["peak_cached"] - peaks["peak_full"]} if cuda else {}
+
+    def _flops(self, method, prompts: list[str]) -> dict[str, float | None]:
+        """FLOPs of one image and of one step (all guidance branches) without and with the cache, as counted."""
+        transformer, one = _transformer(self.pipe), slice(0, 1)
+        single = full(1)
+        total, steps = timing.flops(transformer, lambda: self._sample(single, prompts, one))
+        full_step = float(sum(steps))
+        cached, calls = timing.flops(transformer, lambda: self._sample(method, prompts, one))
+        branches = list(method.report().computed.values())  # which take turns in every step
+        kinds = {True: [], False: []}
+        for index, count in enumerate(calls):
+            kinds[index // len(branches) in branches[index % len(branches)]].append(count)
+        computed, skipped = (len(branches) * float(np.mean(kind)) if kind else None for kind in kinds.values())
+        return {
+            "full": total + (self.config.num_inference_steps - 1) * full_step,
+            "cached": float(cached),
+            "full_step": full_step,
+            "computed_step": computed,
+            "skipped_step": skipped,
+        }
 
     def pictures(self, method, samples: Samples, reference: Samples, result: dict) -> dict[str, Path]:
         """The side-by-side grid, the schedule and, where there is one, the cost tensor. Returns their paths."""
@@ -228,5 +290,8 @@ def summary(result: dict, folder: Path) -> str:
             f"  transformer only       {timed['transformer_speedup']:.2f}x of {timed['ideal_speedup']:.2f}x ideal,"
             f" efficiency {timed['efficiency']:.3f}"
         )
+    if flops := result.get("flops"):
+        ratio = flops["full"] / flops["cached"]
+        lines.append(f"  FLOPs per image        {flops['full']:.4g} -> {flops['cached']:.4g}, {ratio:.2f}x fewer")
     lines.append(f"  pictures, images       {folder}")
     return "\n".join(lines)

@@ -40,13 +40,15 @@ TRIVIAL_FOR_FULL = {"psnr", "ssim", "lpips", "latent_error"}  # distances to the
 def flatten(result: dict) -> dict:
     """One `result.json` as flat columns.
 
-    metrics: `psnr`, `psnr_lo`, `psnr_hi`, `psnr_n`; timing, memory and versions: their scalars under their own names
-    (`speedup`, `peak_rss`, `torch`); everything else as it is, without the scores of every prompt.
+    metrics: `psnr`, `psnr_lo`, `psnr_hi`, `psnr_n`; FLOPs: `flops_full`, `flops_cached`, ...; timing, memory and
+    versions: their scalars under their own names (`speedup`, `peak_rss`, `torch`); everything else as it is, without
+    the scores of every prompt.
     """
-    groups = ("metrics", "timing", "memory", "versions", "per_prompt")
+    groups = ("metrics", "timing", "memory", "versions", "per_prompt", "flops")
     row = {key: value for key, value in result.items() if key not in groups}
     for name, value in result["metrics"].items():
         row[name], (row[f"{name}_lo"], row[f"{name}_hi"]), row[f"{name}_n"] = value["mean"], value["ci95"], value["n"]
+    row |= {f"flops_{name}": value for name, value in result.get("flops", {}).items()}
     for group in ("timing", "memory", "versions"):
         row |= {k: v for k, v in result.get(group, {}).items() if not isinstance(v, (list, dict))}
     return row

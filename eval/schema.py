@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -54,8 +55,17 @@ class EvalConfig:
     timing: TimingConfig = field(default_factory=TimingConfig)
 
 
+class Stage(Enum):
+    """run: sample and evaluate. eval: score finished run folders again."""
+
+    run = "run"
+    eval = "eval"
+
+
 @dataclass
 class RunConfig:
+    stage: Stage = Stage.run
+    dir: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     method: Any = MISSING
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -77,7 +87,8 @@ ConfigStore.instance().store(name="schema", node=RunConfig)
 
 def config_hash(config: DictConfig) -> str:
     """12 hex digits of everything that shapes the results; where they go and who is told does not count."""
-    keys = [key for key in config if key not in ("hydra", "logger", "output_dir", "overwrite", "label")]
+    others = ("hydra", "logger", "output_dir", "overwrite", "label", "stage", "dir")
+    keys = [key for key in config if key not in others]
     content = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -93,6 +104,8 @@ def label(config: DictConfig, method: str, calibrated: bool, overrides: Iterable
 def run_name(_root_: DictConfig) -> str:
     """Name of the run folder: the same command always gets the same one, so a killed run resumes."""
     choices, c = _root_.hydra.runtime.choices, _root_
+    if c.stage is Stage.eval:  # Hydra's notes on this command, beside the run folders
+        return "../evaluations"
     return f"{choices.model}-{choices.method}-K{c.budget}-T{c.num_inference_steps}-seed{c.seed}-{config_hash(_root_)}"
 
 

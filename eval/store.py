@@ -1,17 +1,19 @@
 """Generated samples on disk: one file per batch, each written atomically, so that a killed run goes on where it was.
 
-A folder of full-step references is shared by every run that needs it; a lock lets one process make it while the
-others wait.
+Processes that need the same batches (jobs of a sweep with the same reference, or one run under `accelerate launch`)
+share the work through these files alone: each batch has a lock, and whoever holds it makes the batch.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -49,28 +51,68 @@ def collect(
     Returns:
         All samples, and the computed steps of every batch.
     """
-    batches = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
-    parts = []
-    with locked(folder / "batches"):
-        for index, chunk in enumerate(tqdm(batches, desc=description, unit="batch", leave=False)):
-            path = folder / f"batch_{index:04d}.safetensors"
-            part = _read(path)
-            if part is None:
-                images, latents, steps = make(chunk)
-                arrays = {"images": torch.as_tensor(images).contiguous(), "latents": latents.contiguous()}
-                temporary = path.with_name(f".{path.name}.part")
-                save_file(arrays, temporary, {"computed": json.dumps(steps)})
-                os.replace(temporary, path)
-                part = arrays["images"], arrays["latents"], steps
-            parts.append(part)
-    images, latents, computed = zip(*parts)
-    return Samples(torch.cat(images), torch.cat(latents), list(prompts)), list(computed)
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(prompts), batch_size)
+    batches = {_batch(folder, index): slice(start, start + batch_size) for index, start in enumerate(starts)}
+    for patience in (0, -1):  # first what nobody else is making, then what others have left unfinished
+        for path, chunk in tqdm(batches.items(), desc=description, unit="batch", leave=False):
+            if not _whole(path):
+                with suppress(Timeout), FileLock(f"{path}.lock", timeout=patience):
+                    if not _whole(path):
+                        images, latents, steps = make(chunk)
+                        arrays = {"images": torch.as_tensor(images).contiguous(), "latents": latents.contiguous()}
+                        temporary = path.with_name(f".{path.name}.part")
+                        save_file(arrays, temporary, {"computed": json.dumps(steps)})
+                        os.replace(temporary, path)
+                    Path(f"{path}.lock").unlink(missing_ok=True)  # whoever waits for it finds the batch whole
+    return _read(list(batches), prompts)
 
 
-def _read(path: Path):
+def stored(folder: Path, prompts: list[str]) -> Samples:
+    """The samples that `collect` has left in `folder`. Raises FileNotFoundError unless they are whole."""
+    paths = [_batch(folder, index) for index in range(len(list(folder.glob("batch_*.safetensors"))))]
+    missing = [path.name for path in paths if not _whole(path)]
+    if missing or not paths:
+        raise FileNotFoundError(f"{folder} has no {'samples' if not paths else f'whole {missing[0]}'}")
     try:
-        with safe_open(path, "pt") as file:
-            steps = json.loads(file.metadata()["computed"])
-            return file.get_tensor("images"), file.get_tensor("latents"), steps
-    except (FileNotFoundError, SafetensorError):  # not there, or damaged: made again
-        return None
+        return _read(paths, prompts)[0]
+    except ValueError:  # another number of them than of prompts
+        raise FileNotFoundError(f"{folder} does not hold the samples of all {len(prompts)} prompts") from None
+
+
+def _batch(folder: Path, index: int) -> Path:
+    return folder / f"batch_{index:04d}.safetensors"
+
+
+def _whole(path: Path) -> bool:
+    """False where there is no such batch, or a damaged one, which is made again."""
+    try:
+        with safe_open(path, "np") as file:
+            return "computed" in (file.metadata() or {})
+    except (FileNotFoundError, SafetensorError):
+        return False
+
+
+def _read(paths: Sequence[Path], prompts: list[str]) -> tuple[Samples, list[list[int]]]:
+    computed = []
+    for path in paths:
+        with safe_open(path, "np") as file:
+            computed.append(json.loads(file.metadata()["computed"]))
+    return Samples(_joined(paths, "images"), _joined(paths, "latents"), list(prompts)), computed
+
+
+def _joined(paths: Sequence[Path], name: str) -> torch.Tensor:
+    """The batches' tensors as one, kept in a file without a name, so that it need not fit into memory."""
+    shapes = []
+    for path in paths:
+        with safe_open(path, "np") as file:
+            shapes.append(file.get_slice(name).get_shape())
+            dtype = file.get_slice(name)[:0].dtype
+    with tempfile.TemporaryFile(dir=paths[0].parent) as file:
+        whole = np.memmap(file, dtype, "w+", shape=(sum(shape[0] for shape in shapes), *shapes[0][1:]))
+    end = 0
+    for path, shape in zip(paths, shapes, strict=True):
+        begin, end = end, end + shape[0]
+        with safe_open(path, "np") as file:
+            whole[begin:end] = file.get_tensor(name)
+    return torch.from_numpy(whole)

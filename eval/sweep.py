@@ -1,28 +1,54 @@
-"""What a sweep does beyond its jobs: failures on record, and the board at the end.
+"""What a sweep does beyond its jobs: failures on record, the board at the end, and one process to do so among many.
 
 Imported by every command, so torch and pandas wait until they are needed.
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
 
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 FAILURE = "error.json"
 
 
+def main_process() -> bool:
+    """False in the processes of `accelerate launch` that only help to sample."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def fail(folder: Path, error: str) -> None:
-    """Put a job's failure on record in its run folder, where the board finds it until the job succeeds."""
+    """Put a job's failure on record in its run folder, where the board finds it until the job succeeds. What a helping
+    process could not do, the main one does or fails at."""
+    if not main_process():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FAILURE).write_text(json.dumps({"error": error, "time": time.time()}))
 
 
 def succeed(folder: Path) -> None:
     """An earlier failure of this job is history."""
-    (folder / FAILURE).unlink(missing_ok=True)
+    if main_process():
+        (folder / FAILURE).unlink(missing_ok=True)
+
+
+def objective(result: dict) -> float | None:
+    """What a tuning sweep maximises: the mean PSNR, but 0 for a run that computed more steps than its budget, which
+    would otherwise always win. None without a PSNR, which counts as a failure there."""
+    if "psnr" not in result.get("metrics", {}):
+        return None
+    return result["metrics"]["psnr"]["mean"] if result["computed_steps"] <= result["budget"] + 0.5 else 0.0
+
+
+def group(hydra: DictConfig) -> str | None:
+    """The name that all runs of one sweep share: its experiment, else its folder. None for a single run."""
+    if hydra.mode is not RunMode.MULTIRUN:
+        return None
+    return hydra.runtime.choices.get("experiment") or Path(hydra.sweep.dir).name
 
 
 class Board(Callback):
@@ -37,6 +63,8 @@ class Board(Callback):
         self.against, self.began = against, time.time()
 
     def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
+        if not main_process():
+            return
         from eval import leaderboard, report
 
         folder = Path(config.hydra.sweep.dir)

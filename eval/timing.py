@@ -1,17 +1,21 @@
-"""Wall-clock speed, memory, and the versions they were measured with. Times are in seconds, memory in bytes."""
+"""Wall-clock speed, memory, FLOPs, and the versions they were measured with. Times are in seconds, memory in bytes."""
 
 import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
+
+from dpcache.cache import Stopwatch
 
 
 def compare(
@@ -58,6 +62,54 @@ def synchronise(device: torch.device) -> None:
     """Waits for work queued on an accelerator, which runs behind the Python code; the CPU has no queue."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+@contextmanager
+def phases(pipe) -> Iterator[Callable[[], dict[str, float]]]:
+    """Times the parts of a diffusers pipeline around its transformer, on the device's own clock: gives a function that
+    returns the seconds in `text_encoder` (its `encode_prompt`) and `vae` (`decode`), of those that it has."""
+    watch, spans = Stopwatch(pipe._execution_device), {}
+    parts = {"text_encoder": (pipe, "encode_prompt"), "vae": (getattr(pipe, "vae", None), "decode")}
+    parts = {name: (owner, method) for name, (owner, method) in parts.items() if hasattr(owner, method)}
+
+    def timed(function: Callable, taken: list) -> Callable:
+        def call(*args, **kwargs):
+            start = watch.now()
+            output = function(*args, **kwargs)
+            taken.append((start, watch.now()))
+            return output
+
+        return call
+
+    for name, (owner, method) in parts.items():
+        spans[name] = []
+        setattr(owner, method, timed(getattr(owner, method), spans[name]))
+    try:
+        yield lambda: {name: watch.seconds(taken) for name, taken in spans.items()}
+    finally:
+        for owner, method in parts.values():
+            delattr(owner, method)  # the class's own shows again
+
+
+def flops(transformer: torch.nn.Module, generate: Callable[[], object]) -> tuple[int, list[int]]:
+    """Floating-point operations of `generate()`: all, and those of every call of the transformer, as PyTorch's counter
+    counts them: matrix multiplications, convolutions and attention, a multiplication with its addition as two."""
+    counter, calls = FlopCounterMode(display=False), []
+
+    def before(*_):
+        calls.append(-counter.get_total_flops())
+
+    def after(*_):
+        calls[-1] += counter.get_total_flops()
+
+    hooks = transformer.register_forward_pre_hook(before), transformer.register_forward_hook(after)
+    try:
+        with counter:
+            generate()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counter.get_total_flops(), calls
 
 
 def efficiency(num_inference_steps: int, budget: float, full_s: float, cached_s: float) -> dict:

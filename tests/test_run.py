@@ -58,6 +58,12 @@ def test_the_run_folder_is_whole(finished):
     assert timing["ideal_speedup"] == 1.6
     assert timing["efficiency"] == pytest.approx(timing["transformer_speedup"] / 1.6)
     assert timing["speedup"] > 0 and timing["reference_s"] > 0 and timing["cached_s"] > 0
+    for run_ in ("full", "cached"):
+        phases = timing["phases"][run_]
+        assert set(phases) == {"text_encoder", "transformer", "vae"} and sum(phases.values()) > 0
+    assert timing["phases"]["full"]["transformer"] / timing["phases"]["cached"]["transformer"] == pytest.approx(
+        timing["transformer_speedup"]
+    )
     assert result["memory"] and result["versions"]["torch"] and len(result["config_hash"]) == 12
     for picture in ("grid.png", "schedule.png", "cost.png"):
         assert Image.open(run_folder / picture).size[0] > 300

@@ -1,0 +1,103 @@
+"""`stage=eval`: finished runs scored again, from the samples and the reference that they have kept."""
+
+import json
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from eval.experiment import load_metrics, scores, summary
+from eval.metrics import Scorer, check
+from eval.store import locked, stored, write_text
+
+log = logging.getLogger("run")
+
+
+def rescore(config: DictConfig, compose: Callable[[str], DictConfig]) -> None:
+    """Adds the metrics of `config.eval` to every `result.json` in and below `config.dir` and prints what it then says.
+    Those that it has are kept, unless `config.overwrite`.
+
+    Args:
+        compose: the command's configuration with another `model`, which settles what its metrics use.
+
+    Raises:
+        ValueError: nothing to score; wrong settings of a metric, or one that cannot be had with `eval.require_all`;
+            and, once all others are scored, for the folders that cannot be, each of which has been named.
+    """
+    if config.dir is None:
+        raise ValueError("stage=eval needs dir=FOLDER, a run folder or a folder of many")
+    check(config.eval.metrics)
+    folders = sorted(path.parent for path in Path(config.dir).expanduser().rglob("result.json"))
+    if not folders:
+        raise ValueError(f"dir={config.dir} holds no finished run: there is no result.json in it or below")
+    names, failed = {}, {}  # metrics to load for each model; reasons
+    for folder in folders:
+        try:
+            result = _result(folder)
+            names.setdefault(result["model"], set()).update(_missing(result, config))
+        except (OSError, ValueError) as error:
+            failed[folder] = error
+    scorers = {model: _load(compose, model, wanted) for model, wanted in names.items()}
+    for folder in folders:
+        if folder not in failed:
+            try:
+                _score(folder, scorers, config)
+            except (OSError, ValueError) as error:
+                failed[folder] = error
+    for folder, error in failed.items():
+        log.error("cannot be scored: %s: %s", folder, " ".join(str(error).split()))
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(folders)} runs cannot be scored, for the reasons above")
+
+
+def _result(folder: Path) -> dict:
+    result = json.loads((folder / "result.json").read_text())
+    needed = {"model", "method", "metrics", "per_prompt", "schedules", "timing"}
+    lacking = needed - result.keys() if isinstance(result, dict) else needed
+    if lacking:
+        raise ValueError(f"result.json lacks {', '.join(sorted(lacking))}")
+    if result.get("reference") is None:
+        raise ValueError("result.json does not name its reference; overwrite=true with the run's command renews it")
+    return result
+
+
+def _missing(result: dict, config: DictConfig) -> list[str]:
+    return [name for name in config.eval.metrics if config.overwrite or name not in result["metrics"]]
+
+
+def _load(compose: Callable, model: str, names: Iterable[str]) -> dict[str, Scorer | Exception] | HydraException:
+    try:
+        config = compose(model)
+    except HydraException as error:  # a model that conf/ does not know: these runs cannot be scored, others can
+        return error
+    wanted = [name for name in config.eval.metrics if name in names]
+    return load_metrics(OmegaConf.merge(config, {"eval": {"metrics": wanted}}))
+
+
+def _score(folder: Path, scorers: dict, config: DictConfig) -> None:
+    with locked(folder / "run"):
+        result = _result(folder)
+        loaded = scorers[result["model"]]
+        if isinstance(loaded, HydraException):
+            raise ValueError(f"model={result['model']}: {loaded}")
+        wanted = {name: loaded[name] for name in _missing(result, config) if name in loaded}
+        if wanted:
+            prompts = result["per_prompt"]["prompts"]
+            scored = scores(wanted, stored(folder / "samples", prompts), stored(_reference(folder, result), prompts))
+            for part in ("metrics", "per_prompt"):
+                result[part] |= scored[part]
+            lost = result.get("metrics_unavailable", {}) | scored["metrics_unavailable"]
+            result["metrics_unavailable"] = {name: lost[name] for name in lost if name not in result["metrics"]}
+            write_text(folder / "result.json", json.dumps(result, indent=1))
+    print(summary(result, folder))
+
+
+def _reference(folder: Path, result: dict) -> Path:
+    """The shared reference that the run was compared with, below the `output_dir` that holds the run."""
+    name = Path("references", Path(result["reference"]).name)
+    found = [parent / name for parent in folder.absolute().parents if (parent / name).is_dir()]
+    if not found:
+        raise FileNotFoundError(f"its reference {name} is in no folder above it")
+    return found[0]

@@ -1,0 +1,27 @@
+"""The report beyond_dpcache.ipynb from end to end, on sweeps short enough for a test."""
+
+from pathlib import Path
+
+import nbclient
+import nbformat
+
+ROOT = Path(__file__).parents[1]
+SHORT = "num_inference_steps=8 num_prompts=2 calibration.num_prompts=2 batch_size=2 budget=4"
+
+
+def test_beyond_dpcache(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUTPUTS", str(tmp_path))
+    monkeypatch.setenv("SHORT", SHORT)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(ROOT / "notebooks" / "beyond_dpcache.ipynb", as_version=4)
+    committed = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert committed and not any(output.output_type == "error" for output in committed)
+    assert str(ROOT) not in nbformat.writes(notebook)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": ROOT / "notebooks"}}).execute()
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    pictures = [output for output in shown if "image/png" in output.get("data", {})]
+    tables = "".join(output["data"]["text/markdown"] for output in shown if "text/markdown" in output.get("data", {}))
+    assert len(pictures) == 9
+    assert all(label in tables for label in ("0 dpcache", "7 refit (dpcache_lsq)", "planners=[even] predictors=[lsq2]"))
+    for name in ("frontier", *(f"ablation_{n}" for n in ("parts", "predictor", "warmup", "cost", "calibration_size"))):
+        assert (tmp_path / name / "report.html").exists()

@@ -76,7 +76,7 @@ def run(config: DictConfig, folder: Path) -> dict:
     method = instantiate(config.method)
     name = label(config, choices.method, method.needs_calibration, HydraConfig.get().overrides.task)
     experiment.check(config)
-    prompts, calibration_prompts = experiment.read_prompts(config)
+    prompts, calibration_prompts = experiment.read_prompts(config, method.needs_calibration)
     main = sweep.main_process()
     with experiment.locked(folder / "run") if main else nullcontext():
         if (folder / "result.json").exists() and not config.overwrite:

@@ -51,23 +51,24 @@ def check(config: DictConfig) -> None:
         raise ValueError(f"eval.timing.repeats={config.eval.timing.repeats} must be at least 0")
 
 
-def read_prompts(config: DictConfig) -> tuple[list[str], list[str]]:
-    """Prompts to evaluate, the first of `prompts`, and to calibrate with, the last of `calibration.prompts` (default:
-    of what `prompts` has beyond the evaluated ones).
+def read_prompts(config: DictConfig, calibrating: bool) -> tuple[list[str], list[str]]:
+    """Prompts to evaluate, the first of `prompts`, and, if `calibrating` without a file of calibration, to calibrate
+    with: the last of `calibration.prompts` (default: of what `prompts` has beyond the evaluated ones).
 
     Raises ValueError if a file or set cannot be read or holds too few prompts.
     """
     setting, path = ("prompts", config.prompts) if config.prompts else ("model.prompts", ROOT / config.model.prompts)
-    prompts, wanted, calibrating = read(setting, path), config.num_prompts, config.calibration.num_prompts
-    own = config.calibration.prompts
-    others = read("calibration.prompts", own) if own else prompts[max(wanted, 0) :]
-    if not (1 <= wanted <= len(prompts) and 1 <= calibrating <= len(others)):
-        source = f"calibration.prompts={own} has {len(others)}" if own else "both come from the same file"
-        raise ValueError(
-            f"num_prompts={wanted} and calibration.num_prompts={calibrating} must be at least 1 and at most what the "
-            f"files hold: {setting}={path} has {len(prompts)} prompts, {source}"
-        )
-    return prompts[:wanted], others[-calibrating:]
+    prompts, wanted = read(setting, path), config.num_prompts
+    if not 1 <= wanted <= len(prompts):
+        raise ValueError(f"num_prompts={wanted} must be between 1 and the {len(prompts)} prompts of {setting}={path}")
+    if not calibrating or config.calibration.path:
+        return prompts[:wanted], []
+    own, count = config.calibration.prompts, config.calibration.num_prompts
+    others = read("calibration.prompts", own) if own else prompts[wanted:]
+    if not 1 <= count <= len(others):
+        source = f"calibration.prompts={own}" if own else f"{setting}={path} beyond num_prompts={wanted}"
+        raise ValueError(f"calibration.num_prompts={count} must be between 1 and the {len(others)} prompts of {source}")
+    return prompts[:wanted], others[-count:]
 
 
 def device(config: DictConfig) -> str:

@@ -113,9 +113,11 @@ def test_calibration_prompts_of_another_file(tmp_path):
     code, _, err = run(*command, folder=tmp_path)
     assert code == 0, err
     (path,) = tmp_path.glob("calibrations/*.safetensors")
+    given = ["prompts=" + str(tmp_path / "others.txt"), "num_prompts=2", f"calibration.path={path}"]
+    assert run("budget=5", *TINY[:1], *TINY[3:], *given, folder=tmp_path)[0] == 0  # none left to calibrate with
     assert Calibration.load(path).made_from["prompts"] == ["red car", "blue ball"]
     code, _, err = run(*command, "calibration.num_prompts=3", folder=tmp_path)
-    assert code == 1 and "has 2" in err
+    assert code == 1 and "between 1 and the 2 prompts of calibration.prompts=" in err
 
 
 def test_parallel_sweep(tmp_path):

@@ -6,6 +6,7 @@ import os
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import wandb
@@ -272,8 +273,12 @@ def test_paired_differences_use_the_same_prompts_alone(tmp_path):
 
 @pytest.mark.parametrize("metric", ["psnr", "speedup"])
 def test_figure(runs, tmp_path, metric):
-    path = leaderboard.figure(tmp_path / "board.png", leaderboard.collect(runs), metric)
+    frame = leaderboard.collect(runs)
+    more = pd.concat([frame.assign(budget=frame["budget"] + extra) for extra in (0, 30, 60)], ignore_index=True)
+    path = leaderboard.figure(tmp_path / "curves.png", more, metric)
     assert Image.open(path).size == (2080, 640)  # two models, two panels
+    path = leaderboard.figure(tmp_path / "list.png", frame, metric)  # one or two budgets
+    assert Image.open(path).size[0] == 2280 and Image.open(path).size[1] < 640
 
 
 # --- tracking

@@ -6,7 +6,7 @@ import nbclient
 import nbformat
 
 ROOT = Path(__file__).parents[1]
-SHORT = "num_inference_steps=8 num_prompts=2 calibration.num_prompts=2 batch_size=2 budget=4"
+SHORT = "num_inference_steps=6 num_prompts=2 calibration.num_prompts=2 batch_size=2 budget=4"
 
 
 def test_beyond_dpcache(tmp_path, monkeypatch):

@@ -176,13 +176,48 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"), MISTAKES, ids=lambda value: value[0] if isinstance(value, list) else ""
-)
-def test_mistakes_end_in_one_clear_line(tmp_path, arguments, named):
-    code, _, err = run(*arguments, folder=tmp_path)
-    assert code != 0 and named in err and "Traceback" not in err
-    assert not list(tmp_path.glob("runs/*/result.json"))
+COMMANDS = """
+import contextlib, io, json, os, runpy, sys
+script, answers = sys.argv[1], []
+sys.path.insert(0, os.path.dirname(script))
+for arguments in json.load(sys.stdin):
+    sys.argv, said, code = [script, *arguments], io.StringIO(), 0
+    with contextlib.redirect_stderr(said):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as exit:
+            code = exit.code
+    answers.append((code, said.getvalue()))
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Exit code and stderr of every mistaken command, one after the other in one process, and its folder."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    commands = json.dumps([[*arguments, f"output_dir={folder}"] for arguments, _ in MISTAKES])
+    process = subprocess.run(
+        [sys.executable, "-c", COMMANDS, str(ROOT / "run.py")],
+        input=commands,
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    return folder, json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("index", range(len(MISTAKES)), ids=lambda index: MISTAKES[index][0][0])
+def test_mistakes_end_in_one_clear_line(answers, index):
+    folder, (code, err) = answers[0], answers[1][index]
+    assert code not in (0, None) and MISTAKES[index][1] in err and "Traceback" not in err
+    assert not list(folder.glob("runs/*/result.json"))
+
+
+def test_a_mistake_as_a_command(tmp_path):
+    code, _, err = run("budget=2", folder=tmp_path)
+    assert code == 1 and "error: budget=2 must be between warmup=3" in err and "Traceback" not in err
 
 
 def test_unreadable_files_are_named(tmp_path, finished):

@@ -121,7 +121,8 @@ def table(frame: pd.DataFrame, metric: str = "psnr") -> str:
     Runs in which the metric was unavailable are listed below with their reasons. Raises ValueError for a column that
     no result has.
     """
-    digits = 1 if metric == "computed_steps" else 4 if metric in ("ssim", "latent_error", "lpips") else 2
+    fine = metric in ("ssim", "latent_error", "lpips") or metric.startswith("kid")
+    digits = 1 if metric == "computed_steps" else 4 if fine else 2
 
     def cell(row: pd.Series) -> str:
         spread = (row["hi"] - row["lo"]) / 2

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from tqdm import tqdm
-from train_tiny_flux import load_emoji
+from training import load_emoji
 
 from dpcache.models.flux import EMBEDDED
 from eval.metrics import fid

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from train_tiny_flux import DTYPE, load_emoji, train
+from training import DTYPE, load_emoji, train
 from transformers import PreTrainedTokenizerFast
 
 CONTEXT = 24  # tokens; the longest name takes 15

@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from eval import sweep
+from eval.files import write_text
 from eval.schema import Stage, config_hash, label
 
 log = logging.getLogger("run")
@@ -83,7 +84,7 @@ def run(config: DictConfig, folder: Path) -> dict:
             result = json.loads((folder / "result.json").read_text())
             if main and result.get("label") != name:
                 result["label"] = name
-                experiment.write_text(folder / "result.json", json.dumps(result, indent=1))
+                write_text(folder / "result.json", json.dumps(result, indent=1))
             if main:
                 print(experiment.summary(result, folder), "(finished earlier; overwrite=true runs it again)", sep="\n")
             return result
@@ -119,7 +120,7 @@ def run(config: DictConfig, folder: Path) -> dict:
             **trial.evaluate(method, samples, reference, computed, scorers),
         }
         pictures = trial.pictures(method, samples, reference, result)
-        experiment.write_text(folder / "result.json", json.dumps(result, indent=1))
+        write_text(folder / "result.json", json.dumps(result, indent=1))
         tracking.log(
             tracker, result | {"objective": sweep.objective(result)}, pictures, trial.rows(samples, reference, result)
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpcache.calibration import record
-from dpcache.gram import gram, path_costs
+from dpcache.gram import gram, key_axes, path_costs
 from dpcache.method import Method
 from dpcache.planner import plan
 from dpcache.predictors import LeastSquares, Predictor, Reuse, Taylor, ridge_regression
@@ -108,8 +108,7 @@ class LeastSquaresPlan(Method):
             for planner in self.planners:
                 for alpha in self.alphas if planner == "gram" else (None,):
                     if planner == "gram":
-                        keys = min(max(predictor.history, 2), 3)
-                        cost = path_costs(G, predictor, keys, calibration.gain ** (2 * alpha))
+                        cost = path_costs(G, predictor, key_axes(predictor), calibration.gain ** (2 * alpha))
                     for warmup in self.warmups:
                         if planner == "gram":
                             steps = plan(cost, self.budget, warmup)

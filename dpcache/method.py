@@ -23,16 +23,17 @@ class Method:
         schedule: which steps are computed.
         site: what is kept of them, one of `stack`, `residual`, `modules`, `output`.
         predictor: how a skipped step is filled in.
-        observe: called as `observe(branch, step, name, feature)` for every feature kept, and with site=output for the
-            model's input ("input") at every step.
+
+    `observe`, if it is set, is called as `observe(branch, step, name, feature)` for every feature kept, and with
+    site=output for the model's input ("input") at every step.
     """
 
-    def __init__(self, schedule: Schedule, site: str, predictor: Predictor, observe=None):
+    def __init__(self, schedule: Schedule, site: str, predictor: Predictor):
         if site not in SITES:
             raise ValueError(f"site={site} is not one of {', '.join(SITES)}")
         if predictor.sees_input and site != "output":
             raise ValueError(f"site={site}: a predictor that sees the model's input takes site=output")
-        self.schedule, self.site, self.observe = schedule, site, observe
+        self.schedule, self.site, self.observe = schedule, site, None
         self.set_predictor(predictor)
         self.settled: dict = {}  # what `prepare` decided, for the record
         self._cache: StepCache | None = None

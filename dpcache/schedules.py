@@ -6,7 +6,7 @@ steps that are always computed first.
 
 from collections.abc import Sequence
 
-from dpcache.gram import path_costs
+from dpcache.gram import key_axes, path_costs
 from dpcache.planner import plan
 from dpcache.predictors import Taylor
 
@@ -126,7 +126,7 @@ class Planned(Schedule):
     def prepare(self, calibration):
         self.tensor = calibration.cost
         if self.cost == "gram":
-            self.tensor = path_costs(calibration.gram, self.predictor, min(max(self.predictor.history, 2), 3))
+            self.tensor = path_costs(calibration.gram, self.predictor, key_axes(self.predictor))
         self.steps = plan(self.tensor, self.budget, self.warmup, self.solver, self.max_jump)
 
 

@@ -22,7 +22,7 @@ from eval import metrics, pictures, timing
 from eval.metrics import Samples, Scorer, evaluate
 from eval.prompts import read
 from eval.statistics import summarise
-from eval.store import collect, locked, write_text
+from eval.store import collect, locked
 
 __all__ = [
     "Experiment",
@@ -34,7 +34,6 @@ __all__ = [
     "scores",
     "summary",
     "wait_for_all",
-    "write_text",
 ]
 
 ROOT = Path(__file__).parents[1]

@@ -1,6 +1,5 @@
 """Pictures of results for papers and run folders, in the format that the file suffix names, without a display."""
 
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
+
+from eval.files import atomic
 
 STYLE = {
     "font.family": "sans-serif",
@@ -32,13 +33,8 @@ COMPUTED, PREDICTED, PATH = "#1f4e79", "#dde7f0", "#d1495b"
 def save(figure: Figure, path: str | Path) -> Path:
     """Writes the figure whole or not at all: a temporary file beside `path`, then one rename."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic(path) as part:
+        figure.savefig(part, format=path.suffix[1:])
     return path
 
 

@@ -15,8 +15,9 @@ import pandas as pd
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from eval.files import write_text
 from eval.leaderboard import LABELS, ORDER, SETTING, TRIVIAL_FOR_FULL, _newest, _rank, table
-from eval.store import write_text
+from eval.sweep import FAILURE
 
 LOWER_IS_BETTER = ("latent_error", "lpips", "fid", "kid")  # beginnings of names
 SPEED = ("speedup", "transformer_speedup", "efficiency")
@@ -48,10 +49,10 @@ def write(folder: str | Path, out: str | Path, frame: pd.DataFrame, prompts: int
 
 
 def failures(folder: str | Path) -> list[dict]:
-    """`{"run", "error"}` of every run folder without a result: the error is what its `error.json` (`{"error": ...}`) or
-    `error.txt` says, or None where there is neither, which is a run that was killed or still goes on."""
+    """`{"run", "error"}` of every run folder without a result: the error is what `eval.sweep.fail` left there, or None
+    where there is nothing, which is a run that was killed or still goes on."""
     found = {}
-    for name in (".hydra", "error.txt", "error.json"):  # Hydra makes the first one before anything can fail
+    for name in (".hydra", FAILURE):  # Hydra makes the first one before anything can fail
         for path in Path(folder).rglob(name):
             if not (path.parent / "result.json").exists():
                 found[path.parent] = None if name == ".hydra" else _error(path)

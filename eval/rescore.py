@@ -9,8 +9,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from eval.experiment import load_metrics, scores, summary
+from eval.files import write_text
 from eval.metrics import Scorer, check
-from eval.store import locked, stored, write_text
+from eval.store import locked, stored
 
 log = logging.getLogger("run")
 

@@ -98,7 +98,7 @@ def label(config: DictConfig, method: str, calibrated: bool, overrides: Iterable
     calibrated, of its calibration. `overrides` as Hydra lists them."""
     telling = ("method.", "calibration.") if calibrated else ("method.",)
     changed = sorted(o.removeprefix("method.") for o in overrides if o.startswith(telling))
-    return config.label or " ".join([method, *changed])
+    return (config.label or "").strip() or " ".join([method, *changed])
 
 
 def run_name(_root_: DictConfig) -> str:

@@ -5,7 +5,6 @@ share the work through these files alone: each batch has a lock, and whoever hol
 """
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from eval.files import atomic
 from eval.metrics.base import Samples
 
 
@@ -27,13 +27,6 @@ def locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         yield
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def collect(
@@ -61,9 +54,8 @@ def collect(
                     if not _whole(path):
                         images, latents, steps = make(chunk)
                         arrays = {"images": torch.as_tensor(images).contiguous(), "latents": latents.contiguous()}
-                        temporary = path.with_name(f".{path.name}.part")
-                        save_file(arrays, temporary, {"computed": json.dumps(steps)})
-                        os.replace(temporary, path)
+                        with atomic(path) as part:
+                            save_file(arrays, part, {"computed": json.dumps(steps)})
                     Path(f"{path}.lock").unlink(missing_ok=True)  # whoever waits for it finds the batch whole
     return _read(list(batches), prompts)
 

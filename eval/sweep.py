@@ -13,6 +13,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from eval.files import write_text
+
 FAILURE = "error.json"
 
 
@@ -26,8 +28,7 @@ def fail(folder: Path, error: str) -> None:
     process could not do, the main one does or fails at."""
     if not main_process():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / FAILURE).write_text(json.dumps({"error": error, "time": time.time()}))
+    write_text(folder / FAILURE, json.dumps({"error": error, "time": time.time()}))
 
 
 def succeed(folder: Path) -> None:

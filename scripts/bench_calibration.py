@@ -1,13 +1,14 @@
 """What the Gram matrix of a calibration costs beside the paper's L1 tensor: ``python -m scripts.bench_calibration``.
 
 Features of FLUX.1-dev's last block (T x 4,608 x 3,072) by default. The forward passes that make them are estimated from
-one single-stream block of that size, timed here: the model has 57 blocks, of which 19 cost about twice as much.
+one single-stream block of that size, timed here: the model has 57 blocks, of which 19 cost about twice as much. Memory
+is read from /proc, so it takes Linux.
 """
 
 import argparse
 import multiprocessing
-import resource
 import time
+from pathlib import Path
 
 import torch
 
@@ -17,7 +18,7 @@ from dpcache.predictors import Taylor
 
 
 def measure(name: str, steps: int, shape: tuple[int, int], dtype: str, threads: int, report) -> None:
-    """In a process of its own, so that its peak memory is its own: seconds, and bytes beyond the features."""
+    """In a process of its own: seconds, bytes that the work takes at its peak beyond the features, and theirs."""
     torch.set_num_threads(threads)
     features = torch.empty(steps, *shape, dtype=getattr(torch, dtype))
     torch.manual_seed(0)
@@ -27,11 +28,18 @@ def measure(name: str, steps: int, shape: tuple[int, int], dtype: str, threads: 
     small = features[:, :1]
     work = {"gram": gram, "l1": lambda rows: l1_cost(rows, Taylor(2))}[name]
     work(small)  # warm-up
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is in use
+    before = peak_memory()
     start = time.perf_counter()
     work(features)
     seconds = time.perf_counter() - start
-    report.put((seconds, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), features.nbytes))
+    report.put((seconds, peak_memory() - before, features.nbytes))
+
+
+def peak_memory() -> int:
+    """Bytes, of this process, as Linux tells."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
 
 
 @torch.no_grad()

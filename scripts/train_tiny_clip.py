@@ -4,7 +4,7 @@
     python scripts/train_tiny_clip.py --hold-out-every 11    # without 94 names and images, which it is then tested on
 
 The result is a folder that open_clip loads as `local-dir:FOLDER`: its configuration, its weights and a byte-level BPE
-tokenizer. The data are those of `train_tiny_flux.py`: 1,026 Noto emoji and their names. It is tested on drawings that
+tokenizer. The data are those of `tiny_flux`: 1,026 Noto emoji and their names. It is tested on drawings that
 it has not seen: the same names in Twitter's emoji, which are downloaded for this only.
 """
 

@@ -148,7 +148,7 @@ def test_cost_heatmap_of_any_history(tmp_path, axes):
 def test_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
     path = pictures.timeline(tmp_path / "t.png", [0], 5)
     before = path.read_bytes()
-    monkeypatch.setattr(pictures.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("eval.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         pictures.timeline(path, [0, 1], 5)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["t.png"]

@@ -7,7 +7,6 @@ compared, so the metric's name carries the extractor and its result the counts.
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Iterable
 from itertools import groupby, islice
@@ -25,6 +24,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
+from eval.files import atomic
 from eval.metrics.base import ROOT, Samples, Scorer, Settings, Unavailable, weights
 
 BATCH = 32
@@ -80,10 +80,8 @@ def extract(network: nn.Module, images: Iterable[Tensor], device: str = "cpu") -
 
 def save_features(path: Path, extractor: str, features: Tensor) -> None:
     """Write reference features atomically, as `fid_reference` takes them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    save_file({"features": features.contiguous()}, part, {"extractor": extractor})
-    os.replace(part, path)
+    with atomic(path) as part:
+        save_file({"features": features.contiguous()}, part, {"extractor": extractor})
 
 
 def read_features(path: Path, extractor: str) -> Tensor:

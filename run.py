@@ -69,7 +69,7 @@ def score(config: DictConfig) -> None:
 
 def run(config: DictConfig, folder: Path) -> dict:
     """Compose, prepare the method, sample, evaluate, report. Returns what `result.json` holds."""
-    from hydra.utils import get_method, instantiate  # here: a wrong command is answered before torch is loaded
+    from hydra.utils import instantiate  # here: a wrong command is answered before torch is loaded
 
     from eval import experiment, tracking
 
@@ -77,6 +77,7 @@ def run(config: DictConfig, folder: Path) -> dict:
     method = instantiate(config.method)
     name = label(config, choices.method, method.needs_calibration, HydraConfig.get().overrides.task)
     experiment.check(config)
+    experiment.warn_few_steps(config, choices.method)
     prompts, calibration_prompts = experiment.read_prompts(config, method.needs_calibration)
     main = sweep.main_process()
     with experiment.locked(folder / "run") if main else nullcontext():
@@ -99,8 +100,7 @@ def run(config: DictConfig, folder: Path) -> dict:
             tracker = tracking.start(config.logger.project, settings, folder.name, group, folder, config.logger.mode)
 
         scorers = experiment.load_metrics(config) if main else {}
-        load, model = get_method(config.model.loader), config.model
-        pipe = load(model.path, model.dtype, experiment.device(config), model.offload)
+        pipe = experiment.load_pipeline(config)
         trial = experiment.Experiment(config, pipe, folder)
         calibration = trial.calibration(method, calibration_prompts) if method.needs_calibration else None
         method.prepare(trial.pipe, calibration)

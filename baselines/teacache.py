@@ -105,7 +105,7 @@ class TeaCache(Method):
         for _ in range(8):
             threshold = schedule.threshold
             calibration.rerun(pipe, self)
-            tried[threshold] = np.mean(next(iter(self.report().computed_counts.values()))) - schedule.budget
+            tried[threshold] = np.mean([*self.report().computed_counts.values()]) - schedule.budget
             if abs(tried[threshold]) <= 0.5:
                 break
             low, high = (threshold, high) if tried[threshold] > 0 else (low, threshold)

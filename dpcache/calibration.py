@@ -15,14 +15,15 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from dpcache.gram import gram
-from dpcache.method import Method, _transformer, cached
+from dpcache.method import Method, cached, denoiser
 from dpcache.pact import l1_cost
 from dpcache.predictors import Predictor, Reuse, Taylor
 from dpcache.sampler import generate, sample
 from dpcache.schedules import EvenlySpaced, OnlineSchedule, Schedule
 from dpcache.sites import modulated_input
 
-_FORMAT = "dpcache calibration 2"
+_FORMAT = "dpcache calibration 3"
+_SHAPE = ("num_frames", "height", "width")
 
 
 def fingerprint(transformer: torch.nn.Module) -> str:
@@ -38,14 +39,19 @@ def fingerprint(transformer: torch.nn.Module) -> str:
 
 def describe(pipe, num_inference_steps: int, **call) -> dict[str, str]:
     """The circumstances under which a pipeline's samples and features stay the same, field by field."""
-    transformer = _transformer(pipe)
+    transformer = denoiser(pipe)
+    shape, guidance, rest = {}, {}, {}
+    for name, value in sorted(call.items()):
+        kind = shape if name in _SHAPE else guidance if "guidance" in name or "cfg" in name else rest
+        kind[name] = value
     scheduler = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
     return {
         "model": f"{type(transformer).__name__} {fingerprint(transformer)}",
         "num_inference_steps": str(num_inference_steps),
         "scheduler": json.dumps({"class": type(pipe.scheduler).__name__} | scheduler, sort_keys=True, default=str),
-        "resolution": " x ".join(str(call.get(k, "default")) for k in ("num_frames", "height", "width") if k in call),
-        "guidance": str({k: v for k, v in sorted(call.items()) if "guidance" in k or "cfg" in k}),
+        "resolution": " x ".join(str(shape[name]) for name in _SHAPE if name in shape),
+        "guidance": str(guidance),
+        "call": str(rest),
         "dtype": str(transformer.dtype).removeprefix("torch."),
     }
 
@@ -55,11 +61,12 @@ class Calibration:
     """What calibration learned from n full-step trajectories of T steps.
 
     Attributes:
-        cost: path-aware cost tensor (T, T+1, T+1), float64, mean over the samples (arXiv 2602.22654, Eq. 6). Of
-            the last block it takes the image stream, which alone reaches the output (the authors' code adds the text).
+        cost: path-aware cost tensor (T, T+1, T+1), float64, mean over samples and guidance branches (arXiv
+            2602.22654, Eq. 6). Of the last block it takes the image stream, which alone reaches the output (the
+            authors' code adds the text).
         input_change: (n, T) relative L1 change of the first block's modulated input against the step before (0 at
             step 0); n counts batches. Empty (0, T) where the model's modulated input is not known.
-        output_change: (n, T) the same for the feature.
+        output_change: (n, T) the same for the feature. Both are of the first guidance branch.
         gram: Gram matrix of the features, mean over samples, guidance branches and elements (`dpcache.gram`): (T, T)
             at site=stack; (2T, 2T) at site=output, features and then the model's inputs, or (T, T) where the two
             differ in shape.
@@ -228,8 +235,7 @@ def calibrate(
 ) -> Calibration:
     """Run `prompts` with every step computed and gather what the methods plan with.
 
-    Only the T features of one batch are held at a time. Where the pipeline has several guidance branches, the costs
-    are those of the first (the conditional one), as in the authors' code.
+    Only the T features of one batch are held at a time, of every guidance branch.
 
     Args:
         predictor: whose errors `cost` holds; default `Taylor(2)`, the paper's.
@@ -254,13 +260,13 @@ def calibrate(
         final, kept = record(pipe, Method(schedule, site, Reuse()), prompts[chunk], seeds[chunk], **call)
         latents.append(final)
         features = next(iter(kept.values()))[site]
-        cost = cost + share * l1_cost(
-            features, predictor or Taylor(2), path_aware=path_aware, cumulative=cumulative, device=device
-        )
         output_change.append([0.0, *(relative_change(b.float(), a.float()) for a, b in pairwise(features))])
         if stack and schedule.states[0]["input_change"]:
             input_change.append(schedule.states[0]["input_change"])
         for branch in kept.values():
+            cost = cost + share / len(kept) * l1_cost(
+                branch[site], predictor or Taylor(2), path_aware=path_aware, cumulative=cumulative, device=device
+            )
             rows, inputs = branch[site], branch.get("input")
             joined = [rows, inputs] if inputs is not None and inputs.shape == rows.shape else rows
             pooled = pooled + share / len(kept) * gram(joined, device=device)

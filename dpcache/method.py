@@ -64,7 +64,7 @@ class Method:
         """Start caching. Raises ValueError where the model does not offer the site."""
         if not self.schedule.ready:
             raise ValueError("the schedule is not settled yet: call method.prepare(pipe, calibration) first")
-        self._cache = StepCache(_transformer(pipe), self, pipe)
+        self._cache = StepCache(denoiser(pipe), self, pipe)
 
     def detach(self, pipe) -> None:
         """Stop caching and leave the transformer as it was before `attach`."""
@@ -111,9 +111,15 @@ def dpcache(
 _attached: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def _transformer(pipe) -> torch.nn.Module:
+def denoiser(pipe) -> torch.nn.Module:
+    """The transformer (or U-Net) of a pipeline, or itself. Raises ValueError if there is none, or more than one."""
     if isinstance(pipe, torch.nn.Module):
         return unwrap_module(pipe)
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise ValueError(
+            f"this {type(pipe).__name__} has two transformers, for two ranges of steps: cache pipe.transformer and "
+            "pipe.transformer_2 each with a method of its own, made for the number of steps in its range"
+        )
     for name in ("transformer", "unet"):
         if getattr(pipe, name, None) is not None:
             return unwrap_module(getattr(pipe, name))
@@ -123,7 +129,7 @@ def _transformer(pipe) -> torch.nn.Module:
 def enable(pipe, method) -> None:
     """Cache with `method` from now on. `pipe`: a diffusers pipeline (best: new generations are then seen by
     themselves whatever happens), or its transformer alone. Raises ValueError if a method is already enabled."""
-    transformer = _transformer(pipe)
+    transformer = denoiser(pipe)
     if transformer in _attached:
         raise ValueError("a method is already enabled on this pipeline: call dpcache.disable(pipe) first")
     method.attach(pipe)
@@ -132,7 +138,7 @@ def enable(pipe, method) -> None:
 
 def disable(pipe) -> None:
     """Undo `enable`: the transformer is as it was before. Raises ValueError if nothing is enabled."""
-    method = _attached.pop(_transformer(pipe), None)
+    method = _attached.pop(denoiser(pipe), None)
     if method is None:
         raise ValueError("no method is enabled on this pipeline")
     method.detach(pipe)
@@ -150,7 +156,7 @@ def cached(pipe, method):
 
 def report(pipe) -> Report:
     """The report of the method that is enabled on `pipe`. Raises ValueError if none is."""
-    method = _attached.get(_transformer(pipe))
+    method = _attached.get(denoiser(pipe))
     if method is None:
         raise ValueError("no method is enabled on this pipeline")
     return method.report()

@@ -30,6 +30,7 @@ BRANCHES = {
     "HunyuanVideoTransformerBlock": _DOUBLE_STREAM,
     "HunyuanVideoSingleTransformerBlock": _SINGLE_STREAM,
     "BasicTransformerBlock": (("attn1", "ff"), ()),
+    "QwenImageTransformerBlock": (("attn", "img_mlp", "txt_mlp"), ()),
     "WanTransformerBlock": (("attn1", "attn2", "ffn"), ()),
 }
 
@@ -181,7 +182,11 @@ def model_input(args: tuple, kwargs: dict) -> torch.Tensor:
 
 
 def modulated_input(block: torch.nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
-    """What TeaCache looks at (arXiv 2411.19108, 3.3): the first block's input after its adaptive norm, (B, N, D)."""
+    """What TeaCache looks at (arXiv 2411.19108, 3.3): the first block's input after its adaptive norm, (B, N, D).
+
+    For Wan the time embedding that modulates it, (B, 6, D), as in the authors' code for Wan2.1: every sample has the
+    same, and so the same schedule.
+    """
     kind = type(unwrap_module(block)).__name__
     stream = args[0] if args else kwargs["hidden_states"]
     if kind in ("FluxTransformerBlock", "HunyuanVideoTransformerBlock"):
@@ -189,4 +194,9 @@ def modulated_input(block: torch.nn.Module, args: tuple, kwargs: dict) -> torch.
     if kind == "BasicTransformerBlock":
         norm = {name: kwargs[name] for name in ("timestep", "class_labels")}
         return block.norm1(stream, **norm, hidden_dtype=stream.dtype)[0]
+    if kind == "QwenImageTransformerBlock":
+        modulation = block.img_mod(kwargs["temb"]).chunk(2, dim=-1)[0]
+        return block._modulate(block.img_norm1(stream), modulation)[0]
+    if kind == "WanTransformerBlock":
+        return kwargs["temb"] if "temb" in kwargs else args[2]
     raise ValueError(f"TeaCache's modulated input is not known for {kind}")

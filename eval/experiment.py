@@ -3,19 +3,22 @@
 import functools
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import torch
 from accelerate import PartialState
+from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from baselines.full import full
 from dpcache.calibration import Calibration, calibrate, describe, purpose
-from dpcache.method import _transformer
-from dpcache.models.flux import default_device
+from dpcache.method import denoiser
+from dpcache.models.pretrained import default_device
 from dpcache.sampler import sample
 from dpcache.schedules import Planned
 from eval import metrics, pictures, timing
@@ -27,14 +30,17 @@ from eval.store import collect, locked
 __all__ = [
     "Experiment",
     "check",
-    "device",
     "load_metrics",
+    "load_pipeline",
     "locked",
     "read_prompts",
     "scores",
     "summary",
     "wait_for_all",
+    "warn_few_steps",
 ]
+
+log = logging.getLogger("run")
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,8 +52,20 @@ def check(config: DictConfig) -> None:
         value = OmegaConf.select(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+    if missing := OmegaConf.missing_keys(config.model):
+        raise ValueError(f"{', '.join(f'model.{name}' for name in sorted(missing))} must be given")
     if config.eval.timing.repeats < 0:
         raise ValueError(f"eval.timing.repeats={config.eval.timing.repeats} must be at least 0")
+
+
+def warn_few_steps(config: DictConfig, method: str) -> None:
+    """A word to whoever caches a model that was distilled to a few steps."""
+    if config.num_inference_steps < 10 and method not in ("full", "fewer_steps"):
+        log.warning(
+            "num_inference_steps=%s: the steps of so short a run have little in common, so caching gains next to "
+            "nothing; method=fewer_steps is the plain alternative",
+            config.num_inference_steps,
+        )
 
 
 def read_prompts(config: DictConfig, calibrating: bool) -> tuple[list[str], list[str]]:
@@ -70,10 +88,16 @@ def read_prompts(config: DictConfig, calibrating: bool) -> tuple[list[str], list
     return prompts[:wanted], others[-count:]
 
 
-def device(config: DictConfig) -> str:
-    """`model.device`; among processes of `accelerate launch`, auto and cuda are each one's own device."""
-    together = config.model.device in ("auto", "cuda") and "LOCAL_RANK" in os.environ
-    return str(PartialState().device) if together else config.model.device
+LOADING = ("path", "dtype", "offload", "vae_dtype", "vae_tiling", "scheduler")
+
+
+def load_pipeline(config: DictConfig):
+    """The model's pipeline; among processes of `accelerate launch`, devices auto and cuda are each one's own."""
+    device = config.model.device
+    if device in ("auto", "cuda") and "LOCAL_RANK" in os.environ:
+        device = str(PartialState().device)
+    settings = OmegaConf.to_container(config.model)
+    return get_method(config.model.loader)(device=device, **{name: settings[name] for name in LOADING})
 
 
 def wait_for_all() -> None:
@@ -115,7 +139,7 @@ class Experiment:
         seeds = range(self.config.seed, self.config.seed + len(prompts))
         self.pipe.set_progress_bar_config(disable=None, leave=False, desc="steps", mininterval=0.5)
         batch = sample(self.pipe, method, prompts[chunk], seeds[chunk], **self.call)
-        return batch.images, batch.latents, next(iter(method.report().computed.values()))
+        return batch.images, batch.latents, list(method.report().computed.values())
 
     def _key(self, *parts) -> str:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -150,15 +174,20 @@ class Experiment:
         folder = self.reference_folder(prompts)
         return collect(folder, prompts, self.batch_size, make, "full-step reference")[0]
 
-    def samples(self, method, prompts: list[str]) -> tuple[Samples, list[list[int]]]:
-        """The method's samples and the computed steps of every batch; also as PNG files."""
+    def samples(self, method, prompts: list[str]) -> tuple[Samples, list[list[list[int]]]]:
+        """The method's samples and, of every batch, the computed steps of each guidance branch; also as PNG files, and
+        of videos as MP4 files beside a strip of frames."""
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
 
         def make(chunk: slice):
             images, latents, steps = self._sample(method, prompts, chunk)
             for index, prompt, image in zip(range(chunk.start, chunk.stop), prompts[chunk], images):
                 slug = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())[:60].strip("-")
-                Image.fromarray(image).save(self.folder / "images" / f"{index:04d}-{slug}.png")
+                path = self.folder / "images" / f"{index:04d}-{slug}.png"
+                Image.fromarray(pictures.still(image)).save(path)
+                if image.ndim == 4:
+                    options = {"fps": self.config.model.fps, "macro_block_size": 2, "quality": 8}
+                    iio.imwrite(path.with_suffix(".mp4"), image, **options)
             return images, latents, steps
 
         return collect(self.folder / "samples", prompts, self.batch_size, make, "samples")
@@ -168,7 +197,7 @@ class Experiment:
         method,
         samples: Samples,
         reference: Samples,
-        computed: list[list[int]],
+        computed: list[list[list[int]]],
         scorers: dict[str, Scorer | Exception],
     ) -> dict:
         """Metrics with intervals, timing, memory, FLOPs and versions, as they stand in `result.json`."""
@@ -179,8 +208,11 @@ class Experiment:
         scored = scores(scorers, samples, reference)  # last: its networks take memory too
         weights = [min(self.batch_size, len(samples.prompts) - i * self.batch_size) for i in range(len(computed))]
         return {
-            "computed_steps": float(np.average([len(steps) for steps in computed], weights=weights)),
-            "schedules": computed,
+            "computed_steps": float(
+                np.average([np.mean([*map(len, branches)]) for branches in computed], weights=weights)
+            ),
+            # Guidance branches nearly always share theirs.
+            "schedules": [steps for branches in computed for steps in dict.fromkeys(map(tuple, branches))],
             "reference": self.reference_folder(samples.prompts).name,
             "settled": method.settled,
             **scored,
@@ -225,7 +257,7 @@ class Experiment:
 
     def _flops(self, method, prompts: list[str]) -> dict[str, float | None]:
         """FLOPs of one image and of one step (all guidance branches) without and with the cache, as counted."""
-        transformer, one = _transformer(self.pipe), slice(0, 1)
+        transformer, one = denoiser(self.pipe), slice(0, 1)
         single = full(1)
         total, steps = timing.flops(transformer, lambda: self._sample(single, prompts, one))
         full_step = float(sum(steps))
@@ -263,7 +295,8 @@ class Experiment:
     def rows(self, samples: Samples, reference: Samples, result: dict):
         """(prompt, reference image, image, PSNR) of every sample."""
         scores = result["per_prompt"].get("psnr", [float("nan")] * len(samples.prompts))
-        return list(zip(samples.prompts, reference.images.numpy(), samples.images.numpy(), scores))
+        stills = ([pictures.still(image) for image in made.images.numpy()] for made in (reference, samples))
+        return list(zip(samples.prompts, *stills, scores))
 
 
 def summary(result: dict, folder: Path) -> str:

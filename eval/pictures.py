@@ -38,14 +38,27 @@ def save(figure: Figure, path: str | Path) -> Path:
     return path
 
 
+def still(image: np.ndarray, frames: int = 4) -> np.ndarray:
+    """What stands for an image or a video where only a picture can: the image (H, W, 3) itself, or `frames` of the
+    video's (F, H, W, 3) from its first to its last, side by side with a thin white line between them."""
+    if image.ndim == 3:
+        return image
+    chosen = image[np.linspace(0, len(image) - 1, min(frames, len(image))).round().astype(int)]
+    line = np.full_like(chosen[0][:, : max(image.shape[2] // 64, 1)], 255)
+    return np.concatenate([part for frame in chosen for part in (line, frame)][1:], axis=1)
+
+
 @matplotlib.rc_context(STYLE)
 def grid(path: str | Path, rows: dict[str, np.ndarray], prompts: Sequence[str], limit: int = 8) -> Path:
     """Side-by-side comparison: one row per label, one column per prompt, at most `limit` columns.
 
-    `rows[label]`: uint8 images (N, H, W, 3), all of one shape; N prompts. About 1400 pixels wide for 3 columns or more.
-    Raises ValueError when the shapes or the number of prompts disagree.
+    `rows[label]`: uint8 images (N, H, W, 3) or videos (N, F, H, W, 3), all of one shape; N prompts. About 1400 pixels
+    wide for 3 columns or more. Raises ValueError when the shapes or the number of prompts disagree.
     """
-    rows = {label: np.asarray(images) for label, images in rows.items()}
+    if any(np.ndim(images) == 5 for images in rows.values()):
+        limit = limit // 3 + 1
+    rows = {label: np.stack([still(image) for image in images[:limit]]) for label, images in rows.items()}
+    prompts = prompts[:limit]
     shapes = {images.shape for images in rows.values()}
     if len(shapes) != 1 or next(iter(shapes))[0] != len(prompts):
         raise ValueError(f"grid needs images of one shape and as many prompts, got {shapes}, {len(prompts)} prompts")

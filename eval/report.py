@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from eval.files import write_text
 from eval.leaderboard import LABELS, ORDER, SETTING, TRIVIAL_FOR_FULL, _newest, _rank, table
+from eval.pictures import still
 from eval.sweep import FAILURE
 
 LOWER_IS_BETTER = ("latent_error", "lpips", "fid", "kid")  # beginnings of names
@@ -251,7 +252,7 @@ def _reference(folder: Path, name, index: int) -> Image.Image | None:
                     images = file.get_slice("images")
                     count = images.get_shape()[0]
                     if index < count:
-                        return Image.fromarray(images[index : index + 1][0])
+                        return Image.fromarray(still(images[index : index + 1][0]))
             except SafetensorError:  # damaged: the next run makes it again
                 return None
             index -= count

@@ -23,12 +23,16 @@ class MetricsConfig:
 
 @dataclass
 class ModelConfig:
-    loader: str = MISSING
+    loader: str = "dpcache.models.pretrained.load"
     path: str = MISSING
     dtype: str = MISSING
     device: str = "auto"
     offload: bool = False
+    vae_dtype: str | None = None
+    vae_tiling: bool = False
+    scheduler: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 1
+    fps: int = 16
     prompts: str = MISSING
     call: dict[str, Any] = field(default_factory=dict)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)

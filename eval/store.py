@@ -35,14 +35,14 @@ def collect(
     batch_size: int,
     make: Callable[[slice], tuple],
     description: str,
-) -> tuple[Samples, list[list[int]]]:
+) -> tuple[Samples, list]:
     """Samples for `prompts`, read from `folder` where they are and made where they are not.
 
     Args:
-        make: `make(slice) -> (images uint8 (B, H, W, 3), latents (B, ...), computed steps)` for these prompts.
+        make: `make(slice) -> (images uint8 (B, ...), latents (B, ...), computed steps)` for these prompts.
 
     Returns:
-        All samples, and the computed steps of every batch.
+        All samples, and what `make` said of every batch's computed steps.
     """
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(prompts), batch_size)
@@ -85,7 +85,7 @@ def _whole(path: Path) -> bool:
         return False
 
 
-def _read(paths: Sequence[Path], prompts: list[str]) -> tuple[Samples, list[list[int]]]:
+def _read(paths: Sequence[Path], prompts: list[str]) -> tuple[Samples, list]:
     computed = []
     for path in paths:
         with safe_open(path, "np") as file:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import dpcache
 from dpcache.lsq import FittedWeights
 from dpcache.method import dpcache as dpcache_method
-from dpcache.models.flux import default_device
+from dpcache.models.pretrained import default_device
 
 STEPS = [0, 1, 2, 5, 9, 14, 20, 26, 33, 41]  # K = 10
 LITE_STEPS = [0, 1, 2, 4, 11, 18, 25, 32, 39, 46]  # what diffusers computes with the settings below: K = 10 as well

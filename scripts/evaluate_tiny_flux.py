@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from dpcache.models.flux import EMBEDDED, load
+from dpcache.models.pretrained import EMBEDDED, load
 from dpcache.sampler import generate
 from eval.metrics import fid
 

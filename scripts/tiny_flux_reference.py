@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 from training import load_emoji
 
-from dpcache.models.flux import EMBEDDED
+from dpcache.models.pretrained import EMBEDDED
 from eval.metrics import fid
 
 

@@ -15,7 +15,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 
-from dpcache.models.flux import load
+from dpcache.models.pretrained import load
 
 if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))

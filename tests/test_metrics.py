@@ -26,7 +26,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.kid import KernelInceptionDistance
 from torchvision.models import alexnet
 
-from dpcache.models.flux import EMBEDDED
+from dpcache.models.pretrained import EMBEDDED
 from dpcache.sampler import generate
 from eval import metrics
 from eval.metrics import Samples, Settings, fid

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 class Samples:
     """What a sampler produced for N prompts.
 
-    images: uint8 tensor or array (N, H, W, 3). latents: float tensor (N, ...), or None where a sampler has none.
-    prompts: N strings.
+    images: uint8 tensor or array (N, H, W, 3), or videos (N, F, H, W, 3). latents: float tensor (N, ...), or None where
+    a sampler has none. prompts: N strings.
 
     Raises ValueError for images of another dtype or shape, and for lengths that disagree.
     """
@@ -31,21 +31,28 @@ class Samples:
 
     def __post_init__(self):
         images = torch.as_tensor(self.images).cpu()
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"images must be uint8 (N, H, W, 3), got {images.dtype} {tuple(images.shape)}")
+        if images.dtype != torch.uint8 or images.ndim not in (4, 5) or images.shape[-1] != 3:
+            raise ValueError(
+                f"images must be uint8 (N, H, W, 3) or (N, F, H, W, 3), got {images.dtype} {tuple(images.shape)}"
+            )
         sizes = {len(images), len(self.prompts)} | ({len(self.latents)} if self.latents is not None else set())
         if len(sizes) != 1:
             raise ValueError(f"images, latents and prompts must have one length, got lengths {sorted(sizes)}")
         object.__setattr__(self, "images", images)
 
+    @property
+    def videos(self) -> Tensor:
+        """(N, F, H, W, 3): an image is a video of one frame."""
+        return self.images if self.images.ndim == 5 else self.images[:, None]
+
 
 def pairs(sample: Samples, reference: Samples) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of float64 images (1, 3, H, W) in 0..255: in float32 SSIM's variances of flat regions are rounding noise.
-    One at a time, because SSIM and LPIPS keep several filtered copies of their input."""
+    """Pairs of float64 frames (F, 3, H, W) in 0..255: in float32 SSIM's variances of flat regions are rounding noise.
+    One image or video at a time, because SSIM and LPIPS keep several filtered copies of their input."""
     if sample.images.shape != reference.images.shape:
         raise ValueError(f"image shapes differ: {tuple(sample.images.shape)} and {tuple(reference.images.shape)}")
-    for pair in zip(sample.images, reference.images, strict=True):
-        yield tuple(image.permute(2, 0, 1)[None].double() for image in pair)
+    for pair in zip(sample.videos, reference.videos, strict=True):
+        yield tuple(frames.permute(0, 3, 1, 2).double() for frames in pair)
 
 
 @dataclass

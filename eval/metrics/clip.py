@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dpcache.models.flux import EMBEDDED
+from dpcache.models.pretrained import EMBEDDED
 from eval.metrics.base import Samples, Scorer, Settings, weights
 
 BATCH = 32
@@ -15,7 +15,8 @@ BATCH = 32
 def load(settings: Settings) -> Scorer:
     """How well each image fits its prompt, shape (N,): 100 times the cosine of their embeddings, 0 where that is
     negative, as papers and torchmetrics give it (Hessel et al. scale by 2.5 instead). Needs no reference. Scores of
-    different CLIP models cannot be compared. Prompts are cut at the model's context length.
+    different CLIP models cannot be compared. Of a video, the mean over its frames. Prompts are cut at the model's
+    context length.
 
     `settings.clip_model` is an architecture of open_clip, of which `settings.clip_pretrained` is a tag or a file of
     weights; or, with weights of its own, `hf-hub:OWNER/NAME`, a folder in open_clip's format, or `tiny_clip`.
@@ -49,13 +50,15 @@ def load(settings: Settings) -> Scorer:
     @torch.no_grad()
     def score(sample: Samples, reference: Samples) -> Tensor:
         model.to(settings.device)
+        frames, count = sample.videos.flatten(0, 1), sample.videos.shape[1]
+        prompts = [prompt for prompt in sample.prompts for _ in range(count)]
         cosines = []
-        for start in range(0, len(sample.prompts), BATCH):
+        for start in range(0, len(prompts), BATCH):
             chunk = slice(start, start + BATCH)
-            images = [preprocess(Image.fromarray(image.numpy())) for image in sample.images[chunk]]
+            images = [preprocess(Image.fromarray(image.numpy())) for image in frames[chunk]]
             seen = model.encode_image(torch.stack(images).to(settings.device), normalize=True)
-            read = model.encode_text(tokenize(sample.prompts[chunk]).to(settings.device), normalize=True)
+            read = model.encode_text(tokenize(prompts[chunk]).to(settings.device), normalize=True)
             cosines.append((seen * read).sum(1).cpu())
-        return (100 * torch.cat(cosines)).clamp(min=0)
+        return (100 * torch.cat(cosines)).clamp(min=0).unflatten(0, (-1, count)).mean(1)
 
     return score

@@ -164,7 +164,8 @@ def kid(real: Tensor, fake: Tensor, subsets: int = 100, seed: int = 0) -> Tensor
 
 def load(distance: str, extractor: str, settings: Settings) -> Scorer:
     """The `distance`, `fid` or `kid`, of all samples to the images of `settings.fid_reference`, shape (1,), with the
-    counts of both; for FID with a warning where the samples are too few for a covariance of the features.
+    counts of both (every frame of a video counts); for FID with a warning where the samples are too few for a
+    covariance of the features.
 
     Raises Unavailable without weights or reference images, ValueError for a reference that cannot be read.
     """
@@ -173,7 +174,7 @@ def load(distance: str, extractor: str, settings: Settings) -> Scorer:
     compute = {"fid": fid, "kid": kid}[distance]
 
     def score(sample: Samples, reference: Samples) -> tuple[Tensor, dict]:
-        fake = extract(network, sample.images.permute(0, 3, 1, 2), settings.device)
+        fake = extract(network, sample.videos.flatten(0, 1).permute(0, 3, 1, 2), settings.device)
         details = {"n": len(fake), "reference_n": len(real)}
         if distance == "fid" and len(fake) <= real.shape[1]:
             details["warning"] = (

@@ -1,4 +1,7 @@
-"""Distance to the full-step reference of the same prompt and noise, per image: PSNR, SSIM, error of the latents."""
+"""Distance to the full-step reference of the same prompt and noise, per image: PSNR, SSIM, error of the latents.
+
+Of a video, the mean over its frames.
+"""
 
 import torch
 from torch import Tensor
@@ -13,8 +16,9 @@ that differs by one grey level in one single value has 89 dB, and rounding every
 
 def psnr(sample: Samples, reference: Samples) -> Tensor:
     """Peak signal-to-noise ratio in dB per image, shape (N,), capped at `MAX_PSNR`. Higher is better."""
-    values = [peak_signal_noise_ratio(x, ref, data_range=255.0) for x, ref in pairs(sample, reference)]
-    return torch.stack(values).clamp(max=MAX_PSNR)
+    options = {"data_range": 255.0, "reduction": "none", "dim": (1, 2, 3)}
+    values = [peak_signal_noise_ratio(x, ref, **options) for x, ref in pairs(sample, reference)]
+    return torch.stack([frames.clamp(max=MAX_PSNR).mean() for frames in values])
 
 
 def ssim(sample: Samples, reference: Samples) -> Tensor:

@@ -48,9 +48,11 @@ def image_reward(sample: Samples, reference: Samples | None = None, **options) -
         options: as for `score`.
 
     Raises:
-        ValueError: images that could not be scored, by name and reason.
+        ValueError: videos; images that could not be scored, by name and reason.
         RuntimeError, TimeoutError: as `score`.
     """
+    if sample.images.ndim == 5:
+        raise ValueError("ImageReward scores images, not videos")
     with tempfile.TemporaryDirectory(prefix="image_reward_") as folder:
         paths = [Path(folder) / f"{index:04d}.png" for index in range(len(sample.images))]
         for path, image in zip(paths, sample.images, strict=True):

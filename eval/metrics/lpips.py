@@ -10,8 +10,9 @@ FETCH = "python -c \"from torchvision.models import alexnet; alexnet(weights='DE
 
 
 def load(settings: Settings) -> Scorer:
-    """Perceptual distance to the reference per image, shape (N,), 0 for identical images, at the images' own size.
-    Lower is better. AlexNet, version 0.1, as in torchmetrics, which carries the linear layers.
+    """Perceptual distance to the reference per image, shape (N,), 0 for identical images, at the images' own size; of a
+    video, the mean over its frames. Lower is better. AlexNet, version 0.1, as in torchmetrics, which carries the linear
+    layers.
 
     Raises Unavailable where torchvision has no ImageNet weights of AlexNet in its cache and cannot download them.
     """

@@ -1,0 +1,77 @@
+"""Any diffusers pipeline from a folder or the hub, the models that ship with the project among them."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+
+EMBEDDED = Path(__file__).parent
+
+
+def load(
+    path: str,
+    dtype: str = "bfloat16",
+    device: str = "auto",
+    offload: bool = False,
+    vae_dtype: str | None = None,
+    vae_tiling: bool = False,
+    scheduler: Mapping | None = None,
+) -> DiffusionPipeline:
+    """A pipeline ready to sample, of the class that the model names in its `model_index.json`.
+
+    Args:
+        path: a folder in diffusers format, the name of an embedded model (`tiny_flux`), or a hub repository.
+        dtype: float32, bfloat16 or float16.
+        device: auto (cuda, else mps, else cpu) or a torch device.
+        offload: keep only the running component on the GPU (diffusers' model offload).
+        vae_dtype: of the VAE alone; None: `dtype`.
+        vae_tiling: decode in tiles, for large images and videos.
+        scheduler: `name` of a scheduler class of diffusers, and settings that differ from the model's own; without a
+            name the model's own class.
+
+    Raises:
+        FileNotFoundError: no such folder, and the hub has no such repository or cannot be reached.
+        ValueError: an unknown dtype or scheduler.
+    """
+    return _load(path, dtype, device, offload, vae_dtype, vae_tiling, tuple(sorted((scheduler or {}).items())))
+
+
+@functools.lru_cache(maxsize=1)  # a sweep's jobs share one pipeline
+def _load(path, dtype, device, offload, vae_dtype, vae_tiling, scheduler) -> DiffusionPipeline:
+    for name, value in {"dtype": dtype, "vae_dtype": vae_dtype or dtype}.items():
+        if value not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"model.{name}={value} is not one of float32, bfloat16, float16")
+    dtypes = {"default": getattr(torch, dtype), "vae": getattr(torch, vae_dtype or dtype)}
+    source = EMBEDDED / path if (EMBEDDED / path / "model_index.json").exists() else Path(path).expanduser()
+    try:
+        pipe = DiffusionPipeline.from_pretrained(source if source.exists() else path, dtype=dtypes)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"model.path={path}: no complete model in this folder, and not available from the hub ("
+            f"{type(error).__name__}). Download it once with `hf download {path}` (gated models: `hf auth login` "
+            "first), or set model.path to a local folder in diffusers format, or use model=tiny_flux, which is included"
+        ) from error
+    if scheduler:
+        settings = dict(scheduler)
+        name = settings.pop("name", type(pipe.scheduler).__name__)
+        if not hasattr(getattr(diffusers, name, None), "set_timesteps"):
+            raise ValueError(f"model.scheduler.name={name} is not a scheduler of diffusers")
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **settings)
+    if vae_tiling:
+        pipe.vae.enable_tiling()
+    device = default_device() if device == "auto" else device
+    if offload:
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    return pipe
+
+
+def default_device() -> str:
+    """cuda, else mps, else cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

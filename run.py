@@ -71,7 +71,7 @@ def run(config: DictConfig, folder: Path) -> dict:
     """Compose, prepare the method, sample, evaluate, report. Returns what `result.json` holds."""
     from hydra.utils import instantiate  # here: a wrong command is answered before torch is loaded
 
-    from eval import experiment, tracking
+    from eval import dry_run, experiment, tracking
 
     choices = HydraConfig.get().runtime.choices
     method = instantiate(config.method)
@@ -80,6 +80,10 @@ def run(config: DictConfig, folder: Path) -> dict:
     experiment.warn_few_steps(config, choices.method)
     prompts, calibration_prompts = experiment.read_prompts(config, method.needs_calibration)
     main = sweep.main_process()
+    if config.dry_run:
+        plan = dry_run.describe(config, choices.model, choices.method, method, len(prompts), len(calibration_prompts))
+        print(plan)
+        return {}
     with experiment.locked(folder / "run") if main else nullcontext():
         if (folder / "result.json").exists() and not config.overwrite:
             result = json.loads((folder / "result.json").read_text())

@@ -25,7 +25,7 @@ class Report:
         computed: computed steps of the latest generation.
         computed_counts, predicted_counts: number of computed and of predicted steps of every generation.
         seconds_computed, seconds_predicted: seconds inside the transformer, all generations together.
-        history_bytes: memory that the kept features take, all branches together.
+        history_bytes: memory that the kept features and an online schedule's state take, all branches together.
     """
 
     computed: dict[str, list[int]] = field(default_factory=dict)
@@ -289,8 +289,7 @@ class StepCache:
             report.predicted_counts[name] = [steps - len(keys) for keys, steps in generations]
             report.seconds_computed[name] = self.stopwatch.seconds(context.spans[False])
             report.seconds_predicted[name] = self.stopwatch.seconds(context.spans[True])
-            kept = [
-                b for histories in context.histories.values() for h in histories for b in h.buffers if b is not None
-            ]
-            report.history_bytes += sum(buffer.nbytes for buffer in kept)
+            kept = [b for histories in context.histories.values() for h in histories for b in h.buffers]
+            kept += context.online.values()
+            report.history_bytes += sum(tensor.nbytes for tensor in kept if isinstance(tensor, torch.Tensor))
         return report

@@ -70,6 +70,10 @@ class LeastSquaresPlan(Method):
         self.warmups, self.alphas = [warmup for warmup in warmups if warmup <= budget], list(alphas)
 
     @property
+    def history(self):
+        return max(int(re.search(r"\d", name)[0]) + name.startswith("taylor") for name in self.predictors)
+
+    @property
     def calibration_options(self):
         return {"site": self.site, "measure_gains": True}
 

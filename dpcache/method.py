@@ -48,6 +48,11 @@ class Method:
         return self.schedule.num_inference_steps
 
     @property
+    def history(self) -> int:
+        """How many computed features are kept of everything that the site keeps."""
+        return self.predictor.history
+
+    @property
     def needs_calibration(self) -> bool:
         return self.schedule.needs_calibration
 

@@ -53,7 +53,7 @@ def check(config: DictConfig) -> None:
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     if missing := OmegaConf.missing_keys(config.model):
-        raise ValueError(f"{', '.join(f'model.{name}' for name in sorted(missing))} must be given")
+        raise ValueError(f"{', '.join(sorted(missing))} must be given")
     if config.eval.timing.repeats < 0:
         raise ValueError(f"eval.timing.repeats={config.eval.timing.repeats} must be at least 0")
 

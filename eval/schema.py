@@ -81,6 +81,7 @@ class RunConfig:
     prompts: str | None = None
     batch_size: int | None = None
     overwrite: bool = False
+    dry_run: bool | None = None
     label: str | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     output_dir: str = "outputs"
@@ -91,7 +92,7 @@ ConfigStore.instance().store(name="schema", node=RunConfig)
 
 def config_hash(config: DictConfig) -> str:
     """12 hex digits of everything that shapes the results; where they go and who is told does not count."""
-    others = ("hydra", "logger", "output_dir", "overwrite", "label", "stage", "dir")
+    others = ("hydra", "logger", "output_dir", "overwrite", "dry_run", "label", "stage", "dir")
     keys = [key for key in config if key not in others]
     content = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
@@ -110,6 +111,8 @@ def run_name(_root_: DictConfig) -> str:
     choices, c = _root_.hydra.runtime.choices, _root_
     if c.stage is Stage.eval:  # Hydra's notes on this command, beside the run folders
         return "../evaluations"
+    if c.dry_run:
+        return "../dry_runs"
     return f"{choices.model}-{choices.method}-K{c.budget}-T{c.num_inference_steps}-seed{c.seed}-{config_hash(_root_)}"
 
 

@@ -101,7 +101,8 @@ class Architecture:
                 torch.set_default_dtype(default)
 
     def branches(self, call: Mapping) -> list[str]:
-        """Guidance branches of a pipeline call, each with calls of the transformer and a history of its own."""
+        """Guidance branches of a pipeline call, each with calls of the transformer and a history of its own; "default"
+        where the pipeline names none."""
         kind, scale = self.config["_class_name"], call.get("guidance_scale", 1.0)
         if kind == "DiTTransformer2DModel":
             return ["default"]
@@ -166,7 +167,7 @@ class Architecture:
 
 
 def architecture(path: str) -> Architecture:
-    """Of a folder in diffusers format, an embedded model, or one of `PUBLISHED`. Raises ValueError for anything else."""
+    """Of a folder in diffusers format, an embedded model, or one of `PUBLISHED`. Raises ValueError for any other."""
     folders = [EMBEDDED / path, Path(path).expanduser()]
     for folder in folders:
         if (folder / "transformer" / "config.json").is_file():

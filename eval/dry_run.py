@@ -1,0 +1,59 @@
+"""`+dry_run=true`: what a run would do and need, said without loading the model's weights."""
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from dpcache.calibration import Calibration
+from dpcache.estimate import history_bytes
+from dpcache.method import Method
+from dpcache.models.architectures import architecture
+from dpcache.predictors import Reuse
+from dpcache.schedules import Schedule
+
+
+def describe(config: DictConfig, model: str, name: str, method: Method, prompts: int, calibrating: int) -> str:
+    """The composed plan, its schedule and the memory it takes.
+
+    Args:
+        model, name: of the model and the method on the command line.
+        prompts, calibrating: how many prompts are sampled, and calibrated with.
+
+    Raises ValueError for a model whose architecture is not known, or that does not offer the method's site.
+    """
+    known, T = architecture(config.model.path), method.num_inference_steps
+    call, dtype = OmegaConf.to_container(config.model.call), getattr(torch, config.model.dtype)
+    batch_size = min(config.batch_size or config.model.batch_size, max(prompts, 1))
+    transformer = known.build("meta", dtype)
+    weights = sum(p.numel() * p.element_size() for p in transformer.parameters())
+    count, branches = sum(p.numel() for p in transformer.parameters()), known.branches(call)
+    memory = [f"transformer {_size(weights)}"]
+    memory.append(f"cache {_size(history_bytes(known, transformer, method, call, batch_size))}")
+    schedule = method.schedule.steps
+    if method.needs_calibration and config.calibration.path and type(method) is Method:
+        calibration = Calibration.load(config.calibration.path)
+        method.prepare(None, calibration.check({"num_inference_steps": str(T)}))
+        schedule = method.schedule.steps
+    elif method.needs_calibration:
+        source = f"{calibrating} full-step runs" if calibrating else f"calibration.path={config.calibration.path}"
+        schedule = f"settled by calibration: {source}"
+        if calibrating:
+            site = method.calibration_options.get("site", "stack")
+            feature = history_bytes(known, transformer, Method(Schedule([0], 1), site, Reuse()), call, batch_size)
+            memory.append(f"while calibrating {_size(T * feature)}")
+    settings = ", ".join(f"{key} {value}" for key, value in call.items())
+    return "\n".join(
+        [
+            f"{model}  {name}  {config.budget} of {config.num_inference_steps} steps (a dry run: nothing is loaded)",
+            f"  model                  {config.model.path}, {type(transformer).__name__}",
+            f"  parameters             {count:,} in {config.model.dtype}",
+            f"  call                   {settings}",
+            f"  samples                {prompts} in batches of {batch_size}, {len(branches)} guidance branch(es) cached",
+            f"  schedule               {schedule}",
+            f"  site, features kept    {method.site}, {method.history}",
+            f"  memory                 {', '.join(memory)}",
+        ]
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.2f} MiB"

@@ -1,0 +1,75 @@
+"""Models without their weights: published architectures, what a method would keep in memory, dry runs."""
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from test_run import ROOT, run
+
+import eval.schema  # noqa: F401  (registers the configuration's types)
+from dpcache import calibrate
+from dpcache.estimate import history_bytes
+from dpcache.models.architectures import PUBLISHED, architecture
+from dpcache.sampler import sample
+
+GIB = 2**30
+FULL_SIZE = {  # billions of parameters, as their authors count them
+    "black-forest-labs/FLUX.1-dev": 11.9,
+    "hunyuanvideo-community/HunyuanVideo": 12.8,
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1.4,
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14.3,
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": 16.4,
+    "Qwen/Qwen-Image": 20.4,
+}
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("config", list(overrides))
+    return config, instantiate(config.method)
+
+
+@pytest.mark.parametrize("path", FULL_SIZE)
+def test_published_architectures_have_their_size(path):
+    transformer = architecture(path).build()
+    assert sum(p.numel() for p in transformer.parameters()) / 1e9 == pytest.approx(FULL_SIZE[path], abs=0.06)
+
+
+def test_every_full_size_model_is_known():
+    for file in sorted((ROOT / "conf" / "model").glob("*.yaml")):
+        if not file.stem.startswith("tiny"):
+            path = composed(f"model={file.stem}", "budget=3", "method=uniform_skip")[0].model.path
+            assert path in PUBLISHED, file.stem
+
+
+@pytest.mark.parametrize("name", ["dpcache", "teacache", "taylorseer", "uniform_skip", "dpcache_lsq"])
+def test_the_estimate_is_what_a_run_keeps(pipe, name):
+    config, method = composed(f"method={name}", "num_inference_steps=8", "budget=4")
+    known = architecture("tiny_flux")
+    expected = history_bytes(known, known.build(dtype=torch.float32), method, config.model.call, batch_size=2)
+    if method.needs_calibration:
+        call = {"height": 64, "width": 64, "max_sequence_length": 12}
+        method.prepare(pipe, calibrate(pipe, ["green apple"], 8, **method.calibration_options, **call))
+    sample(pipe, method, ["red apple", "dog"], [0, 1], decode=False, **config.model.call)
+    if name == "teacache":  # what its probe keeps is freed at the end of a generation
+        expected -= 2 * 64 * 192 * 4
+    assert method.report().history_bytes == expected
+
+
+def test_memory_at_full_size():
+    """The paper's 0.36 GB for HunyuanVideo; every module's output instead takes hundreds of times as much."""
+    sizes = {}
+    for name in ("dpcache", "taylorseer"):
+        config, method = composed("model=hunyuan_video", f"method={name}", "budget=9")
+        known = architecture(config.model.path)
+        sizes[name] = history_bytes(known, known.build(), method, config.model.call)
+    assert sizes["dpcache"] == 3 * 17 * 30 * 40 * 3072 * 2 == pytest.approx(0.36e9, rel=0.05)
+    assert sizes["taylorseer"] > 80 * sizes["dpcache"]
+
+
+def test_dry_run_on_the_command_line(tmp_path):
+    code, out, err = run("model=wan21_t2v", "method=fora", "budget=9", "+dry_run=true", folder=tmp_path)
+    assert code == 0, err
+    assert "1,418,996,800 in bfloat16" in out
+    assert "2 guidance branch(es)" in out and "[0, 5, 11, 16, 22, 27, 33, 38, 44]" in out and "cache" in out
+    assert not list(tmp_path.glob("runs/*"))

@@ -36,6 +36,9 @@ def main(config: DictConfig) -> float | None:
         if config.stage is Stage.eval:
             score(config)
             return None
+        if config.stage is Stage.calibrate:
+            settle(config)
+            return None
         result = run(config, folder)
         sweep.succeed(folder)
         return sweep.objective(result)
@@ -65,6 +68,27 @@ def score(config: DictConfig) -> None:
         raise ValueError("stage=eval takes all runs of a folder in one command: dir=FOLDER, without -m")
     others = [override for override in HydraConfig.get().overrides.task if not override.startswith("model=")]
     rescore.rescore(config, lambda model: compose("config", [*others, f"model={model}"]))
+
+
+def settle(config: DictConfig) -> None:
+    """Calibrate and let the method settle what it needs; print that and leave it in a file."""
+    from hydra.utils import instantiate
+
+    from eval import experiment
+
+    choices, method = HydraConfig.get().runtime.choices, instantiate(config.method)
+    if not method.needs_calibration:
+        raise ValueError(f"stage=calibrate: method={choices.method} has nothing to calibrate")
+    experiment.check(config)
+    _, prompts = experiment.read_prompts(config, True)
+    trial = experiment.Experiment(config, experiment.load_pipeline(config), Path(config.output_dir))
+    calibration, path = trial.calibration(method, prompts)
+    method.prepare(trial.pipe, calibration)
+    name = f"{choices.model}-{choices.method}-K{config.budget}-T{config.num_inference_steps}.json"
+    steps = {} if method.schedule.steps is None else {"steps": method.schedule.steps}
+    settled = steps | method.settled | {"made_from": str(path)}
+    write_text(path.with_name(name), json.dumps(settled, indent=1))
+    print(*(f"{key}: {json.dumps(value)}" for key, value in settled.items()), path.with_name(name), sep="\n")
 
 
 def run(config: DictConfig, folder: Path) -> dict:
@@ -106,7 +130,7 @@ def run(config: DictConfig, folder: Path) -> dict:
         scorers = experiment.load_metrics(config) if main else {}
         pipe = experiment.load_pipeline(config)
         trial = experiment.Experiment(config, pipe, folder)
-        calibration = trial.calibration(method, calibration_prompts) if method.needs_calibration else None
+        calibration = trial.calibration(method, calibration_prompts)[0] if method.needs_calibration else None
         method.prepare(trial.pipe, calibration)
         reference = trial.reference(prompts)
         samples, computed = trial.samples(method, prompts)

@@ -1,5 +1,7 @@
 """TeaCache: Timestep Embedding Tells (Liu et al., arXiv 2411.19108)."""
 
+import logging
+
 import numpy as np
 
 from dpcache.calibration import relative_change
@@ -7,6 +9,8 @@ from dpcache.method import Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import OnlineSchedule
 from dpcache.sites import modulated_input
+
+log = logging.getLogger(__name__)
 
 # Published by the authors for FLUX.1-dev: output change as a polynomial of input change, highest power first.
 FLUX_POLYNOMIAL = (4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01)
@@ -28,6 +32,7 @@ class AccumulatedChange(OnlineSchedule):
             raise ValueError(f"budget={budget} must be between 2 and num_inference_steps={num_inference_steps}")
         self.budget, self.threshold, self.polynomial = budget, threshold, polynomial
         self.needs_calibration = threshold is None or polynomial is None
+        self.r_squared: float | None = None  # of a polynomial that was fitted
 
     @property
     def ready(self):
@@ -41,6 +46,13 @@ class AccumulatedChange(OnlineSchedule):
             raise ValueError("teacache: the calibration holds no modulated inputs, because this model's are not known")
         if self.polynomial is None:
             self.polynomial = fit_polynomial(changes, calibration.output_change)
+            self.r_squared = r_squared(self.polynomial, changes, calibration.output_change)
+            if self.r_squared < 0.5:
+                log.warning(
+                    "teacache: the polynomial explains %.0f %% of the output's changes on the calibration prompts; "
+                    "better a method that does not guess them from the input's",
+                    100 * max(self.r_squared, 0),
+                )
         if self.threshold is None:
             self.threshold = find_threshold(changes, self.polynomial, self.budget)
 
@@ -64,6 +76,13 @@ def fit_polynomial(input_change: np.ndarray, output_change: np.ndarray, degree: 
     """Least-squares fit of the output's change over the input's, all steps of all trajectories (3.3)."""
     x, y = input_change[:, 1:].ravel(), output_change[:, 1:].ravel()
     return tuple(np.polyfit(x, y, degree).tolist())
+
+
+def r_squared(polynomial, input_change: np.ndarray, output_change: np.ndarray) -> float:
+    """Share of the variance of the output's change that the polynomial explains, at most 1."""
+    y = output_change[:, 1:].ravel()
+    rest = y - np.polyval(polynomial, input_change[:, 1:].ravel())
+    return float(1 - rest.var() / y.var())
 
 
 def count_computed(input_change: np.ndarray, polynomial, threshold: float) -> float:
@@ -99,6 +118,8 @@ class TeaCache(Method):
         search = self.schedule.threshold is None
         super().prepare(pipe, calibration)
         self.settled = {"threshold": self.schedule.threshold, "polynomial": list(self.schedule.polynomial)}
+        if self.schedule.r_squared is not None:
+            self.settled["r_squared"] = self.schedule.r_squared
         if not search:
             return
         schedule, low, high, tried = self.schedule, 0.0, None, {}

@@ -43,11 +43,11 @@ def describe(config: DictConfig, model: str, name: str, method: Method, prompts:
     settings = ", ".join(f"{key} {value}" for key, value in call.items())
     return "\n".join(
         [
-            f"{model}  {name}  {config.budget} of {config.num_inference_steps} steps (a dry run: nothing is loaded)",
+            f"{model}  {name}  {config.budget} of {config.num_inference_steps} steps (dry run, no weights)",
             f"  model                  {config.model.path}, {type(transformer).__name__}",
             f"  parameters             {count:,} in {config.model.dtype}",
             f"  call                   {settings}",
-            f"  samples                {prompts} in batches of {batch_size}, {len(branches)} guidance branch(es) cached",
+            f"  samples                {prompts} in batches of {batch_size}, guidance branches: {', '.join(branches)}",
             f"  schedule               {schedule}",
             f"  site, features kept    {method.site}, {method.history}",
             f"  memory                 {', '.join(memory)}",

@@ -144,24 +144,24 @@ class Experiment:
     def _key(self, *parts) -> str:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-    def calibration(self, method, prompts: list[str]) -> Calibration:
-        """The one given by `calibration.path`, else one made for this model, steps and prompts, kept on disk."""
+    def calibration(self, method, prompts: list[str]) -> tuple[Calibration, Path]:
+        """The one given by `calibration.path`, else one made for this model, steps and prompts; and its file."""
         c = self.config
         options = method.calibration_options
         expected = self.circumstances | purpose(**options)
         if c.calibration.path:
-            return Calibration.load(c.calibration.path).check(expected)
+            return Calibration.load(c.calibration.path).check(expected), Path(c.calibration.path)
         gains = options.get("measure_gains", False)
         name = self._key(expected, gains, prompts, c.calibration.seed, self.batch_size)
         path = self.shared / "calibrations" / f"{name}.safetensors"
         with locked(path):
             if path.exists():
-                return Calibration.load(path).check(expected)
+                return Calibration.load(path).check(expected), path
             seeds = [c.calibration.seed + index for index in range(len(prompts))]
             settings = options | {"seeds": seeds, "batch_size": self.batch_size}
             calibration = calibrate(self.pipe, prompts, c.num_inference_steps, **settings, **self.call)
             calibration.save(path)
-            return calibration
+            return calibration, path
 
     def reference_folder(self, prompts: list[str]) -> Path:
         """Where the reference of these prompts is kept."""

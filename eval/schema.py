@@ -60,9 +60,10 @@ class EvalConfig:
 
 
 class Stage(Enum):
-    """run: sample and evaluate. eval: score finished run folders again."""
+    """run: sample and evaluate. calibrate: only settle the method. eval: score finished run folders again."""
 
     run = "run"
+    calibrate = "calibrate"
     eval = "eval"
 
 
@@ -111,7 +112,7 @@ def run_name(_root_: DictConfig) -> str:
     choices, c = _root_.hydra.runtime.choices, _root_
     if c.stage is Stage.eval:  # Hydra's notes on this command, beside the run folders
         return "../evaluations"
-    if c.dry_run:
+    if c.dry_run or c.stage is Stage.calibrate:
         return "../dry_runs"
     return f"{choices.model}-{choices.method}-K{c.budget}-T{c.num_inference_steps}-seed{c.seed}-{config_hash(_root_)}"
 

@@ -10,9 +10,15 @@ from itertools import combinations
 import numpy as np
 import torch
 
-from dpcache.predictors import AdamsBashforth, Lagrange, LeastSquares, Reuse, Taylor
+from dpcache.predictors import AdamsBashforth, Hermite, Lagrange, LeastSquares, Reuse, Taylor
 
-_SHIFT_INVARIANT = (Reuse, Taylor, Lagrange, AdamsBashforth)  # weights that depend on distances alone, past `since`
+_SHIFT_INVARIANT = (
+    Reuse,
+    Taylor,
+    Hermite,
+    Lagrange,
+    AdamsBashforth,
+)  # weights that depend on distances alone, past `since`
 
 
 @torch.no_grad()

@@ -10,10 +10,25 @@ from dpcache.calibration import record
 from dpcache.gram import gram, key_axes, path_costs
 from dpcache.method import Method
 from dpcache.planner import plan
-from dpcache.predictors import LeastSquares, Predictor, Reuse, Taylor, ridge_regression
+from dpcache.predictors import (
+    AdamsBashforth,
+    Hermite,
+    Lagrange,
+    LeastSquares,
+    Predictor,
+    Reuse,
+    Taylor,
+    ridge_regression,
+)
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
 
-PREDICTORS = r"lsq[1-4]x?|taylor[0-3]"
+FIXED = {"taylor": Taylor, "hermite": Hermite, "lagrange": Lagrange, "ab": AdamsBashforth}
+PREDICTORS = r"lsq[1-4]x?|(taylor|hermite|lagrange)[0-3]|ab[1-4]"
+
+
+def _fixed(name: str) -> Predictor:
+    """A predictor whose weights need no calibration: its name and its order."""
+    return FIXED[name[:-1]](int(name[-1]))
 
 
 class LeastSquaresPlan(Method):
@@ -34,7 +49,7 @@ class LeastSquaresPlan(Method):
         site: `stack` or `output`.
         predictors: candidates: "lsq1" to "lsq4", least squares over so many keys; "lsq1x" to "lsq4x", over the current
             latents as well (site=output; left out where they differ in shape from the model's prediction, as with a
-            learned variance); "taylor0" (reuse) to "taylor3".
+            learned variance); "taylor0" (reuse) to "taylor3", likewise "hermite" and "lagrange"; "ab1" to "ab4".
         planners: candidates: "gram", as above; "l1", the paper's cost tensor and recurrence; "even" spacing.
         warmups, alphas: candidates. Only planner "gram" depends on alpha.
         refit: whether the weights may be fitted in closed loop.
@@ -57,7 +72,9 @@ class LeastSquaresPlan(Method):
             if not values:
                 raise ValueError(f"{name}=[] must name at least one candidate")
         if unknown := [name for name in predictors if not re.fullmatch(PREDICTORS, name)]:
-            raise ValueError(f"predictors={unknown}: choose from lsq1..lsq4, lsq1x..lsq4x, taylor0..taylor3")
+            raise ValueError(
+                f"predictors={unknown}: choose from lsq1..4, lsq1x..4x, taylor0..3, hermite0..3, lagrange0..3, ab1..4"
+            )
         if unknown := set(planners) - {"gram", "l1", "even"}:
             raise ValueError(f"planners={sorted(unknown)}: choose from gram, l1, even")
         if site not in ("stack", "output"):
@@ -71,7 +88,7 @@ class LeastSquaresPlan(Method):
 
     @property
     def history(self):
-        return max(int(re.search(r"\d", name)[0]) + name.startswith("taylor") for name in self.predictors)
+        return max(int(name[3]) if name.startswith("lsq") else _fixed(name).history for name in self.predictors)
 
     @property
     def calibration_options(self):
@@ -104,11 +121,11 @@ class LeastSquaresPlan(Method):
         if not names:
             raise ValueError(f"predictors={self.predictors}: this model's input has another shape than its prediction")
         for name in names:
-            if name.startswith("taylor"):
-                predictor, G = Taylor(int(name[6:])), features
-            else:
+            if name.startswith("lsq"):
                 G = calibration.gram if name.endswith("x") else features
                 predictor = LeastSquares(G, int(name[3]), sees_input=name.endswith("x"))
+            else:
+                predictor, G = _fixed(name), features
             for planner in self.planners:
                 for alpha in self.alphas if planner == "gram" else (None,):
                     if planner == "gram":

@@ -72,13 +72,40 @@ class Taylor(Predictor):
         n, distance = len(used), step - used[-1]
         # Plain floats: cost tensors ask for tens of thousands of weights. Row a: the factor at key a, over the keys.
         factors = [[float(a == b) for b in range(n)] for a in range(n)]
-        total, scale = list(factors[-1]), 1.0
+        total = list(factors[-1])
         for i in range(1, n):
             gaps = [used[a] - used[a - 1] for a in range(i, n)]
             factors = [[(y - x) / gap for x, y in zip(*rows)] for gap, *rows in zip(gaps, factors, factors[1:])]
-            scale *= distance / i
+            scale = self.basis(distance, i)
             total = [t + scale * f for t, f in zip(total, factors[-1])]
         return tuple(total)
+
+    def basis(self, distance: int, power: int) -> float:
+        """What the factor of this order is multiplied with."""
+        return distance**power / math.factorial(power)
+
+
+@dataclass(frozen=True)
+class Hermite(Taylor):
+    """Taylor's factors on scaled Hermite polynomials: HiCache (arXiv 2508.16984), and its authors' code.
+
+    Instead of x^n / n! the n-th factor takes s^n H_n(s x) / n!, with the physicists' H_n.
+
+    Args:
+        order, since: as of `Taylor`.
+        scale: s, between 0 and 1; 0.5 is the authors' default.
+    """
+
+    scale: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.scale <= 1:
+            raise ValueError(f"scale={self.scale} must be above 0 and at most 1")
+
+    def basis(self, distance, power):
+        value = np.polynomial.hermite.hermval(self.scale * distance, [0] * power + [1])
+        return float(self.scale**power * value / math.factorial(power))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import dpcache
 from baselines.fewer_steps import fewer_steps
 from baselines.fora import fora
 from baselines.full import full
+from baselines.solver import solver
 from baselines.taylorseer import taylorseer
 from baselines.teacache import teacache
 from baselines.uniform_skip import uniform_skip
@@ -240,3 +241,15 @@ def test_mistakes_are_named(pipe, rollout):
         from dpcache.method import dpcache as planned
 
         dpcache.enable(rollout.model, planned(5, 10))
+
+
+@pytest.mark.parametrize("scheduler", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_solvers_take_the_schedulers_place_for_as_long_as_they_are_attached(pipe, scheduler):
+    own = pipe.scheduler
+    exact = generate(pipe, ["dog"], [0], 100, decode=False, **CALL).latents
+    errors = {}
+    for name, method in {"euler": fewer_steps(20, 50), "solver": solver(20, 50, scheduler)}.items():
+        latents = sample(pipe, method, ["dog"], [0], decode=False, **CALL).latents
+        assert method.report().computed == {"cond": list(range(20))} and pipe.scheduler is own
+        errors[name] = (latents - exact).norm()
+    assert errors["solver"] < errors["euler"]

@@ -4,9 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from baselines.ab_cache import ab_cache
 from baselines.fewer_steps import fewer_steps
 from baselines.fora import fora
 from baselines.full import full
+from baselines.hicache import hicache
+from baselines.solver import solver
 from baselines.taylorseer import taylorseer
 from baselines.teacache import count_computed, find_threshold, fit_polynomial, teacache
 from baselines.uniform_skip import uniform_skip
@@ -35,6 +38,9 @@ def test_evenly_spaced_spends_the_budget_exactly_and_evenly(case):
         (fora(11, 50, interval=5), [0, *range(4, 50, 5)]),  # the authors count back from the last step
         (taylorseer(10, 50, interval=6), [0, 1, *range(2, 50, 6)]),
         (taylorseer(5, 50), [0, 1, 2, 18, 34]),
+        (hicache(5, 50), [0, 1, 2, 18, 34]),
+        (ab_cache(5, 50), [0, 1, 2, 18, 34]),
+        (solver(4, 50, "UniPCMultistepScheduler"), [0, 1, 2, 3]),
         (full(4), [0, 1, 2, 3]),
         (fewer_steps(3, 50), [0, 1, 2]),
         (dpcache(5, 50, steps=[0, 1, 2, 10, 20]), [0, 1, 2, 10, 20]),
@@ -57,6 +63,8 @@ def test_computed_steps(method, steps):
         (lambda: Schedule([1, 2], 50), "must increase strictly from 0"),
         (lambda: fora(10, 50, interval=7), "interval=7 computes 8 steps: set budget=8"),
         (lambda: fora(10, 50, interval=0), "interval=0 must be at least 1"),
+        (lambda: hicache(10, 50, scale=2.0), "scale=2.0 must be"),
+        (lambda: solver(4, 50, "EulerScheduler"), "scheduler=EulerScheduler is not one of"),
         (lambda: fewer_steps(0, 50), "budget=0"),
         (lambda: teacache(1, 50), "budget=1 must be between 2"),
         (lambda: teacache(9, 50, polynomial="wan"), "polynomial=wan is not one of"),

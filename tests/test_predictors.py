@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpcache.predictors import AdamsBashforth, Lagrange, Reuse, Taylor
+from dpcache.predictors import AdamsBashforth, Hermite, Lagrange, Reuse, Taylor
 
 PREDICTORS = [Reuse(), *(Taylor(o) for o in range(4)), *(Lagrange(o) for o in range(4))]
 PREDICTORS += [AdamsBashforth(o) for o in range(1, 5)]
@@ -97,3 +97,22 @@ def test_adams_bashforth_integrates_polynomials_of_its_degree(order):
 def test_orders_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match="order="):
         bad()
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.5, 1.0])
+def test_hermite_is_hicaches_formula(scale):
+    """Written out by hand: H_1(y) = 2y and H_2(y) = 4y^2 - 2 on the factors of a quadratic."""
+    keys, step = (2, 5, 7), 11
+    h = [1.0, -2.0, 4.0]
+    first = (h[2] - h[1]) / 2
+    second = (first - (h[1] - h[0]) / 3) / 2
+    y = scale * (step - 7)
+    expected = h[2] + scale * 2 * y * first + scale**2 * (4 * y**2 - 2) / 2 * second
+    weights = Hermite(2, scale=scale).weights(keys, step)
+    assert sum(w * value for w, value in zip(weights, h)) == pytest.approx(expected)
+    assert Hermite(0).weights(keys, step) == (1.0,) and sum(weights) == pytest.approx(1)
+
+
+def test_hermite_takes_a_scale():
+    with pytest.raises(ValueError, match="scale=0"):
+        Hermite(scale=0.0)

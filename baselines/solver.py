@@ -1,0 +1,46 @@
+"""No cache, and a higher-order solver on a grid of only K steps: the plain alternative that caching papers leave out.
+
+DPM-Solver++ (Lu et al., arXiv 2211.01095) and UniPC (Zhao et al., arXiv 2302.04867), as diffusers has them.
+"""
+
+import diffusers
+
+from baselines.fewer_steps import fewer_steps
+from dpcache.method import Method
+
+
+class Solver(Method):
+    """The pipeline's scheduler gives way to another one for as long as the method is attached."""
+
+    def __init__(self, plain: Method, scheduler: str, settings: dict):
+        super().__init__(plain.schedule, plain.site, plain.predictor)
+        self.scheduler, self.settings = scheduler, settings
+
+    def attach(self, pipe):
+        own = self._own = pipe.scheduler
+        settings = dict(self.settings)
+        if type(own).__name__.startswith("FlowMatch"):
+            settings |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+            settings |= {"flow_shift": own.config.shift, "use_dynamic_shifting": own.config.use_dynamic_shifting}
+        pipe.scheduler = getattr(diffusers, self.scheduler).from_config(own.config, **settings)
+        try:
+            super().attach(pipe)
+        except Exception:
+            pipe.scheduler = own
+            raise
+
+    def detach(self, pipe):
+        super().detach(pipe)
+        pipe.scheduler = self._own
+
+
+def solver(budget: int, num_inference_steps: int, scheduler: str, order: int = 2) -> Method:
+    """One model call a step, K steps.
+
+    Args:
+        scheduler: a multistep scheduler of diffusers: DPMSolverMultistepScheduler or UniPCMultistepScheduler.
+        order: 1 to 3.
+    """
+    if scheduler not in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
+        raise ValueError(f"scheduler={scheduler} is not one of DPMSolverMultistepScheduler, UniPCMultistepScheduler")
+    return Solver(fewer_steps(budget, num_inference_steps), scheduler, {"solver_order": order})

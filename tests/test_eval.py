@@ -124,6 +124,17 @@ def test_grid_shows_every_image(tmp_path):
         pictures.grid(path, {"full": flat, "cached": flat[:2]}, PROMPTS)
 
 
+def test_videos_are_shown_as_strips(tmp_path):
+    video = np.stack([np.full((16, 16, 3), value, np.uint8) for value in range(10, 100, 10)])  # 9 frames
+    strip = pictures.still(video)
+    assert strip.shape == (16, 4 * 16 + 3, 3) and pictures.still(video[0]) is not None
+    assert [strip[0, x, 0] for x in (0, 17, 34, 51)] == [10, 40, 60, 90]  # the first to the last
+    assert (strip[:, 16] == 255).all()
+    path = pictures.grid(tmp_path / "g.png", {"full": video[None], "cached": video[None]}, PROMPTS[:1])
+    picture = np.asarray(Image.open(path).convert("RGB"))
+    assert all((picture == value).all(-1).any() for value in (10, 40, 60, 90))
+
+
 def test_timeline_marks_computed_steps(tmp_path):
     picture = np.asarray(Image.open(pictures.timeline(tmp_path / "t.png", [0, 1, 30], 50, "dpcache")).convert("RGB"))
     line = picture[-12]  # below the numbers

@@ -91,6 +91,28 @@ def test_fidelity_matches_formulas():
     assert values["latent_error"] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["psnr", "ssim", "clip"])
+def test_a_video_scores_the_mean_of_its_frames(name):
+    settings = {"clip_model": "tiny_clip", "clip_pretrained": None}
+    frames, others = (np.stack([images(seed + f, 2) for f in range(3)], 1) for seed in (0, 10))  # (2, 3, H, W, 3)
+    others[0, 1] = frames[0, 1]  # one frame is alike: its PSNR counts as the cap, not as infinite
+    video = [Samples(part, None, NAMES[:2]) for part in (frames, others)]
+    single = [
+        score(name, *(Samples(part[:, f], None, NAMES[:2]) for part in (frames, others)), **settings) for f in range(3)
+    ]
+    assert score(name, *video, **settings) == pytest.approx(np.mean(single, 0).tolist(), rel=1e-5)
+
+
+def test_every_frame_of_a_video_counts_for_fid():
+    frames = np.stack([images(seed, 2) for seed in range(3)], 1)
+    video, flat = Samples(frames, None, NAMES[:2]), Samples(frames.reshape(6, 24, 24, 3), None, NAMES[:6])
+    scored = [
+        metrics.evaluate(metrics.load(["kid_efficientnet_lite0"], Settings(fid_reference=str(FEATURES))), s, s)
+        for s in (video, flat)
+    ]
+    assert scored[0][0] == scored[1][0] and scored[0][2]["kid_efficientnet_lite0"]["n"] == 6
+
+
 def test_psnr_and_ssim_agree_with_torchmetrics():
     x, ref = samples(0), samples(1)
     pair = tensors(x).double(), tensors(ref).double()

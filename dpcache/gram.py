@@ -58,10 +58,10 @@ def gram(features, chunk=1 << 14, device=None) -> np.ndarray:
     return ((total + total.T) / (2 * flat[0].shape[1])).numpy()
 
 
-def key_axes(predictor) -> int:
-    """Number of key axes to plan `predictor` with: the keys that it looks at, but at least the planner's two, and at
-    most three, because four take 2.5 GB at T = 50."""
-    return min(max(predictor.history, 2), 3)
+def key_axes(predictor, steps: int) -> int:
+    """Number of key axes to plan `predictor` over T = `steps` with: the keys that it looks at, but at least the
+    planner's two, and at most as fit into a gigabyte: three up to T = 106, then two."""
+    return min(max(predictor.history, 2), 3 if steps**4 * 8 <= 2**30 else 2)
 
 
 def path_costs(gram, predictor, keys=3, step_weights=None) -> np.ndarray:

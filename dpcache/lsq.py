@@ -36,8 +36,9 @@ class LeastSquaresPlan(Method):
 
     The cost of a schedule is the exact squared error of its predictions on the full-step trajectories, weighted by
     gain^(2 alpha) of the step, and the planner's state holds every key that a prediction looks at (the last three of
-    a predictor of four). Which predictor, planner, warm-up and alpha serve best is settled in closed loop: of the
-    candidates, the one whose accelerated runs of the calibration prompts end closest to the full-step latents.
+    a predictor of four; of more than a hundred steps, the last two). Which predictor, planner, warm-up and alpha serve
+    best is settled in closed loop: of the candidates, the one whose accelerated runs of the calibration prompts end
+    closest to the full-step latents.
 
     The weights of least squares are then fitted once more, to the features that the accelerated runs really have at
     their keys (targets: the full-step features), and kept if prompts left out of that fit end closer.
@@ -129,7 +130,7 @@ class LeastSquaresPlan(Method):
             for planner in self.planners:
                 for alpha in self.alphas if planner == "gram" else (None,):
                     if planner == "gram":
-                        cost = path_costs(G, predictor, key_axes(predictor), calibration.gain ** (2 * alpha))
+                        cost = path_costs(G, predictor, key_axes(predictor, T), calibration.gain ** (2 * alpha))
                     for warmup in self.warmups:
                         if planner == "gram":
                             steps = plan(cost, self.budget, warmup)

@@ -126,7 +126,8 @@ class Planned(Schedule):
     def prepare(self, calibration):
         self.tensor = calibration.cost
         if self.cost == "gram":
-            self.tensor = path_costs(calibration.gram, self.predictor, key_axes(self.predictor))
+            axes = key_axes(self.predictor, self.num_inference_steps)
+            self.tensor = path_costs(calibration.gram, self.predictor, axes)
         self.steps = plan(self.tensor, self.budget, self.warmup, self.solver, self.max_jump)
 
 

@@ -24,10 +24,14 @@ log = logging.getLogger(__name__)
 ORDER = (
     "full",
     "fewer_steps",
+    "dpm_solver",
+    "unipc",
     "uniform_skip",
     "fora",
+    "ab_cache",
     "teacache",
     "taylorseer",
+    "hicache",
     "dpcache",
     "dpcache_lsq",
     "dpcache_lsq_output",
@@ -202,7 +206,7 @@ def _without_full(board: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, float
 
 
 def _curves(axes, board: pd.DataFrame, title: str) -> None:
-    colors = dict(zip(ORDER, matplotlib.color_sequences["tab10"], strict=False))
+    colors = dict(zip(ORDER, matplotlib.color_sequences["tab20"], strict=False))
     others = iter(matplotlib.color_sequences["Dark2"] * 8)
     for label in dict.fromkeys(board.index):
         line, color = board.loc[[label]].sort_values("budget"), colors.get(label) or next(others)

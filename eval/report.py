@@ -25,7 +25,7 @@ SPEED = ("speedup", "transformer_speedup", "efficiency")
 MEMORY = {"history": "cache memory", "peak_device": "peak device memory", "peak_rss": "peak RSS"}
 ABBREVIATIONS = {"clip", "fid", "kid", "lpips"}
 VERSIONS = ("processor", "python", "torch", "diffusers", "git")
-OWN_GRID = {"fewer_steps"}  # its steps are not among the T steps of the others
+OWN_GRID = {"fewer_steps", "dpm_solver", "unipc"}  # their steps are not among the T steps of the others
 LARGEST = 512  # pixels on the longer side; larger images would make a page of hundreds of megabytes
 
 

@@ -103,10 +103,11 @@ class Architecture:
     def branches(self, call: Mapping) -> list[str]:
         """Guidance branches of a pipeline call, each with calls of the transformer and a history of its own; "default"
         where the pipeline names none."""
-        kind, scale = self.config["_class_name"], call.get("guidance_scale", 1.0)
+        kind = self.config["_class_name"]
         if kind == "DiTTransformer2DModel":
             return ["default"]
-        guided = scale > 1 if kind == "WanTransformer3DModel" else call.get("true_cfg_scale", 1.0) > 1
+        wan = kind == "WanTransformer3DModel"
+        guided = call.get("guidance_scale", 5.0) > 1 if wan else call.get("true_cfg_scale", 1.0) > 1
         return ["cond", "uncond"] if guided else ["cond"]
 
     def inputs(self, call: Mapping, batch_size: int = 1, device="meta", dtype=torch.bfloat16) -> dict:

@@ -12,6 +12,8 @@
 Each hook asks the step cache (`cache.py`) whether the current step is skipped, and otherwise leaves the module alone.
 """
 
+from operator import attrgetter
+
 import torch
 from diffusers.hooks import ModelHook
 from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
@@ -33,10 +35,18 @@ BRANCHES = {
     "WanTransformerBlock": (("attn1", "attn2", "ffn"), ()),
 }
 
-# Per transformer class, the embedders whose outputs nothing but the blocks reads.
+# Per transformer class, the embedders whose outputs nothing but the blocks reads; the time embedder is never one.
 EMBEDDERS = {
     "FluxTransformer2DModel": ("x_embedder", "context_embedder", "pos_embed"),
     "DiTTransformer2DModel": ("pos_embed",),
+    "HunyuanVideoTransformer3DModel": ("x_embedder", "context_embedder", "rope"),
+    "WanTransformer3DModel": (
+        "patch_embedding",
+        "condition_embedder.time_proj",
+        "condition_embedder.text_embedder",
+        "condition_embedder.image_embedder",  # of image-to-video models alone
+        "rope",
+    ),
 }
 
 
@@ -143,11 +153,12 @@ class FeederHook(_Hook):
 
 
 class EmbedderHook(_Hook):
-    """On an embedder that feeds skipped blocks alone: its input stands in for its output, which nobody reads."""
+    """On an embedder that feeds skipped blocks alone: a sliver of its input stands in for its output, which nobody
+    reads. Six wide, because Wan cuts `time_proj`'s output in six, and joins those for text and image."""
 
     @torch.compiler.disable(recursive=False)
     def new_forward(self, module, *args, **kwargs):
-        return args[0] if self.cache.current.skip else self.fn_ref.original_forward(*args, **kwargs)
+        return args[0][..., :6] if self.cache.current.skip else self.fn_ref.original_forward(*args, **kwargs)
 
 
 def hooks(site: str, transformer: torch.nn.Module, cache, online: bool) -> list[tuple[torch.nn.Module, ModelHook]]:
@@ -161,8 +172,8 @@ def hooks(site: str, transformer: torch.nn.Module, cache, online: bool) -> list[
         ends = (blocks[0], blocks[-1])
         pairs = [(b, BlockHook(cache, b, b is ends[0], b is ends[1], site == "residual")) for b in blocks]
         if site == "stack" and not online:
-            names = EMBEDDERS.get(type(transformer).__name__, ())
-            pairs += [(getattr(transformer, name), EmbedderHook(cache)) for name in names]
+            embedders = (attrgetter(name)(transformer) for name in EMBEDDERS.get(type(transformer).__name__, ()))
+            pairs += [(embedder, EmbedderHook(cache)) for embedder in embedders if embedder is not None]
         return pairs
     pairs = [(blocks[0], ProbeHook(cache))] if online else []
     for index, block in enumerate(blocks):

@@ -1,5 +1,7 @@
 """The step cache on real diffusers transformers and on the embedded pipeline."""
 
+from operator import attrgetter
+
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
@@ -15,7 +17,7 @@ from baselines.uniform_skip import uniform_skip
 from dpcache.predictors import Reuse, Taylor
 from dpcache.sampler import generate, sample
 from dpcache.schedules import EvenlySpaced, Schedule
-from dpcache.sites import SITES, transformer_blocks
+from dpcache.sites import EMBEDDERS, SITES, transformer_blocks
 
 CALL = {"height": 64, "width": 64, "max_sequence_length": 12}
 STEPS = [0, 1, 2, 5, 8]
@@ -76,6 +78,28 @@ def test_skipped_steps_do_no_work_inside_the_blocks(rollout, site):
     inner = [block.attn.norm_q for block in transformer_blocks(rollout.model)]
     with dpcache.cached(rollout.model, dpcache.Method(Schedule(STEPS, 10), site, Taylor(2))):
         assert count_calls(inner, rollout) == [len(STEPS)] * len(inner)
+
+
+def test_embedders_of_skipped_blocks_are_left_out_and_nothing_else_changes(any_rollout, monkeypatch):
+    model, method, calls = any_rollout.model, dpcache.Method(Schedule(STEPS, 10), "stack", Taylor(2)), []
+    embedders = list(filter(None, (attrgetter(name)(model) for name in EMBEDDERS[type(model).__name__])))
+    with monkeypatch.context() as patch:
+        patch.setattr("dpcache.sites.EMBEDDERS", {})
+        with dpcache.cached(model, method):
+            expected = any_rollout()
+
+    def counting(embedder, forward):
+        def counted(*args):
+            calls.append(embedder)
+            return forward(*args)
+
+        return counted
+
+    for embedder in embedders:
+        monkeypatch.setattr(embedder, "forward", counting(embedder, embedder.forward))
+    with dpcache.cached(model, method):
+        assert torch.equal(any_rollout(), expected)
+    assert [calls.count(embedder) for embedder in embedders] == [len(STEPS)] * len(embedders)
 
 
 def test_output_site_never_enters_the_model(rollout):

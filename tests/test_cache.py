@@ -126,10 +126,15 @@ def test_compiled_blocks_give_the_same(rollout, site, compile_first):
     with dpcache.cached(rollout.model, method):
         expected = rollout()
     torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return graph.forward
 
     def compile_blocks():
         for block in transformer_blocks(rollout.model):
-            block.compile(backend="eager")
+            block.compile(backend=backend)
 
     if compile_first:
         compile_blocks()
@@ -139,6 +144,9 @@ def test_compiled_blocks_give_the_same(rollout, site, compile_first):
         assert torch.allclose(rollout(), expected, atol=1e-5)
         assert torch.allclose(rollout(), expected, atol=1e-5)
         assert dpcache.report(rollout.model).computed_counts == {"default": [5, 5]}
+    # The model is compiled, the cache is not: its copies and weighted sums would be, anew for every step's weights.
+    assert any("scaled_dot_product_attention" in code for code in graphs)
+    assert not any("copy_" in code or "alpha" in code for code in graphs)
 
 
 def test_history_is_allocated_once(rollout):

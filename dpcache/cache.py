@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
+from torch._dynamo.decorators import skip
 
 from dpcache.sites import hooks, model_input
 
@@ -142,7 +143,7 @@ class RootHook(ModelHook):
     def reset_state(self, module):
         self.cache.reset()
 
-    @torch.compiler.disable(recursive=False)
+    @skip
     def new_forward(self, module, *args, **kwargs):
         cache, start = self.cache, self.cache.stopwatch.now()
         context = cache.open()

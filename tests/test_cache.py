@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from conftest import Rollout
+from torch._dynamo.utils import counters
 
 import dpcache
 from baselines.fewer_steps import fewer_steps
@@ -142,7 +143,9 @@ def test_compiled_blocks_give_the_same(rollout, site, compile_first):
         if not compile_first:
             compile_blocks()
         assert torch.allclose(rollout(), expected, atol=1e-5)
+        asked = counters["frames"]["total"]
         assert torch.allclose(rollout(), expected, atol=1e-5)
+        assert counters["frames"]["total"] == asked  # of the compiler, which is not asked once it has done its work
         assert dpcache.report(rollout.model).computed_counts == {"default": [5, 5]}
     # The model is compiled, the cache is not: its copies and weighted sums would be, anew for every step's weights.
     assert any("scaled_dot_product_attention" in code for code in graphs)

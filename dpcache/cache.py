@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
+from torch._dynamo.decorators import skip
 
 from dpcache.sites import hooks, model_input
 
@@ -142,7 +143,7 @@ class RootHook(ModelHook):
     def reset_state(self, module):
         self.cache.reset()
 
-    @torch.compiler.disable(recursive=False)
+    @skip
     def new_forward(self, module, *args, **kwargs):
         cache, start = self.cache, self.cache.stopwatch.now()
         context = cache.open()
@@ -178,7 +179,10 @@ def _without_offload(module):
 
 
 class StepCache:
-    """One method attached to one transformer. `pipe` is its pipeline, or the transformer itself."""
+    """One method attached to one transformer. `pipe` is its pipeline, or the transformer itself.
+
+    The hooks leave what they wrap to torch.compile, but not these methods: they would be compiled anew for each step.
+    """
 
     def __init__(self, transformer, method, pipe):
         self.transformer, self.method = transformer, method
@@ -241,6 +245,7 @@ class StepCache:
             self._settle(context, context.step in self.computed)
         return context
 
+    @torch.compiler.disable
     def decide(self, block, args, kwargs) -> None:
         """At the first block: an online schedule settles the step. Fixed ones have done so in `open`."""
         if self.computed is None:
@@ -254,6 +259,7 @@ class StepCache:
         else:
             context.weights = self.method.weights(tuple(context.keys[-self.method.predictor.history :]), context.step)
 
+    @torch.compiler.disable
     def keep(self, name: str, feature) -> None:
         """Keep a computed feature (a tensor or a tuple of tensors) under `name`."""
         features = feature if isinstance(feature, tuple) else (feature,)
@@ -266,6 +272,7 @@ class StepCache:
         if self.method.observe is not None:
             self.method.observe(self.current.name, self.current.step, name, feature)
 
+    @torch.compiler.disable
     def predict(self, name: str, seen: torch.Tensor | None = None):
         """The feature kept under `name`, predicted for the current step, from the model's input too if it is given."""
         weights = self.current.weights

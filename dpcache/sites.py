@@ -10,13 +10,18 @@
 (*) and the other embedders, where `EMBEDDERS` does not say that they feed the blocks alone.
 
 Each hook asks the step cache (`cache.py`) whether the current step is skipped, and otherwise leaves the module alone.
+With torch.compile a hook must not be traced, but what it wraps must. `torch.compiler.disable(recursive=False)` says so,
+too, but asks the compiler again at every call (PyTorch 2.15): a quarter of a millisecond for every block of every step.
 """
+
+from operator import attrgetter
 
 import torch
 from diffusers.hooks import ModelHook
 from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.utils.torch_utils import unwrap_module
+from torch._dynamo.decorators import skip
 
 SITES = ("stack", "residual", "modules", "output")
 
@@ -34,10 +39,18 @@ BRANCHES = {
     "WanTransformerBlock": (("attn1", "attn2", "ffn"), ()),
 }
 
-# Per transformer class, the embedders whose outputs nothing but the blocks reads.
+# Per transformer class, the embedders whose outputs nothing but the blocks reads; the time embedder is never one.
 EMBEDDERS = {
     "FluxTransformer2DModel": ("x_embedder", "context_embedder", "pos_embed"),
     "DiTTransformer2DModel": ("pos_embed",),
+    "HunyuanVideoTransformer3DModel": ("x_embedder", "context_embedder", "rope"),
+    "WanTransformer3DModel": (
+        "patch_embedding",
+        "condition_embedder.time_proj",
+        "condition_embedder.text_embedder",
+        "condition_embedder.image_embedder",  # of image-to-video models alone
+        "rope",
+    ),
 }
 
 
@@ -75,7 +88,7 @@ class BlockHook(_Hook):
         except ValueError:
             raise ValueError(f"{type(block).__name__} is not in diffusers' block registry: use site=output") from None
 
-    @torch.compiler.disable(recursive=False)
+    @skip
     def new_forward(self, module, *args, **kwargs):
         if self.first:
             self.cache.decide(module, args, kwargs)
@@ -109,7 +122,7 @@ class BlockHook(_Hook):
 class ProbeHook(_Hook):
     """On the first block, where the site itself has no hook: an online schedule decides before the block runs."""
 
-    @torch.compiler.disable(recursive=False)
+    @skip
     def new_forward(self, module, *args, **kwargs):
         self.cache.decide(module, args, kwargs)
         return self.fn_ref.original_forward(*args, **kwargs)
@@ -122,7 +135,7 @@ class BranchHook(_Hook):
         super().__init__(cache)
         self.name = name
 
-    @torch.compiler.disable(recursive=False)
+    @skip
     def new_forward(self, module, *args, **kwargs):
         if self.cache.current.skip:
             return self.cache.predict(self.name)
@@ -134,7 +147,7 @@ class BranchHook(_Hook):
 class FeederHook(_Hook):
     """On a module that only feeds a kept one: nothing of it is needed on a skipped step, not even memory."""
 
-    @torch.compiler.disable(recursive=False)
+    @skip
     def new_forward(self, module, *args, **kwargs):
         if self.cache.current.skip:
             nothing = (args[0] if args else kwargs["hidden_states"])[..., :0]
@@ -144,11 +157,12 @@ class FeederHook(_Hook):
 
 
 class EmbedderHook(_Hook):
-    """On an embedder that feeds skipped blocks alone: its input stands in for its output, which nobody reads."""
+    """On an embedder that feeds skipped blocks alone: a sliver of its input stands in for its output, which nobody
+    reads. Six wide, because Wan cuts `time_proj`'s output in six, and joins those for text and image."""
 
-    @torch.compiler.disable(recursive=False)
+    @skip
     def new_forward(self, module, *args, **kwargs):
-        return args[0] if self.cache.current.skip else self.fn_ref.original_forward(*args, **kwargs)
+        return args[0][..., :6] if self.cache.current.skip else self.fn_ref.original_forward(*args, **kwargs)
 
 
 def hooks(site: str, transformer: torch.nn.Module, cache, online: bool) -> list[tuple[torch.nn.Module, ModelHook]]:
@@ -162,8 +176,8 @@ def hooks(site: str, transformer: torch.nn.Module, cache, online: bool) -> list[
         ends = (blocks[0], blocks[-1])
         pairs = [(b, BlockHook(cache, b, b is ends[0], b is ends[1], site == "residual")) for b in blocks]
         if site == "stack" and not online:
-            names = EMBEDDERS.get(type(transformer).__name__, ())
-            pairs += [(getattr(transformer, name), EmbedderHook(cache)) for name in names]
+            embedders = (attrgetter(name)(transformer) for name in EMBEDDERS.get(type(transformer).__name__, ()))
+            pairs += [(embedder, EmbedderHook(cache)) for embedder in embedders if embedder is not None]
         return pairs
     pairs = [(blocks[0], ProbeHook(cache))] if online else []
     for index, block in enumerate(blocks):

@@ -62,7 +62,7 @@ def _dit():
     return model, torch.randn(2, 4, 6, 6), {"class_labels": torch.tensor([1, 2])}, 1000.0
 
 
-def _wan():
+def _wan(**image_to_video):
     model = WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=16,
@@ -73,8 +73,14 @@ def _wan():
         ffn_dim=32,
         num_layers=3,
         rope_max_seq_len=32,
+        **image_to_video,
     )
     return model, torch.randn(2, 4, 1, 6, 6), {"encoder_hidden_states": torch.randn(2, 3, 16)}, 1000.0
+
+
+def _wan_image_to_video():
+    model, start, fixed, scale = _wan(image_dim=8, added_kv_proj_dim=32)
+    return model, start, fixed | {"encoder_hidden_states_image": torch.randn(2, 257, 8)}, scale
 
 
 def _hunyuan_video():
@@ -101,7 +107,13 @@ def _hunyuan_video():
     return model, torch.randn(2, 4, 1, 6, 6), fixed, 1000.0
 
 
-MODELS = {"flux": _flux, "dit": _dit, "wan": _wan, "hunyuan_video": _hunyuan_video}
+MODELS = {
+    "flux": _flux,
+    "dit": _dit,
+    "wan": _wan,
+    "wan_image_to_video": _wan_image_to_video,
+    "hunyuan_video": _hunyuan_video,
+}
 
 
 class Rollout:

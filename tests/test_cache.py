@@ -1,9 +1,12 @@
 """The step cache on real diffusers transformers and on the embedded pipeline."""
 
+from operator import attrgetter
+
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from conftest import Rollout
+from torch._dynamo.utils import counters
 
 import dpcache
 from baselines.fewer_steps import fewer_steps
@@ -16,7 +19,7 @@ from baselines.uniform_skip import uniform_skip
 from dpcache.predictors import Reuse, Taylor
 from dpcache.sampler import generate, sample
 from dpcache.schedules import EvenlySpaced, Schedule
-from dpcache.sites import SITES, transformer_blocks
+from dpcache.sites import EMBEDDERS, SITES, transformer_blocks
 
 CALL = {"height": 64, "width": 64, "max_sequence_length": 12}
 STEPS = [0, 1, 2, 5, 8]
@@ -79,6 +82,28 @@ def test_skipped_steps_do_no_work_inside_the_blocks(rollout, site):
         assert count_calls(inner, rollout) == [len(STEPS)] * len(inner)
 
 
+def test_embedders_of_skipped_blocks_are_left_out_and_nothing_else_changes(any_rollout, monkeypatch):
+    model, method, calls = any_rollout.model, dpcache.Method(Schedule(STEPS, 10), "stack", Taylor(2)), []
+    embedders = list(filter(None, (attrgetter(name)(model) for name in EMBEDDERS[type(model).__name__])))
+    with monkeypatch.context() as patch:
+        patch.setattr("dpcache.sites.EMBEDDERS", {})
+        with dpcache.cached(model, method):
+            expected = any_rollout()
+
+    def counting(embedder, forward):
+        def counted(*args):
+            calls.append(embedder)
+            return forward(*args)
+
+        return counted
+
+    for embedder in embedders:
+        monkeypatch.setattr(embedder, "forward", counting(embedder, embedder.forward))
+    with dpcache.cached(model, method):
+        assert torch.equal(any_rollout(), expected)
+    assert [calls.count(embedder) for embedder in embedders] == [len(STEPS)] * len(embedders)
+
+
 def test_output_site_never_enters_the_model(rollout):
     with dpcache.cached(rollout.model, uniform_skip(4, 10)):
         assert count_calls([rollout.model.x_embedder], rollout) == [4]
@@ -103,10 +128,15 @@ def test_compiled_blocks_give_the_same(rollout, site, compile_first):
     with dpcache.cached(rollout.model, method):
         expected = rollout()
     torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return graph.forward
 
     def compile_blocks():
         for block in transformer_blocks(rollout.model):
-            block.compile(backend="eager")
+            block.compile(backend=backend)
 
     if compile_first:
         compile_blocks()
@@ -114,8 +144,13 @@ def test_compiled_blocks_give_the_same(rollout, site, compile_first):
         if not compile_first:
             compile_blocks()
         assert torch.allclose(rollout(), expected, atol=1e-5)
+        asked = counters["frames"]["total"]
         assert torch.allclose(rollout(), expected, atol=1e-5)
+        assert counters["frames"]["total"] == asked  # of the compiler, which is not asked once it has done its work
         assert dpcache.report(rollout.model).computed_counts == {"default": [5, 5]}
+    # The model is compiled, the cache is not: its copies and weighted sums would be, anew for every step's weights.
+    assert any("scaled_dot_product_attention" in code for code in graphs)
+    assert not any("copy_" in code or "alpha" in code for code in graphs)
 
 
 def test_history_is_allocated_once(rollout):

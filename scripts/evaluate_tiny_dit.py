@@ -17,7 +17,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
-from training import load_fashion, save
+from training import DTYPE, load_fashion, save
 
 from dpcache.models.flux import EMBEDDED
 from eval.metrics import fid
@@ -122,6 +122,7 @@ def main() -> None:
     pipe = DiTPipeline.from_pretrained(args.model)
     pipe.scheduler = SCHEDULERS[args.scheduler].from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
+    pipe.transformer.forward = torch.autocast("cpu", DTYPE)(pipe.transformer.forward)  # twice as fast
     prompts = (args.model / "prompts.txt").read_text().splitlines()
     asked = [prompts[i % len(prompts)] for i in range(args.samples)]
     classes = torch.tensor(pipe.get_label_ids(asked))

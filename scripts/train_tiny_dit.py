@@ -136,7 +136,7 @@ def build_pipeline(transformer: DiTTransformer2DModel, vae: AutoencoderKL) -> Di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6000, help="of the transformer, batch 64")
+    parser.add_argument("--steps", type=int, default=4800, help="of the transformer, batch 64")
     parser.add_argument("--vae-steps", type=int, default=1500, help="of the autoencoder, batch 32")
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--work", type=Path, default=Path("outputs/train_tiny_dit"), help="latents and checkpoints")

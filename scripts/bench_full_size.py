@@ -46,7 +46,7 @@ from baselines.teacache import teacache
 from baselines.uniform_skip import uniform_skip
 from dpcache.lsq import FittedWeights
 from dpcache.method import dpcache as dpcache_method
-from dpcache.models.flux import default_device
+from dpcache.models.pretrained import default_device
 from dpcache.schedules import EvenlySpaced, Schedule
 from dpcache.sites import transformer_blocks
 

@@ -1,6 +1,7 @@
-"""What the training scripts share: the training loop with its checkpoints, the emoji, a word-level tokenizer."""
+"""What the training scripts share: the training loop with its checkpoints, the data, a word-level tokenizer."""
 
 import copy
+import gzip
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
@@ -45,6 +47,20 @@ def load_emoji(cache: Path, artist: str = "google") -> tuple[torch.Tensor, torch
             images.append(every[-1])
             names.append(emoji["name"].lower().replace("’", "'"))
     return torch.stack(every), torch.stack(images), names
+
+
+def load_fashion(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fashion-MNIST's uint8 images (N, 3, 32, 32), grey on black with a margin of 2, and their labels (N,), 0 to 9.
+
+    `folder` holds its .gz files, `split` is train (60,000) or t10k (10,000), the test set.
+    """
+    if not (folder / f"{split}-images-idx3-ubyte.gz").exists():
+        raise SystemExit(f"{folder} has no Fashion-MNIST: apt-get install dataset-fashion-mnist, or --data FOLDER")
+    with gzip.open(folder / f"{split}-images-idx3-ubyte.gz") as file:
+        grey = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8, offset=16).view(-1, 1, 28, 28)
+    with gzip.open(folder / f"{split}-labels-idx1-ubyte.gz") as file:
+        labels = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8, offset=8).long()
+    return F.pad(grey, (2, 2, 2, 2)).repeat(1, 3, 1, 1), labels
 
 
 def word_tokenizer(names: list[str], length: int) -> PreTrainedTokenizerFast:

@@ -298,6 +298,15 @@ def test_few_samples_are_scored_with_a_warning():
     assert not values and set(unavailable) == set(scorers)
 
 
+def test_half_precision_suffices_for_reference_features(tmp_path):
+    real, fake = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    fid.save_features(tmp_path / "half.safetensors", "any", real.half())
+    read = fid.read_features(tmp_path / "half.safetensors", "any")
+    assert read.dtype == torch.float32
+    for distance in (fid.fid, fid.kid):
+        assert torch.allclose(distance(read, fake), distance(real, fake), rtol=1e-2)
+
+
 def test_what_ships_knows_the_embedded_model(pipe):
     """Of generated images the nearest reference features, and the best CLIP name, are those of their own prompts."""
     batch = generate(pipe, NAMES[:6], list(range(6)), 16, height=64, width=64, max_sequence_length=12)

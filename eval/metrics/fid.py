@@ -85,13 +85,13 @@ def save_features(path: Path, extractor: str, features: Tensor) -> None:
 
 
 def read_features(path: Path, extractor: str) -> Tensor:
-    """Reference features (M, D) from a file.
+    """Reference features (M, D) from a file, in float32 whatever the file's precision.
 
     Raises Unavailable if they are of another extractor, ValueError for a file that holds no features.
     """
     try:
         with safe_open(path, "pt") as file:
-            found, features = (file.metadata() or {})["extractor"], file.get_tensor("features")
+            found, features = (file.metadata() or {})["extractor"], file.get_tensor("features").float()
     except (SafetensorError, KeyError):
         raise ValueError(f"model.metrics.fid_reference={path} is not a file of features") from None
     if found != extractor:

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 from eval.metrics import Samples, Settings, evaluate, load, psnr
-from eval.metrics import image_reward as module
 from eval.metrics import image_reward_scorer as scorer
-from eval.metrics.image_reward import check, image_reward, score
+from eval.metrics.image_reward import SCRIPT, check, image_reward, score
+from eval.metrics.isolated import environment
 
 PROMPTS = [
     "a red balloon over the sea",
@@ -178,7 +178,7 @@ def direct(paths, tmp_path_factory) -> tuple[torch.Tensor, Path]:
     program = folder / "direct.py"
     program.write_text(f"""
 import importlib.util, json, pathlib, torch
-spec = importlib.util.spec_from_file_location("scorer", {str(module.SCORER)!r})
+spec = importlib.util.spec_from_file_location("scorer", {str(SCRIPT.path)!r})
 scorer = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(scorer)
 folder = pathlib.Path({str(folder)!r})
@@ -190,11 +190,10 @@ with torch.no_grad():
     again = [model.score("something else", path) for path in {[str(p) for p in paths[:2]]!r}]
 (folder / "direct.json").write_text(json.dumps([scores, again]))
 """)
-    uv = module._uv()
-    module._create_environment(uv, 3600)
-    find = [uv, "python", "find", "--script", str(module.SCORER)]
-    python = subprocess.run(find, capture_output=True, text=True, check=True, env=module._environment()).stdout.strip()
-    subprocess.run([python, program], check=True, env=module._environment())
+    SCRIPT.create_environment()
+    find = [SCRIPT.uv(), "python", "find", "--script", str(SCRIPT.path)]
+    python = subprocess.run(find, capture_output=True, text=True, check=True, env=environment()).stdout.strip()
+    subprocess.run([python, program], check=True, env=environment())
     scores, again = json.loads((folder / "direct.json").read_text())
     assert all(abs(a - b) > 1e-4 for a, b in zip(scores, again))  # the prompt matters
     return torch.tensor(scores, dtype=torch.float64), folder

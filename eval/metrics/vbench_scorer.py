@@ -157,7 +157,7 @@ def subject_consistency(device: str, checkpoint: Path) -> Callable:
         def forward(self, images):
             patches = self.vit.patch_embed.proj(images)
             first, others = self.vit.pos_embed[:, :1], self.vit.pos_embed[:, 1:]
-            if patches.shape[-2:] != (14, 14):
+            if patches.shape[-2:] != (14, 14) or images.shape[-2] != images.shape[-1]:
                 grid = others.reshape(1, 14, 14, -1).permute(0, 3, 1, 2)
                 scale = tuple((size + 0.1) / 14 for size in patches.shape[-2:])
                 others = interpolate(grid, scale_factor=scale, mode="bicubic").flatten(2).transpose(1, 2)

@@ -109,7 +109,7 @@ def load_metrics(config: DictConfig) -> dict[str, Scorer | Exception]:
     """The run's metrics with all that they need, before anything is sampled. Raises as `eval.metrics.load`."""
     device = default_device() if config.model.device == "auto" else config.model.device
     cache = Path(config.output_dir) / "features"
-    settings = metrics.Settings(**config.model.metrics, cache=cache, device=device)
+    settings = metrics.Settings(**config.model.metrics, cache=cache, device=device, fps=config.model.fps)
     return metrics.load(config.eval.metrics, settings, config.eval.require_all)
 
 

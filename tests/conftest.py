@@ -146,3 +146,15 @@ def any_rollout(request):
 @pytest.fixture
 def rollout():
     return Rollout("flux")
+
+
+@pytest.fixture
+def fake_uv(tmp_path, monkeypatch):
+    """Makes a `uv` whose environment exists and whose `run` is the given shell command; $5 and $6 are the files."""
+
+    def make(run: str, sync: str = "exit 0"):
+        (tmp_path / "uv").write_text(f"#!/bin/sh\nif [ $1 = sync ]; then {sync}; fi\n{run}\n")
+        (tmp_path / "uv").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+    return make

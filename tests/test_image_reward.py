@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 from eval.metrics import Samples, Settings, evaluate, load, psnr
-from eval.metrics import image_reward as module
 from eval.metrics import image_reward_scorer as scorer
-from eval.metrics.image_reward import check, image_reward, score
+from eval.metrics.image_reward import SCRIPT, check, image_reward, score
+from eval.metrics.isolated import environment
 
 PROMPTS = [
     "a red balloon over the sea",
@@ -46,18 +46,6 @@ def paths(samples, tmp_path_factory) -> list[Path]:
     for index, image in enumerate(samples.images):
         Image.fromarray(image.numpy()).save(folder / f"{index}.png")
     return sorted(folder.iterdir())
-
-
-@pytest.fixture
-def fake_uv(tmp_path, monkeypatch):
-    """Makes a `uv` whose environment exists and whose `run` is the given shell command; $5 and $6 are the files."""
-
-    def make(run: str, sync: str = "exit 0"):
-        (tmp_path / "uv").write_text(f"#!/bin/sh\nif [ $1 = sync ]; then {sync}; fi\n{run}\n")
-        (tmp_path / "uv").chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-
-    return make
 
 
 def answer(*entries) -> str:
@@ -178,7 +166,7 @@ def direct(paths, tmp_path_factory) -> tuple[torch.Tensor, Path]:
     program = folder / "direct.py"
     program.write_text(f"""
 import importlib.util, json, pathlib, torch
-spec = importlib.util.spec_from_file_location("scorer", {str(module.SCORER)!r})
+spec = importlib.util.spec_from_file_location("scorer", {str(SCRIPT.path)!r})
 scorer = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(scorer)
 folder = pathlib.Path({str(folder)!r})
@@ -190,11 +178,10 @@ with torch.no_grad():
     again = [model.score("something else", path) for path in {[str(p) for p in paths[:2]]!r}]
 (folder / "direct.json").write_text(json.dumps([scores, again]))
 """)
-    uv = module._uv()
-    module._create_environment(uv, 3600)
-    find = [uv, "python", "find", "--script", str(module.SCORER)]
-    python = subprocess.run(find, capture_output=True, text=True, check=True, env=module._environment()).stdout.strip()
-    subprocess.run([python, program], check=True, env=module._environment())
+    SCRIPT.create_environment()
+    find = [SCRIPT.uv(), "python", "find", "--script", str(SCRIPT.path)]
+    python = subprocess.run(find, capture_output=True, text=True, check=True, env=environment()).stdout.strip()
+    subprocess.run([python, program], check=True, env=environment())
     scores, again = json.loads((folder / "direct.json").read_text())
     assert all(abs(a - b) > 1e-4 for a, b in zip(scores, again))  # the prompt matters
     return torch.tensor(scores, dtype=torch.float64), folder

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
-from eval.metrics import clip, fid, image_reward, lpips
+from eval.metrics import clip, fid, image_reward, lpips, vbench
 from eval.metrics.base import Samples, Scorer, Settings, Unavailable
 from eval.metrics.fidelity import MAX_PSNR, latent_error, psnr, ssim
 
@@ -35,6 +35,7 @@ METRICS: dict[str, Callable[[Settings], Scorer]] = {
     "lpips": lpips.load,
     "clip": clip.load,
     "image_reward": image_reward.load,
+    **{f"vbench_{name}": partial(vbench.load, name) for name in vbench.DIMENSIONS},
     **{f"{kind}_{name}": partial(fid.load, kind, name) for kind in ("fid", "kid") for name in fid.EXTRACTORS},
 }
 

@@ -57,10 +57,12 @@ def pairs(sample: Samples, reference: Samples) -> Iterator[tuple[Tensor, Tensor]
 
 @dataclass
 class Settings(MetricsConfig):
-    """The model's `metrics` settings, the folder that keeps features of reference images, and the torch device."""
+    """The model's `metrics` settings and frames per second, the folder that keeps features of reference images, and the
+    torch device."""
 
     cache: Path = Path("outputs/features")
     device: str = "cpu"
+    fps: float = 16.0
 
 
 Scorer = Callable[[Samples, Samples], Tensor | tuple[Tensor, dict]]

@@ -138,7 +138,7 @@ def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     return unpatchify(torch.cat(chunks, 2), vae.config.patch_size).float()
 
 
-def train_vae(vae: AutoencoderKLWan, sprites: torch.Tensor, steps: int, decoder_steps: int, out: Path, device) -> dict:
+def train_vae(vae: AutoencoderKLWan, sprites: torch.Tensor, steps: int, out: Path, device: str) -> dict:
     def loss_of(index, generator):
         target = draw(sprites, index, generator).to(device)
         posterior = vae.encode(target).latent_dist
@@ -149,16 +149,10 @@ def train_vae(vae: AutoencoderKLWan, sprites: torch.Tensor, steps: int, decoder_
         )
 
     report = train("vae", vae, loss_of, steps, 2e-3, 8, len(PROMPTS), out, device)
-    # From here on the latents stay as they are, so that the transformer can be trained before, while or after the
-    # decoder goes on alone.
-    for part in (vae.encoder, vae.quant_conv):
-        part.requires_grad_(False)
-    decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder])
-    report["decoder"] = train("decoder", decoder, loss_of, decoder_steps, 1e-3, 8, len(PROMPTS), out, device)
     vae.eval()
     measured = out / "vae.json"  # a minute's work on a CPU, so it is kept for the next start
-    if not measured.exists() or not report.items() <= (statistics := json.loads(measured.read_text())).items():
-        generator = torch.Generator().manual_seed(max(steps, decoder_steps))  # clips that training has not seen
+    if not measured.exists() or (statistics := json.loads(measured.read_text()))["steps"] != steps:
+        generator = torch.Generator().manual_seed(steps)  # clips that training has not seen
         with torch.no_grad():
             clips = draw(sprites, torch.arange(len(PROMPTS)), generator).to(device)
             latents = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in clips.split(32)])
@@ -210,9 +204,8 @@ def build_pipeline(denoiser, vae, tokenizer) -> WanPipeline:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000, help="of the transformer and text encoder, batch 24")
+    parser.add_argument("--steps", type=int, default=3900, help="of the transformer and text encoder, batch 24")
     parser.add_argument("--vae-steps", type=int, default=1500, help="of the autoencoder, batch 8")
-    parser.add_argument("--decoder-steps", type=int, default=1000, help="of its decoder after that, batch 8")
     parser.add_argument("--work", type=Path, default=Path("outputs/train_tiny_video"), help="data and checkpoints")
     parser.add_argument("--out", type=Path, default=Path("dpcache/models/tiny_video"), help="the finished pipeline")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -224,8 +217,7 @@ def main() -> None:
     sprites = load_sprites(args.work / "data")
     tokenizer = word_tokenizer(PROMPTS, TEXT_LENGTH)
     vae, denoiser = build_vae().to(args.device), build_denoiser(tokenizer).to(args.device)
-    vae_report = train_vae(vae, sprites, args.vae_steps, args.decoder_steps, args.work, args.device)
-    report = {"prompts": len(PROMPTS), "vae": vae_report}
+    report = {"prompts": len(PROMPTS), "vae": train_vae(vae, sprites, args.vae_steps, args.work, args.device)}
     print(json.dumps(report), f"{sum(p.numel() for p in denoiser.parameters()):,} parameters to train", flush=True)
     if args.snapshot:
         state = torch.load(args.work / "denoiser.pt", map_location=args.device, weights_only=True)

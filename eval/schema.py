@@ -15,7 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 class MetricsConfig:
     """What the metrics of `conf/eval/` use for a model."""
 
-    clip_model: str = "ViT-L-14"
+    clip_model: str | None = "ViT-L-14"
     clip_pretrained: str | None = "openai"
     fid_reference: str | None = None
     image_reward_weights: str | None = None

@@ -103,7 +103,7 @@ def train(name, model, loss_of, steps, learning_rate, batch, size, out: Path, de
         optimizer.load_state_dict(state["optimizer"])
         start, log = state["step"], state["log"]
     model.train()
-    running, began = 0.0, time.time()
+    losses, began = [], time.time()
     for step in (bar := tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=2)):
         generator = torch.Generator().manual_seed(step)  # a resumed run sees the batches that it would have seen
         index = torch.randperm(size, generator=generator)[:batch]
@@ -118,10 +118,10 @@ def train(name, model, loss_of, steps, learning_rate, batch, size, out: Path, de
         decay = min(0.999, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-        running += loss.item()
+        losses.append(loss.item())
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-            log.append([step + 1, running / ((step % checkpoint_every) + 1), time.time() - began])
-            running = 0.0
+            log.append([step + 1, sum(losses) / len(losses), time.time() - began])
+            losses.clear()
             bar.set_postfix(loss=f"{log[-1][1]:.4f}")
             state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
             save(state | {"step": step + 1, "log": log}, path)

@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from dpcache.models.pretrained import EMBEDDED
-from eval.metrics.base import Samples, Scorer, Settings, weights
+from eval.metrics.base import Samples, Scorer, Settings, Unavailable, weights
 
 BATCH = 32
 
@@ -26,6 +26,8 @@ def load(settings: Settings) -> Scorer:
     import open_clip  # here: it takes seconds, which runs without CLIP need not wait for
 
     name, pretrained = settings.clip_model, settings.clip_pretrained
+    if name is None:
+        raise Unavailable("no CLIP knows this model's prompts: set model.metrics.clip_model to one that does")
     tags = open_clip.list_pretrained_tags_by_model(name)
     folders = [EMBEDDED / name, Path(name).expanduser()]
     if found := [folder for folder in folders if (folder / "open_clip_config.json").is_file()]:

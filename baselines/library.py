@@ -112,7 +112,7 @@ class LibraryCache:
         def rounded(value: float) -> float:
             return min(max(round(value), 1), self.num_inference_steps) if whole else value
 
-        value, spent = closest(lambda value: run(rounded(value)), self.budget, first, tolerance=0.25, tries=10)
+        value, spent = closest(lambda value: run(rounded(value)), self.budget, first, tries=10)
         setattr(self, knob, rounded(value))
         self.settled |= {knob: rounded(value), "spent": spent}
         if abs(spent - self.budget) > 0.5:

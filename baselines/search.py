@@ -3,10 +3,8 @@
 from collections.abc import Callable
 
 
-def closest(
-    spent: Callable[[float], float], budget: float, first: float, tolerance: float = 0.5, tries: int = 8
-) -> tuple[float, float]:
-    """The knob that comes closest to the budget, of at most `tries`, and what it spends.
+def closest(spent: Callable[[float], float], budget: float, first: float, tries: int = 8) -> tuple[float, float]:
+    """The first knob that spends the budget to within half a step, of `tries` else the closest; and what it spends.
 
     Args:
         spent: full steps that a knob above 0 leads to, the fewer the larger the knob. Each call may take minutes.
@@ -15,7 +13,7 @@ def closest(
     knob, low, high, tried = first, 0.0, None, {}
     for _ in range(tries):
         tried[knob] = spent(knob)
-        if abs(tried[knob] - budget) <= tolerance:
+        if abs(tried[knob] - budget) <= 0.5:
             break
         low, high = (knob, high) if tried[knob] > budget else (low, knob)
         knob = 1.5 * low if high is None else (low + high) / 2

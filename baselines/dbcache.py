@@ -46,7 +46,7 @@ class DBCache(LibraryCache):
         super().__init__(budget, num_inference_steps)
         self.threshold, self.calibrator, self.separate_cfg = threshold, calibrator, separate_cfg
         self.shortens, self.warmup = warmup is None, max(1, min(8, budget // 2)) if warmup is None else warmup
-        self.planned, self.skipped, self.branches = planned, None, separate_cfg is not False
+        self.planned, self.skipped = planned, None
         self.needs_calibration = planned or threshold is None
 
     def prepare(self, pipe, calibration=None):
@@ -63,7 +63,8 @@ class DBCache(LibraryCache):
 
     def _mask(self) -> list[int]:
         T = self.num_inference_steps
-        plan = dpcache(max(T - self.skipped, 3), T)
+        budget = max(T - self.skipped, 1)
+        plan = dpcache(budget, T, warmup=min(3, budget))
         plan.prepare(None, self.calibration)
         return [int(step in plan.schedule.steps) for step in range(T)]
 

@@ -14,8 +14,8 @@ class FasterCache(DiffusersCache):
     unconditional first. None of ours does, so they count as distilled ones.
 
     Args:
-        skip_range: N; None: the one that spends the budget. What is left when no attention is computed is the least
-            that can be spent.
+        skip_range: N; None: the one that spends the budget; 2, the default, where a model without attention would
+            spend more.
         timesteps: the range, of 0 to 1000; diffusers' default.
         weight: of the extrapolation; diffusers' default.
     """

@@ -100,7 +100,7 @@ class LibraryCache:
         """Set the attribute `knob` so that the budget is spent on the calibration prompts.
 
         Args:
-            first: where to begin.
+            first: where to begin, and what remains where the method cannot get down to the budget: the default.
             whole: whole numbers only; these are caches whose steps are the same for all prompts, so one will do.
         """
 
@@ -113,12 +113,14 @@ class LibraryCache:
             return min(max(round(value), 1), self.num_inference_steps) if whole else value
 
         value, spent = closest(lambda value: run(rounded(value)), self.budget, first, tries=10)
+        if spent > self.budget + 0.5:  # out of reach: nothing is gained by ruining the images
+            value, spent = first, run(rounded(first))
         setattr(self, knob, rounded(value))
         self.settled |= {knob: rounded(value), "spent": spent}
         if abs(spent - self.budget) > 0.5:
             log.warning(
-                "%s: the closest to budget=%s that its %s gets on this model are %.1f full steps",
-                *(type(self).__name__, self.budget, knob, spent),
+                "%s: budget=%s is out of reach on this model; %s=%s spends %.1f full steps",
+                *(type(self).__name__, self.budget, knob, rounded(value), spent),
             )
 
 

@@ -9,8 +9,8 @@ class PyramidAttentionBroadcast(DiffusersCache):
     """Attention outputs are reused for N steps, within a range of timesteps; everything else is computed.
 
     Args:
-        skip_range: N; None: the one that spends the budget. What is left when no attention is computed is the least
-            that can be spent.
+        skip_range: N; None: the one that spends the budget; 2, the default, where a model without attention would
+            spend more.
         timesteps: the range, of 0 to 1000; diffusers' default.
     """
 

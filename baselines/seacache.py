@@ -33,9 +33,7 @@ class SeaCache(DiffusersCache):
         sigmas = getattr(pipe.scheduler, "sigmas", None)
         if sigmas is None or not 0 <= float(sigmas.max()) <= 1:
             raise ValueError(f"SeaCache needs noise levels from 0 to 1, {type(pipe.scheduler).__name__} has none")
-        return SeaCacheConfig(
-            self.threshold, max_consecutive_cached=self.max_skip, raw_vision_callback=lambda *call: _latents(*call)
-        )
+        return SeaCacheConfig(self.threshold, max_consecutive_cached=self.max_skip, raw_vision_callback=_latents)
 
 
 def _latents(module, args: tuple, kwargs: dict) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 
+from baselines.search import closest
 from dpcache.calibration import relative_change
 from dpcache.method import Method
 from dpcache.predictors import Reuse
@@ -122,16 +123,14 @@ class TeaCache(Method):
             self.settled["r_squared"] = self.schedule.r_squared
         if not search:
             return
-        schedule, low, high, tried = self.schedule, 0.0, None, {}
-        for _ in range(8):
-            threshold = schedule.threshold
+
+        def spent(threshold: float) -> float:
+            self.schedule.threshold = threshold
             calibration.rerun(pipe, self)
-            tried[threshold] = np.mean([*self.report().computed_counts.values()]) - schedule.budget
-            if abs(tried[threshold]) <= 0.5:
-                break
-            low, high = (threshold, high) if tried[threshold] > 0 else (low, threshold)
-            schedule.threshold = 1.5 * low if high is None else (low + high) / 2
-        self.settled["threshold"] = schedule.threshold = min(tried, key=lambda threshold: abs(tried[threshold]))
+            return np.mean([*self.report().spent.values()])
+
+        found = closest(spent, self.schedule.budget, self.schedule.threshold)[0]
+        self.settled["threshold"] = self.schedule.threshold = found
 
 
 def teacache(

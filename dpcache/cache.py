@@ -27,6 +27,7 @@ class Report:
         computed_counts, predicted_counts: number of computed and of predicted steps of every generation.
         seconds_computed, seconds_predicted: seconds inside the transformer, all generations together.
         history_bytes: memory that the kept features and an online schedule's state take, all branches together.
+        equivalents: of a method that also skips parts of steps, what every generation computed, in full steps by FLOPs.
     """
 
     computed: dict[str, list[int]] = field(default_factory=dict)
@@ -35,6 +36,12 @@ class Report:
     seconds_computed: dict[str, float] = field(default_factory=dict)
     seconds_predicted: dict[str, float] = field(default_factory=dict)
     history_bytes: int = 0
+    equivalents: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def spent(self) -> dict[str, list[float]]:
+        """What counts against the budget, of every generation."""
+        return self.equivalents or self.computed_counts
 
 
 class History:
@@ -164,7 +171,7 @@ class RootHook(ModelHook):
 
 
 @contextmanager
-def _without_offload(module):
+def without_offload(module):
     """Takes accelerate's offload hook off `module` for a moment. It wraps `forward` anew after every pipeline call, so
     a hook of ours outside it would be lost; inside it, ours stays."""
     offload = getattr(module, "_hf_hook", None)
@@ -174,8 +181,10 @@ def _without_offload(module):
     from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
     remove_hook_from_module(module)
-    yield
-    add_hook_to_module(module, offload)
+    try:
+        yield
+    finally:
+        add_hook_to_module(module, offload)
 
 
 class StepCache:
@@ -193,19 +202,23 @@ class StepCache:
         self.scheduler, self.timesteps = getattr(pipe, "scheduler", None), None
         self.final: Report | None = None
         self.hooked = []
-        online = self.schedule.steps is None
-        self.computed = None if online else frozenset(self.schedule.steps)
-        for module, hook in [(transformer, RootHook(self)), *hooks(method.site, transformer, self, online)]:
-            with _without_offload(module):
+        self.computed = None if self.schedule.steps is None else frozenset(self.schedule.steps)
+        for module, hook in self.hooks():
+            with without_offload(module):
                 self.hooked.append((module, "_diffusers_hook" in vars(module), vars(module).get("forward")))
                 HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _HOOK)
         transformer._diffusers_hook.invalidate_child_registries_cache()
+
+    def hooks(self) -> list[tuple[torch.nn.Module, ModelHook]]:
+        """(module, hook) pairs, in the order in which they are registered."""
+        inside = hooks(self.method.site, self.transformer, self, online=self.computed is None)
+        return [(self.transformer, RootHook(self)), *inside]
 
     def detach(self) -> None:
         """Leave every module as it was, its `forward` included, and free the features."""
         self.final = self.report()
         for module, had_registry, forward in reversed(self.hooked):
-            with _without_offload(module):
+            with without_offload(module):
                 module._diffusers_hook.remove_hook(_HOOK, recurse=False)
                 if len(module._diffusers_hook.hooks) == 0:
                     del module.forward

@@ -27,7 +27,10 @@ def describe(config: DictConfig, model: str, name: str, method: Method, prompts:
     weights = sum(p.numel() * p.element_size() for p in transformer.parameters())
     count, branches = sum(p.numel() for p in transformer.parameters()), known.branches(call)
     memory = [f"transformer {_size(weights)}"]
-    memory.append(f"cache {_size(history_bytes(known, transformer, method, call, batch_size))}")
+    if method.history is None:
+        memory.append("cache: the library's own, not known")
+    else:
+        memory.append(f"cache {_size(history_bytes(known, transformer, method, call, batch_size))}")
     schedule = method.schedule.steps
     if method.needs_calibration and config.calibration.path and type(method) is Method:
         calibration = Calibration.load(config.calibration.path)
@@ -49,7 +52,7 @@ def describe(config: DictConfig, model: str, name: str, method: Method, prompts:
             f"  call                   {settings}",
             f"  samples                {prompts} in batches of {batch_size}, guidance branches: {', '.join(branches)}",
             f"  schedule               {schedule}",
-            f"  site, features kept    {method.site}, {method.history}",
+            f"  site, features kept    {method.site}, {method.history or 'not known'}",
             f"  memory                 {', '.join(memory)}",
         ]
     )

@@ -139,7 +139,9 @@ class Experiment:
         seeds = range(self.config.seed, self.config.seed + len(prompts))
         self.pipe.set_progress_bar_config(disable=None, leave=False, desc="steps", mininterval=0.5)
         batch = sample(self.pipe, method, prompts[chunk], seeds[chunk], **self.call)
-        return batch.images, batch.latents, list(method.report().computed.values())
+        report = method.report()
+        spent = float(np.mean([generations[-1] for generations in report.spent.values()]))
+        return batch.images, batch.latents, {"steps": list(report.computed.values()), "spent": spent}
 
     def _key(self, *parts) -> str:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -174,9 +176,9 @@ class Experiment:
         folder = self.reference_folder(prompts)
         return collect(folder, prompts, self.batch_size, make, "full-step reference")[0]
 
-    def samples(self, method, prompts: list[str]) -> tuple[Samples, list[list[list[int]]]]:
-        """The method's samples and, of every batch, the computed steps of each guidance branch; also as PNG files, and
-        of videos as MP4 files beside a strip of frames."""
+    def samples(self, method, prompts: list[str]) -> tuple[Samples, list[dict]]:
+        """The method's samples and, of every batch, the computed "steps" of each guidance branch and how many full
+        steps were "spent"; also as PNG files, and of videos as MP4 files beside a strip of frames."""
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
 
         def make(chunk: slice):
@@ -197,7 +199,7 @@ class Experiment:
         method,
         samples: Samples,
         reference: Samples,
-        computed: list[list[list[int]]],
+        computed: list[dict],
         scorers: dict[str, Scorer | Exception],
     ) -> dict:
         """Metrics with intervals, timing, memory, FLOPs and versions, as they stand in `result.json`."""
@@ -208,11 +210,9 @@ class Experiment:
         scored = scores(scorers, samples, reference)  # last: its networks take memory too
         weights = [min(self.batch_size, len(samples.prompts) - i * self.batch_size) for i in range(len(computed))]
         return {
-            "computed_steps": float(
-                np.average([np.mean([*map(len, branches)]) for branches in computed], weights=weights)
-            ),
+            "computed_steps": float(np.average([batch["spent"] for batch in computed], weights=weights)),
             # Guidance branches nearly always share theirs.
-            "schedules": [steps for branches in computed for steps in dict.fromkeys(map(tuple, branches))],
+            "schedules": [steps for batch in computed for steps in dict.fromkeys(map(tuple, batch["steps"]))],
             "reference": self.reference_folder(samples.prompts).name,
             "settled": method.settled,
             **scored,
@@ -237,7 +237,7 @@ class Experiment:
                 self._sample(which, prompts, chunk)
             report = which.report()
             inside = sum(report.seconds_computed.values()) + sum(report.seconds_predicted.values())
-            counts = [count for counts in report.computed_counts.values() for count in counts]
+            counts = [count for counts in report.spent.values() for count in counts]
             peak = torch.cuda.max_memory_allocated(self.device) if cuda else None
             rounds[which].append((phases() | {"transformer": inside}, np.mean(counts), peak))
 

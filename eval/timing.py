@@ -12,10 +12,10 @@ from statistics import median
 from time import perf_counter
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from dpcache.cache import Stopwatch
+from dpcache.flops import FlopCounter
 
 
 def compare(
@@ -94,7 +94,7 @@ def phases(pipe) -> Iterator[Callable[[], dict[str, float]]]:
 def flops(transformer: torch.nn.Module, generate: Callable[[], object]) -> tuple[int, list[int]]:
     """Floating-point operations of `generate()`: all, and those of every call of the transformer, as PyTorch's counter
     counts them: matrix multiplications, convolutions and attention, a multiplication with its addition as two."""
-    counter, calls = FlopCounterMode(display=False), []
+    counter, calls = FlopCounter(), []
 
     def before(*_):
         calls.append(-counter.get_total_flops())

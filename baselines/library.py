@@ -1,0 +1,252 @@
+"""Caches that libraries bring along, under the protocol of `dpcache.Method`: switched on and off, and watched."""
+
+import logging
+import weakref
+from contextlib import contextmanager, nullcontext
+from functools import cache
+
+import numpy as np
+import torch
+
+from baselines.full import full
+from baselines.search import closest
+from dpcache.cache import Report, RootHook, StepCache, without_offload
+from dpcache.flops import FlopCounter
+from dpcache.method import denoiser
+from dpcache.schedules import Schedule
+from dpcache.sites import transformer_blocks
+
+log = logging.getLogger(__name__)
+
+
+class LibraryCache:
+    """A library's cache. It decides by itself, so what it computes is found by watching the model's modules.
+
+    `start` switches it on, and `stop` off. Whatever it leaves behind on the transformer is removed.
+    """
+
+    partial = False  # also skips parts of steps: the budget is then spent in full-step equivalents, by FLOPs
+    branches = True  # keeps guidance branches that the pipeline runs one after the other apart
+    needs_calibration = False
+    site, history, observe = "library", None, None
+
+    def __init__(self, budget: int, num_inference_steps: int):
+        if not 1 <= budget <= num_inference_steps:
+            raise ValueError(f"budget={budget} must be between 1 and num_inference_steps={num_inference_steps}")
+        self.budget, self.num_inference_steps = budget, num_inference_steps
+        self.schedule, self.calibration_options = Schedule(None, num_inference_steps), {}
+        self.settled: dict = {}
+        self.costs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # layer -> FLOPs
+        self._cache: LibrarySteps | None = None
+
+    def start(self, pipe, transformer) -> None:
+        raise NotImplementedError
+
+    def stop(self, pipe, transformer) -> None:
+        raise NotImplementedError
+
+    def prepare(self, pipe, calibration=None) -> None:
+        """Settle the knobs. `calibration`: where `needs_calibration`."""
+
+    def attach(self, pipe) -> None:
+        if isinstance(pipe, torch.nn.Module):
+            raise ValueError(f"{type(self).__name__} needs a pipeline, whose scheduler tells the steps")
+        transformer = denoiser(pipe)
+        with without_offload(transformer):
+            self._before = {
+                module: (_names(module), list(module._modules), vars(module).get("forward"))
+                for module in transformer.modules()
+            }
+            try:
+                self.start(pipe, transformer)
+            except Exception:
+                self._restore()
+                raise
+        try:
+            self._cache = LibrarySteps(transformer, self, pipe)
+        except Exception:
+            self._end(pipe, transformer)
+            raise
+
+    def detach(self, pipe) -> None:
+        self._cache.detach()
+        self._end(pipe, denoiser(pipe))
+
+    def _end(self, pipe, transformer) -> None:
+        with without_offload(transformer):
+            self.stop(pipe, transformer)
+            self._restore()
+
+    def _restore(self) -> None:
+        """Take back every attribute and submodule that the library has left on the model's modules, and their order,
+        which cache-dit changes."""
+        for module, (names, order, forward) in self._before.items():
+            for name in _names(module) - names:
+                delattr(module, name)
+            for name in order:
+                module._modules[name] = module._modules.pop(name)
+            if forward is not None:
+                module.forward = forward
+
+    def report(self) -> Report:
+        return self._cache.report() if self._cache is not None else Report()
+
+    def rerun(self, pipe, calibration, limit: int | None = None) -> float:
+        """Full steps that the (first `limit`) calibration prompts take, on average."""
+        calibration.rerun(pipe, self, limit)
+        return float(np.mean([*self.report().spent.values()]))
+
+    def spend(self, pipe, calibration, knob: str, first: float, whole: bool = False) -> None:
+        """Set the attribute `knob` so that the budget is spent on the calibration prompts.
+
+        Args:
+            first: where to begin, and what remains where the method cannot get down to the budget: the default.
+            whole: whole numbers only; these are caches whose steps are the same for all prompts, so one will do.
+        """
+
+        @cache
+        def run(value: float) -> float:
+            setattr(self, knob, value)
+            return self.rerun(pipe, calibration, limit=1 if whole else None)
+
+        def rounded(value: float) -> float:
+            return min(max(round(value), 1), self.num_inference_steps) if whole else value
+
+        value, spent = closest(lambda value: run(rounded(value)), self.budget, first, tries=10)
+        if spent > self.budget + 0.5:  # out of reach: nothing is gained by ruining the images
+            value, spent = first, run(rounded(first))
+        setattr(self, knob, rounded(value))
+        self.settled |= {knob: rounded(value), "spent": spent}
+        if abs(spent - self.budget) > 0.5:
+            log.warning(
+                "%s: budget=%s is out of reach on this model; %s=%s spends %.1f full steps",
+                *(type(self).__name__, self.budget, knob, rounded(value), spent),
+            )
+
+
+def _names(module: torch.nn.Module) -> set[str]:
+    return vars(module).keys() | module._modules.keys()
+
+
+class DiffusersCache(LibraryCache):
+    """One of diffusers' own: `config` makes its configuration."""
+
+    def config(self, pipe):
+        raise NotImplementedError
+
+    def start(self, pipe, transformer):
+        if not hasattr(transformer, "enable_cache"):
+            raise ValueError(f"diffusers offers none of its caches for {type(transformer).__name__}")
+        transformer.enable_cache(self.config(pipe))
+
+    def stop(self, pipe, transformer):
+        transformer.disable_cache()
+
+
+class LibrarySteps(StepCache):
+    """Tells which steps a library's cache computes: those in which the last block's attention runs.
+
+    And how much of them. The FLOPs of the first call, which every cache computes in full, are counted layer by layer,
+    a layer being a module with a matrix: its own, and what follows until the next one begins, so that attention counts
+    for the projection just before it. After that it is enough to know which layers run.
+    """
+
+    def __init__(self, transformer, library: LibraryCache, pipe):
+        self.library, self.shares, self.ran, self.counter = library, {}, set(), None
+        layers = [module for module in transformer.modules() if getattr(module, "weight", None) is not None]
+        self.layers = [module for module in layers if module.weight.ndim > 1]
+        inside = {
+            module
+            for name, attention in transformer_blocks(transformer)[-1].named_modules()
+            if "attn" in name
+            for module in attention.modules()
+        }
+        self.attention = next((layer for layer in self.layers if layer in inside), None)
+        if self.attention is None:
+            raise ValueError(f"the last block of {type(transformer).__name__} has no attention to watch")
+        self.handles = [layer.register_forward_pre_hook(self._begin) for layer in self.layers]
+        super().__init__(transformer, full(library.num_inference_steps), pipe)
+
+    def hooks(self):
+        return [(self.transformer, LibraryHook(self))]
+
+    def _begin(self, layer, *_) -> None:
+        self.ran.add(layer)
+        if self.counter is not None:
+            self._charge()
+            self.layer = layer
+
+    def _charge(self) -> None:
+        """What has been counted since the last layer began is that layer's."""
+        total = self.counter.get_total_flops()
+        if self.layer is not None:
+            self.costs[self.layer] = self.costs.get(self.layer, 0) + total - self.counted
+        self.counted = total
+
+    def open(self):
+        if self.scheduler.timesteps is not self.timesteps:
+            if hasattr(self.transformer, "_reset_stateful_cache"):
+                self.transformer._reset_stateful_cache()  # of a generation that broke off
+            sigmas = getattr(self.scheduler, "sigmas", None)
+            self.times = self.scheduler.timesteps.tolist()  # once: on a GPU every look waits for it
+            self.sigmas = None if sigmas is None else sigmas.tolist()
+        return super().open()
+
+    @contextmanager
+    def watched(self, context):
+        """Around the library's forward: tells it where the sampler is, and sees what it computes."""
+        if len(dict(self.contexts.items())) > 1 and not self.library.branches:
+            raise ValueError(
+                f"{type(self.library).__name__} has one cache for all guidance branches, but this pipeline runs them "
+                "one after the other"
+            )
+        step, steps = context.step, self.schedule.num_inference_steps
+        self.timestep = self.times[step]
+        position = {"step_index": step, "num_inference_steps": steps, "timestep": self.timestep}
+        if self.sigmas is not None:
+            position["sigma"] = self.sigmas[step]
+        named, costs = getattr(self.transformer, "cache_context", None), self.library.costs
+        self.ran.clear()
+        with named(context.name, **position) if named else nullcontext():
+            if self.library.partial and self.attention not in costs:
+                self.costs, self.layer = {}, None
+                with FlopCounter() as self.counter:
+                    try:
+                        yield
+                        self._charge()
+                    finally:
+                        self.counter = None
+                costs.update(self.costs)
+            else:
+                yield
+        if self.attention not in self.ran:
+            context.keys.pop()
+            context.skip = True
+        if self.library.partial:
+            share = sum(costs.get(layer, 0) for layer in self.ran) / sum(costs.get(layer, 0) for layer in self.layers)
+            generations = self.shares.setdefault(context.name, [])
+            if context.step == 0:
+                generations.append(0.0)
+            generations[-1] += share
+
+    def detach(self):
+        for handle in self.handles:
+            handle.remove()
+        super().detach()
+
+    def report(self):
+        report = super().report()
+        report.equivalents = self.shares
+        return report
+
+
+class LibraryHook(RootHook):
+    """On the transformer, around whatever the library has put there."""
+
+    @torch.compiler.disable(recursive=False)
+    def new_forward(self, module, *args, **kwargs):
+        cache, start = self.cache, self.cache.stopwatch.now()
+        with cache.watched(cache.open()):
+            output = self.fn_ref.original_forward(*args, **kwargs)
+        cache.close(start)
+        return output

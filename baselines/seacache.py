@@ -1,0 +1,51 @@
+"""SeaCache (arXiv 2602.18993) as diffusers has it."""
+
+import torch
+from diffusers import SeaCacheConfig
+
+from baselines.library import DiffusersCache
+
+
+class SeaCache(DiffusersCache):
+    """The residual over all blocks is extrapolated while the latents, filtered to what is signal at their noise level,
+    have changed little.
+
+    diffusers' own limit, 2 skipped steps in a row, spends at least 18 steps of 50; here twice the mean gap.
+
+    Args:
+        threshold: None: the one that spends the budget.
+        max_skip: steps skipped in a row at most; None: as above.
+    """
+
+    def __init__(
+        self, budget: int, num_inference_steps: int, threshold: float | None = None, max_skip: int | None = None
+    ):
+        super().__init__(budget, num_inference_steps)
+        self.threshold, self.needs_calibration = threshold, threshold is None
+        self.max_skip = max(2, 2 * num_inference_steps // budget) if max_skip is None else max_skip
+
+    def prepare(self, pipe, calibration=None):
+        self.settled = {"max_consecutive_cached": self.max_skip}
+        if self.needs_calibration:
+            self.spend(pipe, calibration, "threshold", first=0.25)
+
+    def config(self, pipe):
+        sigmas = getattr(pipe.scheduler, "sigmas", None)
+        if sigmas is None or not 0 <= float(sigmas.max()) <= 1:
+            raise ValueError(f"SeaCache needs noise levels from 0 to 1, {type(pipe.scheduler).__name__} has none")
+        return SeaCacheConfig(self.threshold, max_consecutive_cached=self.max_skip, raw_vision_callback=_latents)
+
+
+def _latents(module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """The latents of a transformer's call, (C, F, H, W) each; of FLUX's and Qwen's packed ones, 2 x 2 a token."""
+    latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    if latents.ndim == 3:
+        if "img_ids" in kwargs:
+            height, width = (int(size) + 1 for size in kwargs["img_ids"][:, 1:].amax(0))
+        else:
+            _, height, width = kwargs["img_shapes"][0][0]
+        latents = latents.unflatten(1, (height, width)).unflatten(3, (-1, 2, 2))  # B, H, W, C, 2, 2
+        latents = latents.permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3, 4)
+    if latents.ndim == 4:
+        latents = latents.unsqueeze(2)
+    return list(latents)

@@ -247,6 +247,11 @@ class StepCache:
                     f"num_inference_steps={steps} in the pipeline call, but the method was made for "
                     f"num_inference_steps={self.schedule.num_inference_steps}"
                 )
+            if steps is not None and len(self.timesteps) != steps:
+                raise ValueError(
+                    f"{type(self.scheduler).__name__} calls the model {len(self.timesteps)} times in {steps} steps, "
+                    "but a schedule has one call a step: choose another scheduler"
+                )
             self.reset()
         context = self.current = self.contexts.get_state()
         if context.step == self.schedule.num_inference_steps:

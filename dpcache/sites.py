@@ -26,7 +26,8 @@ from torch._dynamo.decorators import skip
 SITES = ("stack", "residual", "modules", "output")
 
 # Per block class, the modules whose outputs are the block's attention and feed-forward branches before their gates,
-# and those that only feed them. FLUX's and HunyuanVideo's single-stream blocks have one fused output projection.
+# and those that only feed them. FLUX's and HunyuanVideo's single-stream blocks have one fused output projection. Not
+# every block of Stable Diffusion 3 has all of its kind's.
 _DOUBLE_STREAM = (("attn", "ff", "ff_context"), ())
 _SINGLE_STREAM = (("proj_out",), ("attn", "proj_mlp"))
 BRANCHES = {
@@ -35,6 +36,7 @@ BRANCHES = {
     "HunyuanVideoTransformerBlock": _DOUBLE_STREAM,
     "HunyuanVideoSingleTransformerBlock": _SINGLE_STREAM,
     "BasicTransformerBlock": (("attn1", "ff"), ()),
+    "JointTransformerBlock": (("attn", "attn2", "ff", "ff_context"), ()),
     "QwenImageTransformerBlock": (("attn", "img_mlp", "txt_mlp"), ()),
     "WanTransformerBlock": (("attn1", "attn2", "ffn"), ()),
 }
@@ -185,7 +187,8 @@ def hooks(site: str, transformer: torch.nn.Module, cache, online: bool) -> list[
         if kind not in BRANCHES:
             raise ValueError(f"site=modules does not know {kind}; known blocks: {', '.join(BRANCHES)}")
         kept, feeders = BRANCHES[kind]
-        pairs += [(getattr(block, name), BranchHook(cache, f"{index}.{name}")) for name in kept]
+        present = [name for name in kept if getattr(block, name) is not None]
+        pairs += [(getattr(block, name), BranchHook(cache, f"{index}.{name}")) for name in present]
         pairs += [(getattr(block, name), FeederHook(cache)) for name in feeders]
     return pairs
 
@@ -203,7 +206,7 @@ def modulated_input(block: torch.nn.Module, args: tuple, kwargs: dict) -> torch.
     """
     kind = type(unwrap_module(block)).__name__
     stream = args[0] if args else kwargs["hidden_states"]
-    if kind in ("FluxTransformerBlock", "HunyuanVideoTransformerBlock"):
+    if kind in ("FluxTransformerBlock", "HunyuanVideoTransformerBlock", "JointTransformerBlock"):
         return block.norm1(stream, emb=kwargs["temb"] if "temb" in kwargs else args[2])[0]
     if kind == "BasicTransformerBlock":
         norm = {name: kwargs[name] for name in ("timestep", "class_labels")}

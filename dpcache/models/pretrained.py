@@ -60,6 +60,8 @@ def _load(path, dtype, device, offload, vae_dtype, vae_tiling, scheduler) -> Dif
         if not hasattr(getattr(diffusers, name, None), "set_timesteps"):
             raise ValueError(f"model.scheduler.name={name} is not a scheduler of diffusers")
         pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **settings)
+    if vae_dtype not in (None, dtype):
+        _cast_for(pipe.vae)
     if vae_tiling:
         pipe.vae.enable_tiling()
     device = default_device() if device == "auto" else device
@@ -68,6 +70,13 @@ def _load(path, dtype, device, offload, vae_dtype, vae_tiling, scheduler) -> Dif
     else:
         pipe.to(device)
     return pipe
+
+
+def _cast_for(vae) -> None:
+    """Let a VAE decode latents of another dtype: the pipelines of DiT, FLUX and Stable Diffusion 3 do not cast them."""
+    for module in (getattr(vae, "post_quant_conv", None), vae.decoder):
+        if module is not None:
+            module.register_forward_pre_hook(lambda module, args: (args[0].to(vae.dtype), *args[1:]))
 
 
 def default_device() -> str:

@@ -212,7 +212,7 @@ class Experiment:
         return {
             "computed_steps": float(np.average([batch["spent"] for batch in computed], weights=weights)),
             # Guidance branches nearly always share theirs.
-            "schedules": [steps for batch in computed for steps in dict.fromkeys(map(tuple, batch["steps"]))],
+            "schedules": [list(steps) for batch in computed for steps in dict.fromkeys(map(tuple, batch["steps"]))],
             "reference": self.reference_folder(samples.prompts).name,
             "settled": method.settled,
             **scored,

@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from abc import ABC, abstractmethod
 from contextlib import contextmanager, nullcontext
 from functools import cache
 
@@ -19,7 +20,7 @@ from dpcache.sites import transformer_blocks
 log = logging.getLogger(__name__)
 
 
-class LibraryCache:
+class LibraryCache(ABC):
     """A library's cache. It decides by itself, so what it computes is found by watching the model's modules.
 
     `start` switches it on, and `stop` off. Whatever it leaves behind on the transformer is removed.
@@ -39,13 +40,15 @@ class LibraryCache:
         self.costs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # layer -> FLOPs
         self._cache: LibrarySteps | None = None
 
+    @abstractmethod
     def start(self, pipe, transformer) -> None:
-        raise NotImplementedError
+        """Switch the library's cache on."""
 
+    @abstractmethod
     def stop(self, pipe, transformer) -> None:
-        raise NotImplementedError
+        """Switch it off."""
 
-    def prepare(self, pipe, calibration=None) -> None:
+    def prepare(self, pipe, calibration=None) -> None:  # noqa: B027, not every cache has knobs to settle
         """Settle the knobs. `calibration`: where `needs_calibration`."""
 
     def attach(self, pipe) -> None:
@@ -131,8 +134,9 @@ def _names(module: torch.nn.Module) -> set[str]:
 class DiffusersCache(LibraryCache):
     """One of diffusers' own: `config` makes its configuration."""
 
+    @abstractmethod
     def config(self, pipe):
-        raise NotImplementedError
+        """Of diffusers' own class for the cache."""
 
     def start(self, pipe, transformer):
         if not hasattr(transformer, "enable_cache"):

@@ -46,6 +46,7 @@ from baselines.teacache import teacache
 from baselines.uniform_skip import uniform_skip
 from dpcache.lsq import FittedWeights
 from dpcache.method import dpcache as dpcache_method
+from dpcache.models.architectures import PUBLISHED
 from dpcache.models.pretrained import default_device
 from dpcache.schedules import EvenlySpaced, Schedule
 from dpcache.sites import transformer_blocks
@@ -104,6 +105,10 @@ DiT = type(
 )
 
 
+def published(path: str) -> dict:
+    return {name: value for name, value in PUBLISHED[path].items() if name != "_class_name"}
+
+
 def heads(number: int, size: int, **others) -> dict:
     return {"num_attention_heads": number, "attention_head_dim": size, **others}
 
@@ -116,7 +121,7 @@ FAMILIES = {
         FluxTransformer2DModel,
         flux_conditions,
         {
-            "full": ({"guidance_embeds": True}, (4096, 64), 512),
+            "full": (published("black-forest-labs/FLUX.1-dev"), (4096, 64), 512),
             "small": (heads(4, 128, num_layers=6, num_single_layers=12, guidance_embeds=True), (144, 64), 48),
             "tiny": (heads(2, 16, num_layers=2, num_single_layers=3, guidance_embeds=True, **_FLUX_TINY), (9, 8), 3),
         },
@@ -126,7 +131,7 @@ FAMILIES = {
         DiT,
         dit_conditions,
         {
-            "full": (heads(16, 72, num_layers=28, in_channels=4, out_channels=8, sample_size=32), (4, 32, 32), 0),
+            "full": (published("facebook/DiT-XL-2-256"), (4, 32, 32), 0),
             "small": (heads(12, 64, num_layers=12, in_channels=4, out_channels=8, sample_size=16), (4, 16, 16), 0),
             "tiny": (heads(2, 16, num_layers=3, in_channels=4, out_channels=8, sample_size=6), (4, 6, 6), 0),
         },
@@ -136,7 +141,7 @@ FAMILIES = {
         HunyuanVideoTransformer3DModel,
         hunyuan_video_conditions,
         {
-            "full": ({}, (16, 9, 60, 106), 256),
+            "full": (published("hunyuanvideo-community/HunyuanVideo"), (16, 9, 60, 106), 256),
             "small": (heads(4, 128, num_layers=6, num_single_layers=12, **_HUNYUAN_SMALL), (16, 3, 16, 12), 48),
             "tiny": (heads(2, 16, num_layers=2, num_single_layers=2, **_HUNYUAN_TINY), (16, 1, 6, 6), 3),
         },
@@ -145,7 +150,7 @@ FAMILIES = {
         WanTransformer3DModel,
         wan_conditions,
         {
-            "full": ({}, (16, 9, 60, 104), 512),
+            "full": (published("Wan-AI/Wan2.1-T2V-14B-Diffusers"), (16, 9, 60, 104), 512),
             "small": (heads(6, 128, num_layers=12, ffn_dim=3072), (16, 2, 16, 12), 48),
             "tiny": (heads(2, 16, num_layers=3, ffn_dim=32, text_dim=16, freq_dim=16), (16, 1, 6, 6), 3),
         },

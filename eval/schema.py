@@ -30,7 +30,7 @@ class ModelConfig:
     offload: bool = False
     vae_dtype: str | None = None
     vae_tiling: bool = False
-    scheduler: dict[str, Any] = field(default_factory=dict)
+    scheduler: dict[str, Any] = field(default_factory=lambda: {"name": None})
     batch_size: int = 1
     fps: int = 16
     prompts: str = MISSING

@@ -169,7 +169,7 @@ MISTAKES = [
     (["model=hunyuan_video"], "model.path=hunyuanvideo-community/HunyuanVideo"),
     (["model=wan21_t2v_14b"], "model.path=Wan-AI/Wan2.1-T2V-14B-Diffusers"),
     (["model=wan21_i2v"], "model.call.image must be given"),
-    (["+model.scheduler.name=Eulerr"], "model.scheduler.name=Eulerr"),
+    (["model.scheduler.name=Eulerr"], "model.scheduler.name=Eulerr"),
     (["model.path=/no/such/model", "+dry_run=true"], "model.path=/no/such/model"),
     (["model.dtype=int8"], "model.dtype=int8"),
     (["prompts=/no/such/prompts.txt"], "prompts=/no/such/prompts.txt"),

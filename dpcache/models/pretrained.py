@@ -29,8 +29,8 @@ def load(
         offload: keep only the running component on the GPU (diffusers' model offload).
         vae_dtype: of the VAE alone; None: `dtype`.
         vae_tiling: decode in tiles, for large images and videos.
-        scheduler: `name` of a scheduler class of diffusers, and settings that differ from the model's own; without a
-            name the model's own class.
+        scheduler: `name` of a scheduler class of diffusers (None: the model's own), and settings that differ from the
+            model's.
 
     Raises:
         FileNotFoundError: no such folder, and the hub has no such repository or cannot be reached.
@@ -54,9 +54,9 @@ def _load(path, dtype, device, offload, vae_dtype, vae_tiling, scheduler) -> Dif
             f"{type(error).__name__}). Download it once with `hf download {path}` (gated models: `hf auth login` "
             "first), or set model.path to a local folder in diffusers format, or use model=tiny_flux, which is included"
         ) from error
-    if scheduler:
-        settings = dict(scheduler)
-        name = settings.pop("name", type(pipe.scheduler).__name__)
+    settings = dict(scheduler)
+    name = settings.pop("name", None) or type(pipe.scheduler).__name__
+    if settings or name != type(pipe.scheduler).__name__:
         if not hasattr(getattr(diffusers, name, None), "set_timesteps"):
             raise ValueError(f"model.scheduler.name={name} is not a scheduler of diffusers")
         pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **settings)

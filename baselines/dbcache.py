@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from diffusers import DiffusionPipeline
 
 from baselines.library import LibraryCache
+from baselines.search import rerun
 from dpcache.method import dpcache
 
 CALIBRATORS = {"taylorseer": "TaylorSeerCalibratorConfig", "foca": "FoCaCalibratorConfig"}
@@ -56,7 +57,7 @@ class DBCache(LibraryCache):
             self.settled["mask"] = self._mask()
         elif self.threshold is None:
             self.threshold = float("inf")
-            while self.shortens and self.warmup > 1 and self.rerun(pipe, calibration, limit=1) > self.budget:
+            while self.shortens and self.warmup > 1 and rerun(self, pipe, calibration, limit=1) > self.budget:
                 self.warmup //= 2
             self.settled = {"max_warmup_steps": self.warmup}
             self.spend(pipe, calibration, "threshold", first=0.08)

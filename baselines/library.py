@@ -1,23 +1,18 @@
 """Caches that libraries bring along, under the protocol of `dpcache.Method`: switched on and off, and watched."""
 
-import logging
 import weakref
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, nullcontext
-from functools import cache
 
-import numpy as np
 import torch
 
 from baselines.full import full
-from baselines.search import closest
+from baselines.search import spend
 from dpcache.cache import Report, RootHook, StepCache, without_offload
-from dpcache.flops import FlopCounter
+from dpcache.flops import LayerFlops
 from dpcache.method import denoiser
 from dpcache.schedules import Schedule
 from dpcache.sites import transformer_blocks
-
-log = logging.getLogger(__name__)
 
 
 class LibraryCache(ABC):
@@ -94,37 +89,9 @@ class LibraryCache(ABC):
     def report(self) -> Report:
         return self._cache.report() if self._cache is not None else Report()
 
-    def rerun(self, pipe, calibration, limit: int | None = None) -> float:
-        """Full steps that the (first `limit`) calibration prompts take, on average."""
-        calibration.rerun(pipe, self, limit)
-        return float(np.mean([*self.report().spent.values()]))
-
     def spend(self, pipe, calibration, knob: str, first: float, whole: bool = False) -> None:
-        """Set the attribute `knob` so that the budget is spent on the calibration prompts.
-
-        Args:
-            first: where to begin, and what remains where the method cannot get down to the budget: the default.
-            whole: whole numbers only; these are caches whose steps are the same for all prompts, so one will do.
-        """
-
-        @cache
-        def run(value: float) -> float:
-            setattr(self, knob, value)
-            return self.rerun(pipe, calibration, limit=1 if whole else None)
-
-        def rounded(value: float) -> float:
-            return min(max(round(value), 1), self.num_inference_steps) if whole else value
-
-        value, spent = closest(lambda value: run(rounded(value)), self.budget, first, tries=10)
-        if spent > self.budget + 0.5:  # out of reach: nothing is gained by ruining the images
-            value, spent = first, run(rounded(first))
-        setattr(self, knob, rounded(value))
-        self.settled |= {knob: rounded(value), "spent": spent}
-        if abs(spent - self.budget) > 0.5:
-            log.warning(
-                "%s: budget=%s is out of reach on this model; %s=%s spends %.1f full steps",
-                *(type(self).__name__, self.budget, knob, rounded(value), spent),
-            )
+        """`baselines.search.spend` on an attribute of this method."""
+        self.settled |= spend(self, pipe, calibration, self, knob, self.budget, first, whole)
 
 
 def _names(module: torch.nn.Module) -> set[str]:
@@ -148,44 +115,24 @@ class DiffusersCache(LibraryCache):
 
 
 class LibrarySteps(StepCache):
-    """Tells which steps a library's cache computes: those in which the last block's attention runs.
-
-    And how much of them. The FLOPs of the first call, which every cache computes in full, are counted layer by layer,
-    a layer being a module with a matrix: its own, and what follows until the next one begins, so that attention counts
-    for the projection just before it. After that it is enough to know which layers run.
-    """
+    """Tells which steps a library's cache computes, those in which the last block's attention runs, and how much."""
 
     def __init__(self, transformer, library: LibraryCache, pipe):
-        self.library, self.shares, self.ran, self.counter = library, {}, set(), None
-        layers = [module for module in transformer.modules() if getattr(module, "weight", None) is not None]
-        self.layers = [module for module in layers if module.weight.ndim > 1]
+        self.library, watch = library, LayerFlops(transformer, library.costs)
         inside = {
             module
             for name, attention in transformer_blocks(transformer)[-1].named_modules()
             if "attn" in name
             for module in attention.modules()
         }
-        self.attention = next((layer for layer in self.layers if layer in inside), None)
+        self.attention = next((layer for layer in watch.layers if layer in inside), None)
         if self.attention is None:
             raise ValueError(f"the last block of {type(transformer).__name__} has no attention to watch")
-        self.handles = [layer.register_forward_pre_hook(self._begin) for layer in self.layers]
-        super().__init__(transformer, full(library.num_inference_steps), pipe)
+        super().__init__(transformer, full(library.num_inference_steps), pipe, watch)
+        self.partial = library.partial
 
     def hooks(self):
         return [(self.transformer, LibraryHook(self))]
-
-    def _begin(self, layer, *_) -> None:
-        self.ran.add(layer)
-        if self.counter is not None:
-            self._charge()
-            self.layer = layer
-
-    def _charge(self) -> None:
-        """What has been counted since the last layer began is that layer's."""
-        total = self.counter.get_total_flops()
-        if self.layer is not None:
-            self.costs[self.layer] = self.costs.get(self.layer, 0) + total - self.counted
-        self.counted = total
 
     def open(self):
         if self.scheduler.timesteps is not self.timesteps:
@@ -197,8 +144,9 @@ class LibrarySteps(StepCache):
         return super().open()
 
     @contextmanager
-    def watched(self, context):
+    def watched(self):
         """Around the library's forward: tells it where the sampler is, and sees what it computes."""
+        context = self.current
         if len(dict(self.contexts.items())) > 1 and not self.library.branches:
             raise ValueError(
                 f"{type(self.library).__name__} has one cache for all guidance branches, but this pipeline runs them "
@@ -209,39 +157,12 @@ class LibrarySteps(StepCache):
         position = {"step_index": step, "num_inference_steps": steps, "timestep": self.timestep}
         if self.sigmas is not None:
             position["sigma"] = self.sigmas[step]
-        named, costs = getattr(self.transformer, "cache_context", None), self.library.costs
-        self.ran.clear()
-        with named(context.name, **position) if named else nullcontext():
-            if self.library.partial and self.attention not in costs:
-                self.costs, self.layer = {}, None
-                with FlopCounter() as self.counter:
-                    try:
-                        yield
-                        self._charge()
-                    finally:
-                        self.counter = None
-                costs.update(self.costs)
-            else:
-                yield
-        if self.attention not in self.ran:
+        named = getattr(self.transformer, "cache_context", None)
+        with named(context.name, **position) if named else nullcontext(), super().watched():
+            yield
+        if all(layer is not self.attention for layer, _ in self.watch.ran):
             context.keys.pop()
             context.skip = True
-        if self.library.partial:
-            share = sum(costs.get(layer, 0) for layer in self.ran) / sum(costs.get(layer, 0) for layer in self.layers)
-            generations = self.shares.setdefault(context.name, [])
-            if context.step == 0:
-                generations.append(0.0)
-            generations[-1] += share
-
-    def detach(self):
-        for handle in self.handles:
-            handle.remove()
-        super().detach()
-
-    def report(self):
-        report = super().report()
-        report.equivalents = self.shares
-        return report
 
 
 class LibraryHook(RootHook):
@@ -250,7 +171,8 @@ class LibraryHook(RootHook):
     @torch.compiler.disable(recursive=False)
     def new_forward(self, module, *args, **kwargs):
         cache, start = self.cache, self.cache.stopwatch.now()
-        with cache.watched(cache.open()):
+        cache.open()
+        with cache.watched():
             output = self.fn_ref.original_forward(*args, **kwargs)
         cache.close(start)
         return output

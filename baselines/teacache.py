@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 
-from baselines.search import closest
+from baselines.search import Searched
 from dpcache.calibration import relative_change
 from dpcache.method import Method
 from dpcache.predictors import Reuse
@@ -55,15 +55,15 @@ class AccumulatedChange(OnlineSchedule):
                     100 * max(self.r_squared, 0),
                 )
         if self.threshold is None:
-            self.threshold = find_threshold(changes, self.polynomial, self.budget)
+            self.first = find_threshold(changes, self.polynomial, self.budget)
 
     def start(self):
         return {"previous": None, "accumulated": 0.0}
 
-    def decide(self, state, step, block, args, kwargs):
-        current = modulated_input(block, args, kwargs)
+    def decide(self, context, block, args, kwargs):
+        state, step, current = context.online, context.step, modulated_input(block, args, kwargs)
         if 0 < step < self.num_inference_steps - 1:
-            state["accumulated"] += np.polyval(self.polynomial, relative_change(current, state["previous"]))
+            state["accumulated"] += np.polyval(self.polynomial, relative_change(current, state["previous"]).item())
             compute = state["accumulated"] >= self.threshold
         else:
             compute = True
@@ -112,25 +112,14 @@ def find_threshold(input_change: np.ndarray, polynomial, budget: int) -> float:
     return (lowest(budget) + lowest(budget - 0.5)) / 2
 
 
-class TeaCache(Method):
-    """Settles its threshold in closed loop, because an accelerated trajectory is not quite the recorded one."""
+class TeaCache(Searched):
+    """Searches from the threshold of the recorded trajectories on: an accelerated one is not quite the same."""
 
     def prepare(self, pipe, calibration=None):
-        search = self.schedule.threshold is None
         super().prepare(pipe, calibration)
-        self.settled = {"threshold": self.schedule.threshold, "polynomial": list(self.schedule.polynomial)}
+        self.settled |= {"threshold": self.schedule.threshold, "polynomial": list(self.schedule.polynomial)}
         if self.schedule.r_squared is not None:
             self.settled["r_squared"] = self.schedule.r_squared
-        if not search:
-            return
-
-        def spent(threshold: float) -> float:
-            self.schedule.threshold = threshold
-            calibration.rerun(pipe, self)
-            return np.mean([*self.report().spent.values()])
-
-        found = closest(spent, self.schedule.budget, self.schedule.threshold)[0]
-        self.settled["threshold"] = self.schedule.threshold = found
 
 
 def teacache(

@@ -13,6 +13,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
 from torch._dynamo.decorators import skip
 
+from dpcache.flops import LayerFlops
 from dpcache.sites import hooks, model_input
 
 _HOOK = "dpcache"
@@ -89,17 +90,18 @@ class Context:
         self.step = 0  # of the next call
         self.keys: list[int] = []  # computed so far in this generation
         self.online: dict = {}  # an online schedule's state
-        self.generations: list[tuple[list[int], int]] = []  # keys and number of steps of the finished ones
+        self.work = 0.0  # full-step equivalents in this generation, where they are counted
+        self.generations: list[tuple[list[int], int, float]] = []  # keys, number of steps and work of the finished ones
         self.histories: dict[str, list[History]] = {}
         self.spans: dict[bool, list] = {False: [], True: []}  # skipped? -> what the stopwatch returned
-        self.skip = False
+        self.skip = self.verifying = False
         self.weights: tuple[float, ...] = ()
         self.stack_input = self.output_type = None
 
     def start(self, online: dict) -> None:
         if self.step:
-            self.generations.append((self.keys, self.step))
-        self.step, self.keys, self.online = 0, [], online
+            self.generations.append((self.keys, self.step, self.work))
+        self.step, self.keys, self.online, self.work = 0, [], online, 0.0
 
 
 class Contexts(StateManager):
@@ -154,19 +156,31 @@ class RootHook(ModelHook):
     def new_forward(self, module, *args, **kwargs):
         cache, start = self.cache, self.cache.stopwatch.now()
         context = cache.open()
-        whole = cache.method.site == "output"
-        if whole and cache.method.observe is not None:
-            cache.method.observe(context.name, context.step, "input", model_input(args, kwargs))
-        if whole and context.skip:
-            seen = model_input(args, kwargs) if cache.method.predictor.sees_input else None
-            kind, predicted = context.output_type, cache.predict("output", seen)
-            output = (predicted,) if kind is tuple else kind(sample=predicted)
-        else:
-            output = self.fn_ref.original_forward(*args, **kwargs)
-            if whole:
-                context.output_type = type(output)
-                cache.keep("output", output[0])
+        with cache.watched():
+            output = self._call(module, context, args, kwargs)
         cache.close(start)
+        return output
+
+    def _call(self, module, context, args, kwargs):
+        cache, method = self.cache, self.cache.method
+        if not method.site.startswith("output"):
+            return self.fn_ref.original_forward(*args, **kwargs)
+        latents, residual = model_input(args, kwargs), method.site == "output_residual"
+        cache.decide(module, args, kwargs)
+        if method.observe is not None:
+            method.observe(context.name, context.step, "input", latents)
+        if context.skip:
+            predicted = cache.predict("output", latents if method.predictor.sees_input else None)
+            predicted = latents + predicted if residual else predicted
+            return (predicted,) if context.output_type is tuple else context.output_type(sample=predicted)
+        output = self.fn_ref.original_forward(*args, **kwargs)
+        context.output_type = type(output)
+        if residual and output[0].shape != latents.shape:
+            raise ValueError(
+                f"site=output_residual: the model's input {tuple(latents.shape)} has another shape than its prediction "
+                f"{tuple(output[0].shape)}"
+            )
+        cache.keep("output", output[0] - latents if residual else output[0])
         return output
 
 
@@ -193,7 +207,7 @@ class StepCache:
     The hooks leave what they wrap to torch.compile, but not these methods: they would be compiled anew for each step.
     """
 
-    def __init__(self, transformer, method, pipe):
+    def __init__(self, transformer, method, pipe, watch: LayerFlops | None = None):
         self.transformer, self.method = transformer, method
         self.schedule, self.contexts = method.schedule, Contexts()
         self.current: Context | None = None
@@ -201,6 +215,9 @@ class StepCache:
         self.stopwatch = Stopwatch(getattr(pipe, "_execution_device", None) or next(transformer.parameters()).device)
         self.scheduler, self.timesteps = getattr(pipe, "scheduler", None), None
         self.final: Report | None = None
+        self.partial, self.watch = method.partial, watch
+        if self.partial and watch is None:
+            self.watch = LayerFlops(transformer, method.costs)
         self.hooked = []
         self.computed = None if self.schedule.steps is None else frozenset(self.schedule.steps)
         for module, hook in self.hooks():
@@ -230,6 +247,8 @@ class StepCache:
             self.transformer._diffusers_hook.invalidate_child_registries_cache()
         for _, context in self.contexts.items():
             context.histories.clear()
+        if self.watch is not None:
+            self.watch.remove()
 
     def reset(self) -> None:
         """The next call starts a new generation."""
@@ -257,25 +276,36 @@ class StepCache:
         if context.step == self.schedule.num_inference_steps:
             context.start({})
         if self.computed is None:
+            context.skip = False  # until it is decided
             if context.step == 0:
                 context.online = self.schedule.start()
         else:
             self._settle(context, context.step in self.computed)
         return context
 
+    @contextmanager
+    def watched(self):
+        """Around one call: counts what it computes, where steps are skipped in parts."""
+        if self.watch is None:
+            yield
+            return
+        with self.watch.call():
+            yield
+        self.current.work += self.watch.share
+
     @torch.compiler.disable
     def decide(self, block, args, kwargs) -> None:
-        """At the first block: an online schedule settles the step. Fixed ones have done so in `open`."""
+        """Where an online schedule looks, it settles the step. Fixed ones have done so in `open`."""
         if self.computed is None:
-            context = self.current
-            self._settle(context, self.schedule.decide(context.online, context.step, block, args, kwargs))
+            self._settle(self.current, self.schedule.decide(self.current, block, args, kwargs))
 
     def _settle(self, context: Context, compute: bool) -> None:
         context.skip = not compute
         if compute:
             context.keys.append(context.step)
-        else:
-            context.weights = self.method.weights(tuple(context.keys[-self.method.predictor.history :]), context.step)
+            return
+        weights = self.method.weights(tuple(context.keys[-self.method.predictor.history :]), context.step)
+        context.weights = weights if self.computed is not None else self.schedule.scale(context, weights)
 
     @torch.compiler.disable
     def keep(self, name: str, feature) -> None:
@@ -287,8 +317,15 @@ class StepCache:
             histories = self.current.histories[name] = [History(length) for _ in features]
         for history, tensor in zip(histories, features):
             history.push(tensor)
+        self.learn(name, feature)
         if self.method.observe is not None:
             self.method.observe(self.current.name, self.current.step, name, feature)
+
+    @torch.compiler.disable
+    def learn(self, name: str | int, feature) -> None:
+        """An online schedule is told of what a computed step leaves."""
+        if self.computed is None:
+            self.schedule.learn(self.current, name, feature)
 
     @torch.compiler.disable
     def predict(self, name: str, seen: torch.Tensor | None = None):
@@ -308,10 +345,12 @@ class StepCache:
             return self.final
         report = Report()
         for name, context in self.contexts.items():
-            generations = context.generations + ([(context.keys, context.step)] if context.step else [])
+            generations = context.generations + ([(context.keys, context.step, context.work)] if context.step else [])
             report.computed[name] = list(generations[-1][0]) if generations else []
-            report.computed_counts[name] = [len(keys) for keys, _ in generations]
-            report.predicted_counts[name] = [steps - len(keys) for keys, steps in generations]
+            report.computed_counts[name] = [len(keys) for keys, _, _ in generations]
+            report.predicted_counts[name] = [steps - len(keys) for keys, steps, _ in generations]
+            if self.partial:
+                report.equivalents[name] = [work for _, _, work in generations]
             report.seconds_computed[name] = self.stopwatch.seconds(context.spans[False])
             report.seconds_predicted[name] = self.stopwatch.seconds(context.spans[True])
             kept = [b for histories in context.histories.values() for h in histories for b in h.buffers]

@@ -192,19 +192,20 @@ class _InputChanges(OnlineSchedule):
         self.states.append({"previous": None, "input_change": []})
         return self.states[-1]
 
-    def decide(self, state, step, block, args, kwargs):
+    def decide(self, context, block, args, kwargs):
         try:
             current = modulated_input(block, args, kwargs)
         except ValueError:  # not known for this model: a calibration without it
             return True
+        state = context.online
         previous, state["previous"] = state["previous"], current
-        state["input_change"].append(0.0 if previous is None else relative_change(current, previous))
+        state["input_change"].append(0.0 if previous is None else relative_change(current, previous).item())
         return True
 
 
-def relative_change(current: torch.Tensor, previous: torch.Tensor) -> float:
+def relative_change(current: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
     """mean|current - previous| / mean|previous| (TeaCache, arXiv 2411.19108, Eq. 4)."""
-    return ((current - previous).abs().mean() / previous.abs().mean()).item()
+    return (current - previous).abs().mean() / previous.abs().mean()
 
 
 def purpose(
@@ -260,7 +261,7 @@ def calibrate(
         final, kept = record(pipe, Method(schedule, site, Reuse()), prompts[chunk], seeds[chunk], **call)
         latents.append(final)
         features = next(iter(kept.values()))[site]
-        output_change.append([0.0, *(relative_change(b.float(), a.float()) for a, b in pairwise(features))])
+        output_change.append([0.0, *(relative_change(b.float(), a.float()).item() for a, b in pairwise(features))])
         if stack and schedule.states[0]["input_change"]:
             input_change.append(schedule.states[0]["input_change"])
         for branch in kept.values():

@@ -18,8 +18,8 @@ class _Probing(OnlineSchedule):
     def start(self):
         return {"previous": None}
 
-    def decide(self, state, step, block, args, kwargs):
-        state["previous"] = modulated_input(block, args, kwargs)
+    def decide(self, context, block, args, kwargs):
+        context.online["previous"] = modulated_input(block, args, kwargs)
         return True
 
 

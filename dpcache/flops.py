@@ -1,13 +1,16 @@
-"""PyTorch's FLOP counter, for any model: also for one that contains itself, as cache-dit makes them."""
+"""FLOPs by PyTorch's counter, and how much of a full step a call of the transformer computes."""
 
-from contextlib import nullcontext
+from collections.abc import MutableMapping
+from contextlib import contextmanager, nullcontext
 
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 
 class FlopCounter(FlopCounterMode):
-    """Counts all that is computed within it, without PyTorch's table of modules, whose tracker looks for the model's
-    root until the stack overflows where there is none."""
+    """Counts all that is computed within it, for any model: also for one that contains itself, as cache-dit makes them.
+    So it does without PyTorch's table of modules, whose tracker looks for the model's root, there until the stack
+    overflows."""
 
     def __init__(self):
         super().__init__(display=False)
@@ -19,3 +22,67 @@ class _Everything(nullcontext):
 
     def __exit__(self, *_):
         pass
+
+
+class LayerFlops:
+    """Watches which layers run in a call of the transformer, and on how much.
+
+    The FLOPs of the first call, which every cache computes in full, are counted layer by layer, a layer being a module
+    with a matrix: its own, and what follows until the next one begins, so that attention counts for the projection just
+    before it. After that it is enough to know which layers run, and how much smaller their input is.
+
+    Args:
+        costs: layer -> (FLOPs, size of its input per sample) where they are known already; filled by the first call.
+    """
+
+    def __init__(self, transformer: torch.nn.Module, costs: MutableMapping):
+        layers = [module for module in transformer.modules() if getattr(module, "weight", None) is not None]
+        self.layers = [module for module in layers if module.weight.ndim > 1]
+        self.handles = [layer.register_forward_pre_hook(self._begin) for layer in self.layers]
+        self.costs, self.counter, self.ran = costs, None, []
+
+    def _begin(self, layer, args) -> None:
+        size = args[0].shape[1:].numel() if args else None
+        self.ran.append((layer, size))
+        if self.counter is not None:
+            self._charge()
+            self.layer, self.size = layer, size
+
+    def _charge(self) -> None:
+        """What has been counted since the last layer began is that layer's."""
+        total = self.counter.get_total_flops()
+        if self.layer is not None:
+            before = self.costs[self.layer][0] if self.layer in self.costs else 0
+            self.costs[self.layer] = before + total - self.counted, self.size
+        self.counted = total
+
+    @contextmanager
+    def call(self):
+        """Around one call of the transformer."""
+        self.ran.clear()
+        if self.costs:
+            yield
+            return
+        self.layer = None
+        with FlopCounter() as self.counter:
+            try:
+                yield
+                self._charge()
+            except BaseException:
+                self.costs.clear()
+                raise
+            finally:
+                self.counter = None
+
+    @property
+    def share(self) -> float:
+        """Of the FLOPs of a full step, what the last call computed."""
+        ran = 0.0
+        for layer, size in self.ran:
+            flops, full = self.costs.get(layer, (0, None))
+            ran += flops * size / full if full else flops
+        return ran / sum(flops for flops, _ in self.costs.values())
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()

@@ -21,7 +21,7 @@ class Method:
 
     Args:
         schedule: which steps are computed.
-        site: what is kept of them, one of `stack`, `residual`, `modules`, `output`.
+        site: what is kept of them, one of `sites.SITES`.
         predictor: how a skipped step is filled in.
 
     `observe`, if it is set, is called as `observe(branch, step, name, feature)` for every feature kept, and with
@@ -36,6 +36,7 @@ class Method:
         self.schedule, self.site, self.observe = schedule, site, None
         self.set_predictor(predictor)
         self.settled: dict = {}  # what `prepare` decided, for the record
+        self.costs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of layers, see `dpcache.flops`
         self._cache: StepCache | None = None
 
     def set_predictor(self, predictor: Predictor) -> None:
@@ -55,6 +56,11 @@ class Method:
     @property
     def needs_calibration(self) -> bool:
         return self.schedule.needs_calibration
+
+    @property
+    def partial(self) -> bool:
+        """Whether parts of steps are computed as well, so that the budget counts full-step equivalents."""
+        return self.schedule.partial
 
     @property
     def calibration_options(self) -> dict:

@@ -20,6 +20,7 @@ class Schedule:
     """
 
     needs_calibration = False
+    partial = False  # also computes parts of steps: the budget is then spent in full-step equivalents, by FLOPs
 
     def __init__(self, steps: Sequence[int] | None, num_inference_steps: int):
         self.num_inference_steps = num_inference_steps
@@ -132,7 +133,12 @@ class Planned(Schedule):
 
 
 class OnlineSchedule(Schedule):
-    """Decides at the first block of every step, from what its probe sees there. One state per guidance branch."""
+    """Decides at every step, from what its probe sees there. One state, `context.online`, per guidance branch.
+
+    `probe` blocks always run, and it decides at the block after them; with site=output from the model's own arguments.
+    """
+
+    probe = 0
 
     def __init__(self, num_inference_steps: int):
         super().__init__(None, num_inference_steps)
@@ -145,6 +151,22 @@ class OnlineSchedule(Schedule):
         """The state of a new generation."""
         return {}
 
-    def decide(self, state: dict, step: int, block, args: tuple, kwargs: dict) -> bool:
-        """True if `step` is to be computed. `args` and `kwargs` are those of the first block's call."""
+    def decide(self, context, block, args: tuple, kwargs: dict) -> bool:
+        """True if `context.step` is to be computed. `args` and `kwargs` are those of the block's call; with blocks
+        probed, `context.stack_input` is what the first one was given, (B, N, D)."""
         raise TypeError(f"{type(self).__name__} does not say how it decides")
+
+    def learn(self, context, name: str, feature) -> None:
+        """Told of every feature that a computed step keeps, under its name, and at the sites `stack` and `residual`
+        of every block's image stream, under the block's index."""
+
+    def verifies(self, context) -> bool:
+        """At site=modules: True to have the last block run in earnest as well on this skipped step."""
+        return False
+
+    def verify(self, context, draft, real) -> None:
+        """Told of the image stream that the block made of predicted outputs, and in earnest, (B, N, D)."""
+
+    def scale(self, context, weights: tuple[float, ...]) -> tuple[float, ...]:
+        """The predictor's weights at a skipped step, corrected by what the probe has seen."""
+        return weights

@@ -1,11 +1,12 @@
 """What is kept from a computed step, and where it is put back on a skipped one: hooks on the transformer.
 
-| site       | kept                                                   | a skipped step still runs                    |
-|------------|--------------------------------------------------------|----------------------------------------------|
-| `stack`    | the last block's image stream                          | time embedder and output layers (*)          |
-| `residual` | that stream minus the first block's input              | embedders and output layers                  |
-| `modules`  | each attention and feed-forward output before its gate | embedders, norms, gates, sums, output layers |
-| `output`   | the model's prediction                                 | nothing                                      |
+| site              | kept                                              | a skipped step still runs                    |
+|-------------------|---------------------------------------------------|----------------------------------------------|
+| `stack`           | the last block's image stream                     | time embedder and output layers (*)          |
+| `residual`        | that stream minus the first block's input         | embedders and output layers                  |
+| `modules`         | attention and feed-forward outputs before gating  | embedders, norms, gates, sums, output layers |
+| `output`          | the model's prediction                            | nothing                                      |
+| `output_residual` | that prediction minus the model's input           | nothing                                      |
 
 (*) and the other embedders, where `EMBEDDERS` does not say that they feed the blocks alone.
 
@@ -23,7 +24,7 @@ from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.utils.torch_utils import unwrap_module
 from torch._dynamo.decorators import skip
 
-SITES = ("stack", "residual", "modules", "output")
+SITES = ("stack", "residual", "modules", "output", "output_residual")
 
 # Per block class, the modules whose outputs are the block's attention and feed-forward branches before their gates,
 # and those that only feed them. FLUX's and HunyuanVideo's single-stream blocks have one fused output projection. Not
@@ -75,39 +76,52 @@ class _Hook(ModelHook):
         self.cache = cache
 
 
+def _metadata(block: torch.nn.Module):
+    """What diffusers knows of a block's arguments and results."""
+    try:
+        return TransformerBlockRegistry.get(type(unwrap_module(block)))
+    except ValueError:
+        raise ValueError(f"{type(block).__name__} is not in diffusers' block registry: use site=output") from None
+
+
+def _image_stream(metadata, output) -> torch.Tensor:
+    return output if torch.is_tensor(output) else output[metadata.return_hidden_states_index]
+
+
 class BlockHook(_Hook):
-    """Skips a block: its image and text streams pass through. The first block is where online schedules decide, the
-    last one where the feature is kept and put back.
+    """Skips a block: its image and text streams pass through. Online schedules decide at the block after the ones they
+    probe, and may look at what each block leaves; the feature is kept and put back at the last one.
 
     Only the image stream is kept, because no model reads the text stream after its last block.
     """
 
-    def __init__(self, cache, block, first: bool, last: bool, residual: bool):
+    def __init__(self, cache, block, index: int, last: bool, probe: int, residual: bool):
         super().__init__(cache)
-        self.first, self.last, self.residual = first, last, residual
-        try:
-            self.metadata = TransformerBlockRegistry.get(type(unwrap_module(block)))
-        except ValueError:
-            raise ValueError(f"{type(block).__name__} is not in diffusers' block registry: use site=output") from None
+        self.index, self.decides, self.last, self.residual = index, index == probe, last, residual
+        self.first = index == 0 and (residual or probe > 0)
+        self.metadata = _metadata(block)
 
     @skip
     def new_forward(self, module, *args, **kwargs):
-        if self.first:
-            self.cache.decide(module, args, kwargs)
         context = self.cache.current
+        if self.first:
+            context.stack_input = self._stream("hidden_states", args, kwargs)
+        if self.decides:
+            self.cache.decide(module, args, kwargs)
         if not context.skip:
-            if self.first and self.residual:
-                context.stack_input = self._stream("hidden_states", args, kwargs)
             output = self.fn_ref.original_forward(*args, **kwargs)
+            stream = _image_stream(self.metadata, output)
+            self.cache.learn(self.index, stream)
             if self.last:
-                stream = output if torch.is_tensor(output) else output[self.metadata.return_hidden_states_index]
                 self.cache.keep("stack", stream - context.stack_input if self.residual else stream)
                 context.stack_input = None
             return output
-        stream = self._stream("hidden_states", args, kwargs)
         if self.last:
-            predicted = self.cache.predict("stack")
-            stream = stream + predicted if self.residual else predicted
+            stream = self.cache.predict("stack")
+            stream = context.stack_input + stream if self.residual else stream
+            context.stack_input = None
+        else:
+            stream = self._stream("hidden_states", args, kwargs)
         text_index = self.metadata.return_encoder_hidden_states_index
         if text_index is None:
             return stream
@@ -130,6 +144,25 @@ class ProbeHook(_Hook):
         return self.fn_ref.original_forward(*args, **kwargs)
 
 
+class VerifyHook(_Hook):
+    """On the last block: where an online schedule wants a skipped step verified, runs the block in earnest as well."""
+
+    def __init__(self, cache, block):
+        super().__init__(cache)
+        self.metadata = _metadata(block)
+
+    @skip
+    def new_forward(self, module, *args, **kwargs):
+        context, forward = self.cache.current, self.fn_ref.original_forward
+        draft = forward(*args, **kwargs)
+        if context.skip and self.cache.schedule.verifies(context):
+            context.skip, context.verifying = False, True
+            real = forward(*args, **kwargs)
+            context.skip, context.verifying = True, False
+            self.cache.schedule.verify(context, *(_image_stream(self.metadata, output) for output in (draft, real)))
+        return draft
+
+
 class BranchHook(_Hook):
     """Keeps and predicts one attention or feed-forward output (a tensor or a tuple of tensors)."""
 
@@ -139,10 +172,12 @@ class BranchHook(_Hook):
 
     @skip
     def new_forward(self, module, *args, **kwargs):
-        if self.cache.current.skip:
+        context = self.cache.current
+        if context.skip:
             return self.cache.predict(self.name)
         output = self.fn_ref.original_forward(*args, **kwargs)
-        self.cache.keep(self.name, output)
+        if not context.verifying:
+            self.cache.keep(self.name, output)
         return output
 
 
@@ -169,19 +204,19 @@ class EmbedderHook(_Hook):
 
 def hooks(site: str, transformer: torch.nn.Module, cache, online: bool) -> list[tuple[torch.nn.Module, ModelHook]]:
     """(module, hook) pairs that make `cache` work at `site`. Raises ValueError where the model does not allow it."""
-    if site == "output":
-        if online:
-            raise ValueError("site=output never enters the model, where an online schedule decides")
+    if site.startswith("output"):
         return []
     blocks = transformer_blocks(transformer)
     if site in ("stack", "residual"):
-        ends = (blocks[0], blocks[-1])
-        pairs = [(b, BlockHook(cache, b, b is ends[0], b is ends[1], site == "residual")) for b in blocks]
+        last, probe = len(blocks) - 1, cache.schedule.probe if online else 0
+        if probe > last:
+            raise ValueError(f"a probe of {probe} blocks leaves nothing of {type(transformer).__name__}'s {last + 1}")
+        pairs = [(b, BlockHook(cache, b, i, i == last, probe, site == "residual")) for i, b in enumerate(blocks)]
         if site == "stack" and not online:
             embedders = (attrgetter(name)(transformer) for name in EMBEDDERS.get(type(transformer).__name__, ()))
             pairs += [(embedder, EmbedderHook(cache)) for embedder in embedders if embedder is not None]
         return pairs
-    pairs = [(blocks[0], ProbeHook(cache))] if online else []
+    pairs = [(blocks[0], ProbeHook(cache)), (blocks[-1], VerifyHook(cache, blocks[-1]))] if online else []
     for index, block in enumerate(blocks):
         kind = type(unwrap_module(block)).__name__
         if kind not in BRANCHES:

@@ -1,0 +1,66 @@
+"""EasyCache: Less is Enough, Training-Free Video Diffusion Acceleration via Runtime-Adaptive Caching (Zhou et al.,
+arXiv 2507.02860), as in the authors' code."""
+
+from baselines.search import Searched
+from dpcache.method import Method
+from dpcache.predictors import Reuse
+from dpcache.schedules import OnlineSchedule, check_budget
+from dpcache.sites import model_input
+
+
+class TransformationRate(OnlineSchedule):
+    """A step is computed once k |x_t - x_t-1| / |v|, summed over the steps since the last computed one, reaches the
+    threshold; so are the first steps and the last.
+
+    x is the model's input, v its last computed prediction, |.| the mean of absolute values, and k = |v - v'| / |x - x'|
+    over the last two computed steps. The first guidance branch decides for all.
+    """
+
+    first = 0.05  # the authors' threshold for Wan2.1; 0.025 for HunyuanVideo
+
+    def __init__(self, budget, num_inference_steps, threshold, warmup):
+        super().__init__(num_inference_steps)
+        self.warmup = max(2, min(5, budget // 2)) if warmup is None else warmup
+        check_budget(budget, num_inference_steps, self.warmup)
+        self.budget, self.threshold, self.needs_calibration = budget, threshold, threshold is None
+        self.leader = None
+
+    def start(self):
+        return {"accumulated": 0.0}
+
+    def decide(self, context, block, args, kwargs):
+        state, step, x = context.online, context.step, model_input(args, kwargs)
+        if step == 0 and (self.leader is None or self.leader.step != 1):
+            self.leader = context
+        if self.leader is not context:
+            return not self.leader.skip
+        compute = True
+        if self.warmup <= step < self.num_inference_steps - 1:
+            change = state["rate"] * (x - state["x"]).float().abs().mean() / state["v"].float().abs().mean()
+            state["accumulated"] += change.item()
+            compute = state["accumulated"] >= self.threshold
+        if compute:
+            state["accumulated"] = 0.0
+        state["x"] = x
+        return compute
+
+    def learn(self, context, name, feature):
+        state = context.online
+        if context is not self.leader:
+            return
+        x, v = state["x"], feature + state["x"]
+        if "v" in state:
+            state["rate"] = (v - state["v"]).float().abs().mean() / (x - state["computed x"]).float().abs().mean()
+        state["computed x"], state["v"] = x, v
+
+
+def easycache(
+    budget: int, num_inference_steps: int, threshold: float | None = None, warmup: int | None = None
+) -> Method:
+    """What the model adds to its input is reused: v = x + (v' - x').
+
+    Args:
+        threshold: the paper's tau; None: the one that spends the budget.
+        warmup: steps computed first (at least 2); None: the authors' 5 for HunyuanVideo, or half of a smaller budget.
+    """
+    return Searched(TransformationRate(budget, num_inference_steps, threshold, warmup), "output_residual", Reuse())

@@ -1,0 +1,76 @@
+"""SpeCa: Accelerating Diffusion Transformers with Speculative Feature Caching (Liu et al., arXiv 2509.11628)."""
+
+from baselines.search import Searched
+from dpcache.method import Method
+from dpcache.predictors import Taylor
+from dpcache.schedules import OnlineSchedule, check_budget
+
+
+class Verified(OnlineSchedule):
+    """Steps are forecast until the last block, run in earnest on its forecast input, disagrees with its forecast.
+
+    As in the authors' code, a forecast that fails counts nevertheless and the next step is computed (the paper computes
+    the failed one); the first `shortest` forecasts after a computed step are not verified, and no more than `longest`
+    are made. The error is mean |forecast - real| / |real| over all elements of the block's image stream (the code for
+    DiT; that for FLUX has the block's projection before its gate). It may be threshold * decay^(step / T), but never
+    below the floor.
+    """
+
+    partial = True
+
+    def __init__(self, budget, num_inference_steps, threshold, decay, floor, shortest, longest, warmup):
+        super().__init__(num_inference_steps)
+        check_budget(budget, num_inference_steps, 2)
+        self.budget, self.threshold, self.needs_calibration = budget, threshold, threshold is None
+        self.decay, self.floor, self.first, self.warmup = decay, floor, 1.0, warmup
+        self.shortest, self.longest = (
+            shortest,
+            max(8, 2 * num_inference_steps // budget) if longest is None else longest,
+        )
+
+    def start(self):
+        return {"forecasts": 0, "verify": False, "error": None}
+
+    def decide(self, context, block, args, kwargs):
+        state, step = context.online, context.step
+        if context.keys and context.keys[-1] == step - 1:  # the step after a computed one is never computed
+            state |= {"forecasts": 1, "verify": False, "error": None}
+            return False
+        state["verify"] = state["forecasts"] >= self.shortest
+        compute = step < self.warmup or state["forecasts"] >= self.longest
+        if not compute and state["verify"] and state["error"] is not None:
+            allowed = max(self.threshold * self.decay ** (step / self.num_inference_steps), self.floor)
+            compute = state["error"].item() > allowed
+        state["forecasts"] = 0 if compute else state["forecasts"] + 1
+        return compute
+
+    def verifies(self, context):
+        return context.online["verify"]
+
+    def verify(self, context, draft, real):
+        real = real.float()
+        context.online["error"] = ((draft.float() - real).abs() / (real.abs() + 1e-10)).mean()
+
+
+def speca(
+    budget: int,
+    num_inference_steps: int,
+    order: int = 2,
+    threshold: float | None = None,
+    decay: float = 0.3,
+    floor: float = 0.0,
+    shortest: int = 2,
+    longest: int | None = None,
+    warmup: int = 3,
+) -> Method:
+    """TaylorSeer's forecasts of every attention and feed-forward output, for as long as they pass verification.
+
+    Args:
+        threshold: largest error allowed at first; None: the one that spends the budget.
+        decay, floor: of the threshold. The authors' floor (0.1 for FLUX) belongs to their thresholds: 0 here.
+        shortest, longest: forecasts after a computed step that are never verified, and at most; longest: None: the
+            authors' 8, or twice the mean gap.
+        warmup: steps before this one are computed, but for those right after a computed one.
+    """
+    schedule = Verified(budget, num_inference_steps, threshold, decay, floor, shortest, longest, warmup)
+    return Searched(schedule, "modules", Taylor(order))

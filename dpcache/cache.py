@@ -96,7 +96,7 @@ class Context:
         self.spans: dict[bool, list] = {False: [], True: []}  # skipped? -> what the stopwatch returned
         self.skip = self.verifying = False
         self.weights: tuple[float, ...] = ()
-        self.stack_input = self.output_type = None
+        self.stack_input = self.run_input = self.output_type = None
 
     def start(self, online: dict) -> None:
         if self.step:

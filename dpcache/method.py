@@ -2,6 +2,7 @@
 
 import functools
 import weakref
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 import torch
@@ -31,10 +32,11 @@ class Method:
     def __init__(self, schedule: Schedule, site: str, predictor: Predictor):
         if site not in SITES:
             raise ValueError(f"site={site} is not one of {', '.join(SITES)}")
-        if predictor.sees_input and site != "output":
+        if predictor.sees_input and not site.startswith("output"):
             raise ValueError(f"site={site}: a predictor that sees the model's input takes site=output")
         self.schedule, self.site, self.observe = schedule, site, None
         self.set_predictor(predictor)
+        self.blocks: Sequence[int] | None = None  # with site=blocks, indices of those that are skipped; None: all
         self.settled: dict = {}  # what `prepare` decided, for the record
         self.costs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of layers, see `dpcache.flops`
         self._cache: StepCache | None = None
@@ -60,7 +62,7 @@ class Method:
     @property
     def partial(self) -> bool:
         """Whether parts of steps are computed as well, so that the budget counts full-step equivalents."""
-        return self.schedule.partial
+        return self.schedule.partial or self.site == "blocks"
 
     @property
     def calibration_options(self) -> dict:

@@ -4,6 +4,7 @@
 |-------------------|---------------------------------------------------|----------------------------------------------|
 | `stack`           | the last block's image stream                     | time embedder and output layers (*)          |
 | `residual`        | that stream minus the first block's input         | embedders and output layers                  |
+| `blocks`          | what each run of `Method.blocks` adds to streams  | all other blocks                             |
 | `modules`         | attention and feed-forward outputs before gating  | embedders, norms, gates, sums, output layers |
 | `output`          | the model's prediction                            | nothing                                      |
 | `output_residual` | that prediction minus the model's input           | nothing                                      |
@@ -15,6 +16,7 @@ With torch.compile a hook must not be traced, but what it wraps must. `torch.com
 too, but asks the compiler again at every call (PyTorch 2.15): a quarter of a millisecond for every block of every step.
 """
 
+from collections.abc import Sequence
 from operator import attrgetter
 
 import torch
@@ -24,7 +26,7 @@ from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.utils.torch_utils import unwrap_module
 from torch._dynamo.decorators import skip
 
-SITES = ("stack", "residual", "modules", "output", "output_residual")
+SITES = ("stack", "residual", "blocks", "modules", "output", "output_residual")
 
 # Per block class, the modules whose outputs are the block's attention and feed-forward branches before their gates,
 # and those that only feed them. FLUX's and HunyuanVideo's single-stream blocks have one fused output projection. Not
@@ -76,19 +78,45 @@ class _Hook(ModelHook):
         self.cache = cache
 
 
-def _metadata(block: torch.nn.Module):
-    """What diffusers knows of a block's arguments and results."""
-    try:
-        return TransformerBlockRegistry.get(type(unwrap_module(block)))
-    except ValueError:
-        raise ValueError(f"{type(block).__name__} is not in diffusers' block registry: use site=output") from None
+class _BlockHook(_Hook):
+    """Knows a block's streams by diffusers' registry."""
+
+    def __init__(self, cache, block):
+        super().__init__(cache)
+        try:
+            self.metadata = TransformerBlockRegistry.get(type(unwrap_module(block)))
+        except ValueError:
+            raise ValueError(f"{type(block).__name__} is not in diffusers' block registry: use site=output") from None
+
+    def entering(self, name, args, kwargs) -> torch.Tensor:
+        """A stream among the block's arguments: `hidden_states` is the image's, `encoder_hidden_states` the text's."""
+        if name in kwargs:  # the common case, without the registry's signature inspection
+            return kwargs[name]
+        argument = getattr(self.metadata, f"{name}_argument_name")
+        return self.metadata._get_parameter_from_args_kwargs(argument, args, kwargs)
+
+    def image(self, output) -> torch.Tensor:
+        """The image stream of what the block returned."""
+        return output if torch.is_tensor(output) else output[self.metadata.return_hidden_states_index]
+
+    def text(self, output) -> torch.Tensor | None:
+        """The text stream of what the block returned, if it does."""
+        index = self.metadata.return_encoder_hidden_states_index
+        return None if index is None else output[index]
+
+    def passing_text(self, args, kwargs) -> torch.Tensor | None:
+        """The text stream that enters the block, if it also returns one."""
+        if self.metadata.return_encoder_hidden_states_index is None:
+            return None
+        return self.entering("encoder_hidden_states", args, kwargs)
+
+    def result(self, image, text):
+        """What the block returns of these streams."""
+        index = self.metadata.return_encoder_hidden_states_index
+        return image if index is None else (text, image) if index == 0 else (image, text)
 
 
-def _image_stream(metadata, output) -> torch.Tensor:
-    return output if torch.is_tensor(output) else output[metadata.return_hidden_states_index]
-
-
-class BlockHook(_Hook):
+class BlockHook(_BlockHook):
     """Skips a block: its image and text streams pass through. Online schedules decide at the block after the ones they
     probe, and may look at what each block leaves; the feature is kept and put back at the last one.
 
@@ -96,21 +124,20 @@ class BlockHook(_Hook):
     """
 
     def __init__(self, cache, block, index: int, last: bool, probe: int, residual: bool):
-        super().__init__(cache)
+        super().__init__(cache, block)
         self.index, self.decides, self.last, self.residual = index, index == probe, last, residual
         self.first = index == 0 and (residual or probe > 0)
-        self.metadata = _metadata(block)
 
     @skip
     def new_forward(self, module, *args, **kwargs):
         context = self.cache.current
         if self.first:
-            context.stack_input = self._stream("hidden_states", args, kwargs)
+            context.stack_input = self.entering("hidden_states", args, kwargs)
         if self.decides:
             self.cache.decide(module, args, kwargs)
         if not context.skip:
             output = self.fn_ref.original_forward(*args, **kwargs)
-            stream = _image_stream(self.metadata, output)
+            stream = self.image(output)
             self.cache.learn(self.index, stream)
             if self.last:
                 self.cache.keep("stack", stream - context.stack_input if self.residual else stream)
@@ -121,18 +148,36 @@ class BlockHook(_Hook):
             stream = context.stack_input + stream if self.residual else stream
             context.stack_input = None
         else:
-            stream = self._stream("hidden_states", args, kwargs)
-        text_index = self.metadata.return_encoder_hidden_states_index
-        if text_index is None:
-            return stream
-        text = self._stream("encoder_hidden_states", args, kwargs)
-        return (text, stream) if text_index == 0 else (stream, text)
+            stream = self.entering("hidden_states", args, kwargs)
+        return self.result(stream, self.passing_text(args, kwargs))
 
-    def _stream(self, name, args, kwargs):
-        if name in kwargs:  # the common case, without the registry's signature inspection
-            return kwargs[name]
-        argument = getattr(self.metadata, f"{name}_argument_name")
-        return self.metadata._get_parameter_from_args_kwargs(argument, args, kwargs)
+
+class RunHook(_BlockHook):
+    """On a block of `Method.blocks`: keeps what a run of such blocks adds to the image and the text stream, and on a
+    skipped step adds that in place of the run."""
+
+    def __init__(self, cache, block, name: str, first: bool, last: bool):
+        super().__init__(cache, block)
+        self.name, self.first, self.last = name, first, last
+
+    @skip
+    def new_forward(self, module, *args, **kwargs):
+        context = self.cache.current
+        if self.first or context.skip:
+            image, text = self.entering("hidden_states", args, kwargs), self.passing_text(args, kwargs)
+        if context.skip:
+            if self.last:
+                added = self.cache.predict(self.name)
+                image, text = (image + added, text) if torch.is_tensor(added) else (image + added[0], text + added[1])
+            return self.result(image, text)
+        if self.first:
+            context.run_input = image, text
+        output = self.fn_ref.original_forward(*args, **kwargs)
+        if self.last:
+            (image, text), context.run_input = context.run_input, None
+            added, after = self.image(output) - image, self.text(output)
+            self.cache.keep(self.name, added if after is None else (added, after - text))
+        return output
 
 
 class ProbeHook(_Hook):
@@ -144,12 +189,8 @@ class ProbeHook(_Hook):
         return self.fn_ref.original_forward(*args, **kwargs)
 
 
-class VerifyHook(_Hook):
+class VerifyHook(_BlockHook):
     """On the last block: where an online schedule wants a skipped step verified, runs the block in earnest as well."""
-
-    def __init__(self, cache, block):
-        super().__init__(cache)
-        self.metadata = _metadata(block)
 
     @skip
     def new_forward(self, module, *args, **kwargs):
@@ -159,7 +200,7 @@ class VerifyHook(_Hook):
             context.skip, context.verifying = False, True
             real = forward(*args, **kwargs)
             context.skip, context.verifying = True, False
-            self.cache.schedule.verify(context, *(_image_stream(self.metadata, output) for output in (draft, real)))
+            self.cache.schedule.verify(context, self.image(draft), self.image(real))
         return draft
 
 
@@ -216,6 +257,14 @@ def hooks(site: str, transformer: torch.nn.Module, cache, online: bool) -> list[
             embedders = (attrgetter(name)(transformer) for name in EMBEDDERS.get(type(transformer).__name__, ()))
             pairs += [(embedder, EmbedderHook(cache)) for embedder in embedders if embedder is not None]
         return pairs
+    if site == "blocks":
+        if online:
+            raise ValueError("site=blocks takes a schedule that is settled before the run")
+        return [
+            (blocks[i], RunHook(cache, blocks[i], str(run[-1]), i == run[0], i == run[-1]))
+            for run in runs(range(len(blocks)) if cache.method.blocks is None else cache.method.blocks, len(blocks))
+            for i in run
+        ]
     pairs = [(blocks[0], ProbeHook(cache)), (blocks[-1], VerifyHook(cache, blocks[-1]))] if online else []
     for index, block in enumerate(blocks):
         kind = type(unwrap_module(block)).__name__
@@ -226,6 +275,19 @@ def hooks(site: str, transformer: torch.nn.Module, cache, online: bool) -> list[
         pairs += [(getattr(block, name), BranchHook(cache, f"{index}.{name}")) for name in present]
         pairs += [(getattr(block, name), FeederHook(cache)) for name in feeders]
     return pairs
+
+
+def runs(blocks: Sequence[int], count: int) -> list[list[int]]:
+    """Indices of blocks, each below `count`, as runs of consecutive ones."""
+    if illegal := [index for index in blocks if not 0 <= index < count]:
+        raise ValueError(f"blocks={illegal}: this model's blocks are 0..{count - 1}")
+    parts = []
+    for index in sorted(set(blocks)):
+        if parts and parts[-1][-1] == index - 1:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    return parts
 
 
 def model_input(args: tuple, kwargs: dict) -> torch.Tensor:

@@ -148,6 +148,32 @@ class AdamsBashforth(Predictor):
         return tuple(float(np.polyval(p, start + 1) - np.polyval(p, start)) for p in integrals)
 
 
+@dataclass(frozen=True)
+class FoCa(Predictor):
+    """A BDF2 forecast and a Heun calibration: Forecast then Calibrate (FoCa, arXiv 2508.16211, Eq. 6-8).
+
+    From the features F of the last three keys k-2, k-1, k and their slopes F', h steps on:
+
+        forecast  P = 4/3 F_k - 1/3 F_k-1 + 2/3 h F'_k,  whose slope is P' = (3 P - 4 F_k + F_k-1) / 2h
+        result    F_k + h/2 (F'_k-1 + P')
+
+    The paper has no code and leaves the slopes open. Here they are differences between computed features, so P' is F'_k
+    again, and at unit gaps this is the RK2 solver of the same authors' HyCa. Two keys alone have P' alone.
+    """
+
+    history = 3
+
+    def weights(self, keys, step):
+        if len(keys) == 1:
+            return (1.0,)
+        ahead = step - keys[-1]
+        latest = ahead / (keys[-1] - keys[-2])
+        if len(keys) == 2:
+            return (-latest, 1 + latest)
+        before = ahead / (keys[-2] - keys[-3])
+        return (-before / 2, (before - latest) / 2, 1 + latest / 2)
+
+
 def _lagrange_basis(keys: Sequence[int]) -> list[np.ndarray]:
     """Coefficients, highest power first, of the basis polynomials in the distance to the newest key."""
     nodes = np.array(keys, dtype=float) - keys[-1]

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from baselines.ab_cache import ab_cache
 from baselines.fewer_steps import fewer_steps
+from baselines.foca import foca
 from baselines.fora import fora
 from baselines.full import full
 from baselines.hicache import hicache
@@ -39,6 +40,7 @@ def test_evenly_spaced_spends_the_budget_exactly_and_evenly(case):
         (taylorseer(10, 50, interval=6), [0, 1, *range(2, 50, 6)]),
         (taylorseer(5, 50), [0, 1, 2, 18, 34]),
         (hicache(5, 50), [0, 1, 2, 18, 34]),
+        (foca(5, 50), [0, 1, 2, 18, 34]),
         (ab_cache(5, 50), [0, 1, 2, 18, 34]),
         (solver(4, 50, "UniPCMultistepScheduler"), [0, 1, 2, 3]),
         (full(4), [0, 1, 2, 3]),

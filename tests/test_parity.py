@@ -12,6 +12,7 @@ from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
 from diffusers.models.embeddings import TimestepEmbedding
 
 import dpcache
+from baselines.foca import foca
 from baselines.fora import fora
 from baselines.taylorseer import taylorseer
 from baselines.teacache import teacache
@@ -322,3 +323,49 @@ def test_dpcache(flux, plan, order, warmup):
     assert distance(v, dpcache_by_hand(flux, [s + (s == 28) for s in plan], order, warmup)) > 1e-2
     if (order, warmup) == (2, 3):
         assert distance(v, dpcache_by_hand(flux, plan, order, warmup, start=0)) > 1e-3
+
+
+class KeptAll(Kept):
+    """Every feature that was computed, and a rule that predicts from them: `rule(features, keys, step)`."""
+
+    def __init__(self, steps, rule):
+        super().__init__(steps, 0)
+        self.rule, self.features = rule, {}
+
+    def fill(self, name, feature=None):
+        if not self.computing:
+            return self.rule(self.features[name], [s for s in self.steps if s < self.step], self.step)
+        self.features.setdefault(name, []).append(feature)
+        return feature
+
+
+def predicted_by_hand(model, steps, rule, site):
+    x, condition = flux_inputs()
+    kept = KeptAll(steps, rule)
+
+    def velocity(x, step):
+        kept.step = step
+        h, text, c, rope = flux_start(model, x, step, **condition)
+        if site == "modules":
+            h = flux_stack(model, h, text, c, rope, kept)
+        else:
+            h = kept.fill("last block", flux_stack(model, h, text, c, rope) if kept.computing else None)
+        return flux_end(model, h, c)
+
+    return euler(velocity, x)
+
+
+def foca_rule(F, keys, step, literal=True):
+    """Eq. 6-8; bent, the calibration takes the newest slope for the one before."""
+    h, slopes = step - keys[-1], [(F[i] - F[i - 1]) / (keys[i] - keys[i - 1]) for i in (-1, -2)]
+    forecast = 4 / 3 * F[-1] - 1 / 3 * F[-2] + 2 * h / 3 * slopes[0]
+    ahead = (3 * forecast - 4 * F[-1] + F[-2]) / (2 * h)
+    return F[-1] + h / 2 * (slopes[literal] + ahead)
+
+
+@pytest.mark.parametrize(("budget", "lite"), [(10, False), (8, True)])
+def test_foca(flux, budget, lite):
+    v, steps = attached(flux, foca(budget, T, lite=lite), flux_inputs())
+    site = "stack" if lite else "modules"
+    assert distance(v, predicted_by_hand(flux, steps, foca_rule, site)) < 1e-5
+    assert distance(v, predicted_by_hand(flux, steps, lambda *a: foca_rule(*a, literal=False), site)) > 1e-2

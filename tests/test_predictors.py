@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpcache.predictors import AdamsBashforth, Hermite, Lagrange, Reuse, Taylor
+from dpcache.predictors import AdamsBashforth, FoCa, Hermite, Lagrange, Reuse, Taylor
 
 PREDICTORS = [Reuse(), *(Taylor(o) for o in range(4)), *(Lagrange(o) for o in range(4))]
-PREDICTORS += [AdamsBashforth(o) for o in range(1, 5)]
+PREDICTORS += [*(AdamsBashforth(o) for o in range(1, 5)), FoCa()]
 keys_and_step = st.lists(st.integers(0, 60), min_size=1, max_size=7, unique=True).flatmap(
     lambda keys: st.tuples(st.just(sorted(keys)), st.integers(max(keys) + 1, 70))
 )
@@ -116,3 +116,21 @@ def test_hermite_is_hicaches_formula(scale):
 def test_hermite_takes_a_scale():
     with pytest.raises(ValueError, match="scale=0"):
         Hermite(scale=0.0)
+
+
+@given(keys_and_step)
+def test_foca_is_its_equations(case):
+    """Eq. 6-8 one after the other, and exact on straight lines whatever the spacing."""
+    keys, step = case
+    weights = FoCa().weights(keys, step)
+    if len(keys) < 3:
+        assert np.dot(weights, keys[-len(weights) :]) == pytest.approx(step if len(keys) > 1 else keys[0])
+        return
+    F = np.random.default_rng(0).normal(size=(len(keys), 5))
+    slope = (F[1:] - F[:-1]) / np.diff(keys)[:, None]
+    h = step - keys[-1]
+    forecast = 4 / 3 * F[-1] - 1 / 3 * F[-2] + 2 * h / 3 * slope[-1]
+    ahead = (3 * forecast - 4 * F[-1] + F[-2]) / (2 * h)
+    expected = F[-1] + h / 2 * (slope[-2] + ahead)
+    np.testing.assert_allclose(np.array(weights) @ F[-3:], expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+    assert np.dot(weights, keys[-3:]) == pytest.approx(step)

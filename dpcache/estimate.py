@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 
 from dpcache.method import Method, cached, report
 from dpcache.models.architectures import Architecture
-from dpcache.predictors import Taylor
+from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, OnlineSchedule
 from dpcache.sites import modulated_input
 
@@ -21,6 +22,13 @@ class _Probing(OnlineSchedule):
     def decide(self, state, step, block, args, kwargs):
         state["previous"] = modulated_input(block, args, kwargs)
         return True
+
+
+@dataclass(frozen=True)
+class _Keeping(Reuse):
+    """Keeps as many features as it is told to."""
+
+    history: int
 
 
 @torch.no_grad()
@@ -38,7 +46,7 @@ def history_bytes(
     steps = method.history
     schedule = _Probing(steps) if isinstance(method.schedule, OnlineSchedule) else EvenlySpaced(steps, steps)
     inputs = architecture.inputs(call, batch_size, dtype=transformer.dtype)
-    with cached(transformer, Method(schedule, method.site, Taylor(steps - 1))):
+    with cached(transformer, Method(schedule, method.site, _Keeping(steps))):
         for _ in range(steps):
             for branch in architecture.branches(call):
                 with transformer.cache_context(branch) if branch != "default" else nullcontext():

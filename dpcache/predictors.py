@@ -174,6 +174,43 @@ class FoCa(Predictor):
         return (-before / 2, (before - latest) / 2, 1 + latest / 2)
 
 
+@dataclass(frozen=True)
+class Chebyshev(Predictor):
+    """A ridge-regressed polynomial through all keys, mixed with a line: Spectrum (arXiv 2603.01623), its authors' code.
+
+    With time scaled from [0, T] to [-1, 1], X the Chebyshev polynomials 0 to `degree` at the keys, (n, degree + 1), and
+    x those at the step, the fit of the features H is x (X'X + ridge)^-1 X'H. The line goes through the last two keys.
+    The ridge holds the constant back as well, so the weights do not quite sum to one.
+
+    Args:
+        num_inference_steps: T.
+        degree, ridge: M and lambda.
+        mix: w, the fit's share: 1 in the paper, between 0.5 and 1 by the authors' later advice.
+        history: number of keys that are fitted; all that there are, up to 100, in the authors' code.
+    """
+
+    num_inference_steps: int
+    degree: int = 4
+    ridge: float = 0.1
+    mix: float = 0.5
+    history: int = 100
+
+    def __post_init__(self):
+        if self.degree < 0 or not 0 < self.ridge < math.inf or not 0 <= self.mix <= 1:
+            raise ValueError(
+                f"degree={self.degree}, ridge={self.ridge}, mix={self.mix}: must be at least 0, above 0 and from 0 to 1"
+            )
+
+    def weights(self, keys, step):
+        used = np.array([*keys[-self.history :], step])
+        basis = np.polynomial.chebyshev.chebvander(2 * used / self.num_inference_steps - 1, self.degree)
+        X, x = basis[:-1], basis[-1]
+        weights = self.mix * x @ np.linalg.solve(X.T @ X + self.ridge * np.eye(len(x)), X.T)
+        line = Taylor(1).weights(keys, step)
+        weights[-len(line) :] += (1 - self.mix) * np.array(line)
+        return tuple(weights.tolist())
+
+
 def _lagrange_basis(keys: Sequence[int]) -> list[np.ndarray]:
     """Coefficients, highest power first, of the basis polynomials in the distance to the newest key."""
     nodes = np.array(keys, dtype=float) - keys[-1]

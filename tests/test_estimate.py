@@ -42,9 +42,9 @@ def test_every_full_size_model_is_known():
             assert path in PUBLISHED, file.stem
 
 
-@pytest.mark.parametrize("name", ["dpcache", "teacache", "taylorseer", "uniform_skip", "dpcache_lsq"])
+@pytest.mark.parametrize("name", ["dpcache", "teacache", "taylorseer", "uniform_skip", "dpcache_lsq", "spectrum"])
 def test_the_estimate_is_what_a_run_keeps(pipe, name):
-    config, method = composed(f"method={name}", "num_inference_steps=8", "budget=4")
+    config, method = composed(f"method={name}", "num_inference_steps=8", "budget=6")
     known = architecture("tiny_flux")
     expected = history_bytes(known, known.build(dtype=torch.float32), method, config.model.call, batch_size=2)
     if method.needs_calibration:

@@ -14,6 +14,7 @@ from diffusers.models.embeddings import TimestepEmbedding
 import dpcache
 from baselines.foca import foca
 from baselines.fora import fora
+from baselines.spectrum import spectrum
 from baselines.taylorseer import taylorseer
 from baselines.teacache import teacache
 from dpcache.method import dpcache as planned
@@ -369,3 +370,21 @@ def test_foca(flux, budget, lite):
     site = "stack" if lite else "modules"
     assert distance(v, predicted_by_hand(flux, steps, foca_rule, site)) < 1e-5
     assert distance(v, predicted_by_hand(flux, steps, lambda *a: foca_rule(*a, literal=False), site)) > 1e-2
+
+
+def spectrum_rule(F, keys, step, degree=4):
+    """Coefficients of the Chebyshev polynomials that minimize squared error + 0.1 squared norm; half of the prediction
+    is theirs, half the line's through the last two keys."""
+    basis = [[math.cos(m * math.acos(2 * t / T - 1)) for m in range(degree + 1)] for t in [*keys, step]]
+    *X, x = torch.tensor(basis, dtype=torch.float64).unbind()
+    X, H = torch.stack(X), torch.stack(F).flatten(1).double()
+    inverse = torch.linalg.inv(X.T @ X + 0.1 * torch.eye(degree + 1))
+    fit = (x @ inverse @ X.T @ H).float().view_as(F[0])
+    return fit / 2 + (F[-1] + (F[-1] - F[-2]) * (step - keys[-1]) / (keys[-1] - keys[-2])) / 2
+
+
+@pytest.mark.parametrize("budget", [8, 14])
+def test_spectrum(flux, budget):
+    v, steps = attached(flux, spectrum(budget, T), flux_inputs())
+    assert distance(v, predicted_by_hand(flux, steps, spectrum_rule, "stack")) < 1e-5
+    assert distance(v, predicted_by_hand(flux, steps, lambda *a: spectrum_rule(*a, degree=3), "stack")) > 1e-3

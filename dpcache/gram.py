@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 import torch
 
-from dpcache.predictors import AdamsBashforth, FoCa, Hermite, Lagrange, LeastSquares, Reuse, Taylor
+from dpcache.predictors import AdamsBashforth, FoCa, Hermite, Lagrange, LeastSquares, Reuse, Taylor, Zeus
 
 _SHIFT_INVARIANT = (
     Reuse,
@@ -19,6 +19,7 @@ _SHIFT_INVARIANT = (
     Lagrange,
     AdamsBashforth,
     FoCa,
+    Zeus,
 )  # weights that depend on distances alone, past `since`
 
 

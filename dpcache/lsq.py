@@ -19,12 +19,13 @@ from dpcache.predictors import (
     Predictor,
     Reuse,
     Taylor,
+    Zeus,
     ridge_regression,
 )
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
 
-FIXED = {"taylor": Taylor, "hermite": Hermite, "lagrange": Lagrange, "ab": AdamsBashforth, "foca": FoCa}
-PREDICTORS = r"lsq[1-4]x?|(taylor|hermite|lagrange)[0-3]|ab[1-4]|foca"
+FIXED = {"taylor": Taylor, "hermite": Hermite, "lagrange": Lagrange, "ab": AdamsBashforth, "foca": FoCa, "zeus": Zeus}
+PREDICTORS = r"lsq[1-4]x?|(taylor|hermite|lagrange)[0-3]|ab[1-4]|foca|zeus"
 
 
 def _fixed(name: str) -> Predictor:
@@ -53,7 +54,7 @@ class LeastSquaresPlan(Method):
         predictors: candidates: "lsq1" to "lsq4", least squares over so many keys; "lsq1x" to "lsq4x", over the current
             latents as well (site=output; left out where they differ in shape from the model's prediction, as with a
             learned variance); "taylor0" (reuse) to "taylor3", likewise "hermite" and "lagrange"; "ab1" to "ab4";
-            "foca".
+            "foca"; "zeus".
         planners: candidates: "gram", as above; "l1", the paper's cost tensor and recurrence; "even" spacing.
         warmups, alphas: candidates. Only planner "gram" depends on alpha.
         refit: whether the weights may be fitted in closed loop.
@@ -78,7 +79,7 @@ class LeastSquaresPlan(Method):
         if unknown := [name for name in predictors if not re.fullmatch(PREDICTORS, name)]:
             raise ValueError(
                 f"predictors={unknown}: choose from lsq1..4, lsq1x..4x, taylor0..3, hermite0..3, lagrange0..3, ab1..4, "
-                "foca"
+                "foca, zeus"
             )
         if unknown := set(planners) - {"gram", "l1", "even"}:
             raise ValueError(f"planners={sorted(unknown)}: choose from gram, l1, even")

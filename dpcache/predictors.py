@@ -175,6 +175,20 @@ class FoCa(Predictor):
 
 
 @dataclass(frozen=True)
+class Zeus(Predictor):
+    """The last key and the line through the last two, in turns: ZEUS (arXiv 2604.01552), its authors' code.
+
+    The first, third, ... step after a key takes 2 F_k - F_k-1, whatever the distances, the second, fourth, ... F_k, so
+    that no two extrapolations follow each other.
+    """
+
+    history = 2
+
+    def weights(self, keys, step):
+        return (-1.0, 2.0) if len(keys) > 1 and (step - keys[-1]) % 2 else (1.0,)
+
+
+@dataclass(frozen=True)
 class Chebyshev(Predictor):
     """A ridge-regressed polynomial through all keys, mixed with a line: Spectrum (arXiv 2603.01623), its authors' code.
 

@@ -17,6 +17,7 @@ from baselines.spectrum import growing_gaps, spectrum
 from baselines.taylorseer import taylorseer
 from baselines.teacache import count_computed, find_threshold, fit_polynomial, teacache
 from baselines.uniform_skip import uniform_skip
+from baselines.zeus import zeus
 from dpcache.method import dpcache
 from dpcache.schedules import EvenlySpaced, Interval, Schedule
 
@@ -53,6 +54,7 @@ def test_growing_gaps_spend_the_budget_exactly_and_grow(case):
         (hicache(5, 50), [0, 1, 2, 18, 34]),
         (foca(5, 50), [0, 1, 2, 18, 34]),
         (ab_cache(5, 50), [0, 1, 2, 18, 34]),
+        (zeus(5, 50), [0, 1, 2, 18, 34]),
         (spectrum(14, 50), [*range(5), 6, 8, 11, 15, 20, 25, 31, 38, 46]),  # the authors' N = 2 with alpha = 0.75
         (spectrum(10, 50), [*range(5), 6, 11, 19, 30, 44]),  # and 3
         (solver(4, 50, "UniPCMultistepScheduler"), [0, 1, 2, 3]),

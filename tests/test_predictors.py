@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpcache.predictors import AdamsBashforth, Chebyshev, FoCa, Hermite, Lagrange, Reuse, Taylor
+from dpcache.predictors import AdamsBashforth, Chebyshev, FoCa, Hermite, Lagrange, Reuse, Taylor, Zeus
 
 PREDICTORS = [Reuse(), *(Taylor(o) for o in range(4)), *(Lagrange(o) for o in range(4))]
-PREDICTORS += [*(AdamsBashforth(o) for o in range(1, 5)), FoCa()]
+PREDICTORS += [*(AdamsBashforth(o) for o in range(1, 5)), FoCa(), Zeus()]
 keys_and_step = st.lists(st.integers(0, 60), min_size=1, max_size=7, unique=True).flatmap(
     lambda keys: st.tuples(st.just(sorted(keys)), st.integers(max(keys) + 1, 70))
 )
@@ -165,3 +165,8 @@ def test_chebyshev_names_its_mistakes():
     for wrong in ({"degree": -1}, {"ridge": 0.0}, {"mix": 1.5}):
         with pytest.raises(ValueError, match=r"degree=.*ridge=.*mix="):
             Chebyshev(50, **wrong)
+
+
+def test_zeus_alternates():
+    weights = [Zeus().weights([3, 6], step) for step in (7, 8, 9, 10)]
+    assert weights == [(-1, 2), (1,), (-1, 2), (1,)] and Zeus().weights([0], 1) == (1,)

@@ -8,6 +8,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
@@ -62,18 +63,25 @@ class History:
             buffer = self.buffers[self.newest] = torch.empty(feature.shape, dtype=feature.dtype, device=feature.device)
         buffer.copy_(feature)
 
-    def combine(self, weights: tuple[float, ...], current: torch.Tensor | None = None) -> torch.Tensor:
+    def combine(self, weights: tuple[float, ...] | np.ndarray, current: torch.Tensor | None = None) -> torch.Tensor:
         """The weighted sum of the newest features (newest last) and, if given, of `current` (its weight comes last),
-        accumulated in float32, in the features' dtype."""
+        accumulated in float32, in the features' dtype. An array (n, D) weighs each entry of the last dimension."""
         newest = self.buffers[self.newest]
-        if weights == (1.0,):
+        low = newest.dtype in (torch.float16, torch.bfloat16)
+        each = isinstance(weights, np.ndarray)
+        if each:
+            weights = torch.as_tensor(weights, dtype=torch.float32 if low else newest.dtype, device=newest.device)
+        elif weights == (1.0,):
             return newest
         if current is not None:
             weights, own = weights[:-1], weights[-1]
-        low = newest.dtype in (torch.float16, torch.bfloat16)
         total = newest.float().mul_(weights[-1]) if low else newest * weights[-1]
-        for age, weight in enumerate(reversed(weights[:-1]), 1):
-            total.add_(self.buffers[self.newest - age], alpha=weight)
+        for age in range(1, len(weights)):
+            older, weight = self.buffers[self.newest - age], weights[-1 - age]
+            if each:
+                total.addcmul_(older.to(total.dtype), weight)
+            else:
+                total.add_(older, alpha=weight)
         if current is not None:
             total.add_(current, alpha=own)
         if newest.dtype == torch.float16:
@@ -93,7 +101,7 @@ class Context:
         self.histories: dict[str, list[History]] = {}
         self.spans: dict[bool, list] = {False: [], True: []}  # skipped? -> what the stopwatch returned
         self.skip = False
-        self.weights: tuple[float, ...] = ()
+        self.weights: tuple[float, ...] | np.ndarray = ()
         self.stack_input = self.output_type = None
 
     def start(self, online: dict) -> None:

@@ -25,8 +25,11 @@ class Predictor(ABC):
     sees_input = False
 
     @abstractmethod
-    def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...]:
-        """Weights of the last `len(result) <= history` keys, newest last, then that of the input if it is seen."""
+    def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...] | np.ndarray:
+        """Weights of the last `len(result) <= history` keys, newest last, then that of the input if it is seen.
+
+        As an array (n, D) they differ along the features' last dimension.
+        """
 
 
 def _check_order(order: int, lowest: int, highest: int) -> None:
@@ -148,30 +151,44 @@ class AdamsBashforth(Predictor):
         return tuple(float(np.polyval(p, start + 1) - np.polyval(p, start)) for p in integrals)
 
 
-@dataclass(frozen=True)
-class FoCa(Predictor):
-    """A BDF2 forecast and a Heun calibration: Forecast then Calibrate (FoCa, arXiv 2508.16211, Eq. 6-8).
+@dataclass(frozen=True, eq=False)
+class Multistep(Predictor):
+    """The last key and its last two slopes, F_k + h (a F'_k + b F'_k-1): explicit linear multistep solvers.
 
-    From the features F of the last three keys k-2, k-1, k and their slopes F', h steps on:
+    F' are differences between keys, h is the distance to the step. Two keys alone are a straight line.
 
-        forecast  P = 4/3 F_k - 1/3 F_k-1 + 2/3 h F'_k,  whose slope is P' = (3 P - 4 F_k + F_k-1) / 2h
-        result    F_k + h/2 (F'_k-1 + P')
-
-    The paper has no code and leaves the slopes open. Here they are differences between computed features, so P' is F'_k
-    again, and at unit gaps this is the RK2 solver of the same authors' HyCa. Two keys alone have P' alone.
+    Args:
+        latest, before: a and b; arrays (D,) where they differ along the features' last dimension.
     """
 
+    latest: float | np.ndarray
+    before: float | np.ndarray
     history = 3
 
     def weights(self, keys, step):
         if len(keys) == 1:
             return (1.0,)
-        ahead = step - keys[-1]
-        latest = ahead / (keys[-1] - keys[-2])
+        latest = (step - keys[-1]) / (keys[-1] - keys[-2])
         if len(keys) == 2:
             return (-latest, 1 + latest)
-        before = ahead / (keys[-2] - keys[-3])
-        return (-before / 2, (before - latest) / 2, 1 + latest / 2)
+        latest, before = latest * self.latest, (step - keys[-1]) / (keys[-2] - keys[-3]) * self.before
+        weights = (-before, before - latest, 1 + latest)
+        return weights if np.isscalar(latest) else np.stack(weights)
+
+
+@dataclass(frozen=True)
+class FoCa(Multistep):
+    """A BDF2 forecast and a Heun calibration: Forecast then Calibrate (FoCa, arXiv 2508.16211, Eq. 6-8).
+
+        forecast  P = 4/3 F_k - 1/3 F_k-1 + 2/3 h F'_k,  whose slope is P' = (3 P - 4 F_k + F_k-1) / 2h
+        result    F_k + h/2 (F'_k-1 + P')
+
+    The paper has no code and leaves the slopes open. Here they are differences between computed features, so P' is F'_k
+    again, and at unit gaps this is the RK2 solver of the same authors' HyCa.
+    """
+
+    latest: float = 0.5
+    before: float = 0.5
 
 
 @dataclass(frozen=True)

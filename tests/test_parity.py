@@ -6,6 +6,7 @@ its rule bent a little, which has to show.
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
@@ -14,11 +15,13 @@ from diffusers.models.embeddings import TimestepEmbedding
 import dpcache
 from baselines.foca import foca
 from baselines.fora import fora
+from baselines.hyca import SOLVERS, HyCa
 from baselines.spectrum import spectrum
 from baselines.taylorseer import taylorseer
 from baselines.teacache import teacache
 from baselines.zeus import zeus
 from dpcache.method import dpcache as planned
+from dpcache.predictors import Multistep
 
 T = 50
 FLUX_POLYNOMIAL = [498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861]
@@ -416,3 +419,23 @@ def test_zeus(flux, budget):
     v, steps = attached(flux, zeus(budget, T), flux_inputs())
     assert distance(v, zeus_by_hand(flux, steps)) < 1e-5
     assert budget == 20 or distance(v, zeus_by_hand(flux, steps, interleaved=False)) > 1e-2
+
+
+def hyca_rule(F, keys, step, solvers):
+    """One channel after the other, each by its solver on the slopes between keys."""
+    latest, before = (F[-1] - F[-2]) / (keys[-1] - keys[-2]), (F[-2] - F[-3]) / (keys[-2] - keys[-3])
+    channels = []
+    for d, solver in enumerate(solvers):
+        a, b = SOLVERS[solver]
+        channels.append(F[-1][..., d] + (step - keys[-1]) * (a * latest[..., d] + b * before[..., d]))
+    return torch.stack(channels, -1)
+
+
+def test_hyca(flux):
+    solvers = (list(SOLVERS) * 7)[:32]
+    method = HyCa(9, T)
+    method.set_predictor(Multistep(*np.array([SOLVERS[solver] for solver in solvers]).T))
+    method.settled = {"solvers": solvers}
+    v, steps = attached(flux, method, flux_inputs())
+    assert distance(v, predicted_by_hand(flux, steps, lambda *a: hyca_rule(*a, solvers), "stack")) < 1e-5
+    assert distance(v, predicted_by_hand(flux, steps, lambda *a: hyca_rule(*a, solvers[::-1]), "stack")) > 1e-2

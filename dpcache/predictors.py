@@ -237,7 +237,7 @@ class Chebyshev(Predictor):
         basis = np.polynomial.chebyshev.chebvander(2 * used / self.num_inference_steps - 1, self.degree)
         X, x = basis[:-1], basis[-1]
         weights = self.mix * x @ np.linalg.solve(X.T @ X + self.ridge * np.eye(len(x)), X.T)
-        line = Taylor(1).weights(keys, step)
+        line = Taylor(1).weights(keys[-self.history :], step)
         weights[-len(line) :] += (1 - self.mix) * np.array(line)
         return tuple(weights.tolist())
 

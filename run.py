@@ -127,6 +127,8 @@ def run(config: DictConfig, folder: Path) -> dict:
             settings = OmegaConf.to_container(config, resolve=True)
             tracker = tracking.start(config.logger.project, settings, folder.name, group, folder, config.logger.mode)
 
+        if main:
+            print(f"{choices.model}  {choices.method}  {dry_run.announce(config, method, len(prompts))}")
         scorers = experiment.load_metrics(config) if main else {}
         pipe = experiment.load_pipeline(config)
         trial = experiment.Experiment(config, pipe, folder)

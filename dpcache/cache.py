@@ -8,6 +8,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
@@ -63,18 +64,25 @@ class History:
             buffer = self.buffers[self.newest] = torch.empty(feature.shape, dtype=feature.dtype, device=feature.device)
         buffer.copy_(feature)
 
-    def combine(self, weights: tuple[float, ...], current: torch.Tensor | None = None) -> torch.Tensor:
+    def combine(self, weights: tuple[float, ...] | np.ndarray, current: torch.Tensor | None = None) -> torch.Tensor:
         """The weighted sum of the newest features (newest last) and, if given, of `current` (its weight comes last),
-        accumulated in float32, in the features' dtype."""
+        accumulated in float32, in the features' dtype. An array (n, D) weighs each entry of the last dimension."""
         newest = self.buffers[self.newest]
-        if weights == (1.0,):
+        low = newest.dtype in (torch.float16, torch.bfloat16)
+        each = isinstance(weights, np.ndarray)
+        if each:
+            weights = torch.as_tensor(weights, dtype=torch.float32 if low else newest.dtype, device=newest.device)
+        elif weights == (1.0,):
             return newest
         if current is not None:
             weights, own = weights[:-1], weights[-1]
-        low = newest.dtype in (torch.float16, torch.bfloat16)
         total = newest.float().mul_(weights[-1]) if low else newest * weights[-1]
-        for age, weight in enumerate(reversed(weights[:-1]), 1):
-            total.add_(self.buffers[self.newest - age], alpha=weight)
+        for age in range(1, len(weights)):
+            older, weight = self.buffers[self.newest - age], weights[-1 - age]
+            if each:
+                total.addcmul_(older.to(total.dtype), weight)
+            else:
+                total.add_(older, alpha=weight)
         if current is not None:
             total.add_(current, alpha=own)
         if newest.dtype == torch.float16:
@@ -90,18 +98,25 @@ class Context:
         self.step = 0  # of the next call
         self.keys: list[int] = []  # computed so far in this generation
         self.online: dict = {}  # an online schedule's state
+        self.state_bytes = 0  # its most in the finished generations
         self.work = 0.0  # full-step equivalents in this generation, where they are counted
         self.generations: list[tuple[list[int], int, float]] = []  # keys, number of steps and work of the finished ones
         self.histories: dict[str, list[History]] = {}
         self.spans: dict[bool, list] = {False: [], True: []}  # skipped? -> what the stopwatch returned
         self.skip = self.verifying = False
-        self.weights: tuple[float, ...] = ()
+        self.weights: tuple[float, ...] | np.ndarray = ()
         self.stack_input = self.run_input = self.output_type = None
 
     def start(self, online: dict) -> None:
         if self.step:
             self.generations.append((self.keys, self.step, self.work))
+        self.state_bytes = max(self.state_bytes, self.online_bytes)
         self.step, self.keys, self.online, self.work = 0, [], online, 0.0
+
+    @property
+    def online_bytes(self) -> int:
+        """Of the online schedule's state."""
+        return sum(value.nbytes for value in self.online.values() if isinstance(value, torch.Tensor))
 
 
 class Contexts(StateManager):
@@ -354,6 +369,6 @@ class StepCache:
             report.seconds_computed[name] = self.stopwatch.seconds(context.spans[False])
             report.seconds_predicted[name] = self.stopwatch.seconds(context.spans[True])
             kept = [b for histories in context.histories.values() for h in histories for b in h.buffers]
-            kept += context.online.values()
-            report.history_bytes += sum(tensor.nbytes for tensor in kept if isinstance(tensor, torch.Tensor))
+            report.history_bytes += sum(tensor.nbytes for tensor in kept if tensor is not None)
+            report.history_bytes += max(context.state_bytes, context.online_bytes)
         return report

@@ -1,26 +1,37 @@
 """What a method will keep in memory, known before there are any weights: a few dry steps on the device "meta"."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from copy import copy
+from dataclasses import dataclass
 
 import torch
 
 from dpcache.method import Method, cached, report
 from dpcache.models.architectures import Architecture
-from dpcache.predictors import Taylor
+from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, OnlineSchedule
-from dpcache.sites import modulated_input
 
 
-class _Probing(OnlineSchedule):
-    """Keeps what an online schedule's probe looks at, and computes every step."""
+class _Computing(OnlineSchedule):
+    """Keeps what an online schedule keeps, and computes every step."""
 
-    def start(self):
-        return {"previous": None}
+    def __init__(self, schedule: OnlineSchedule):
+        super().__init__(schedule.num_inference_steps)
+        self.schedule, self.probe = copy(schedule), schedule.probe
+        self.start, self.learn = self.schedule.start, self.schedule.learn
 
     def decide(self, context, block, args, kwargs):
-        context.online["previous"] = modulated_input(block, args, kwargs)
+        with suppress(RuntimeError):  # from the second step on it may want numbers, of which there are none
+            self.schedule.decide(context, block, args, kwargs)
         return True
+
+
+@dataclass(frozen=True)
+class _Keeping(Reuse):
+    """Keeps as many features as it is told to."""
+
+    history: int
 
 
 @torch.no_grad()
@@ -36,9 +47,11 @@ def history_bytes(
     Raises ValueError for a model that does not offer the site, or whose arguments are not known.
     """
     steps = method.history
-    schedule = _Probing(steps) if isinstance(method.schedule, OnlineSchedule) else EvenlySpaced(steps, steps)
+    online = isinstance(method.schedule, OnlineSchedule)
+    dry = Method(_Computing(method.schedule) if online else EvenlySpaced(steps, steps), method.site, _Keeping(steps))
+    dry.blocks = method.blocks
     inputs = architecture.inputs(call, batch_size, dtype=transformer.dtype)
-    with cached(transformer, Method(schedule, method.site, Taylor(steps - 1))):
+    with cached(transformer, dry):
         for _ in range(steps):
             for branch in architecture.branches(call):
                 with transformer.cache_context(branch) if branch != "default" else nullcontext():

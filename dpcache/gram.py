@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 import torch
 
-from dpcache.predictors import AdamsBashforth, Hermite, Lagrange, LeastSquares, Reuse, Taylor
+from dpcache.predictors import AdamsBashforth, FoCa, Hermite, Lagrange, LeastSquares, Reuse, Taylor, Zeus
 
 _SHIFT_INVARIANT = (
     Reuse,
@@ -18,6 +18,8 @@ _SHIFT_INVARIANT = (
     Hermite,
     Lagrange,
     AdamsBashforth,
+    FoCa,
+    Zeus,
 )  # weights that depend on distances alone, past `since`
 
 

@@ -12,23 +12,26 @@ from dpcache.method import Method
 from dpcache.planner import plan
 from dpcache.predictors import (
     AdamsBashforth,
+    FoCa,
     Hermite,
     Lagrange,
     LeastSquares,
     Predictor,
     Reuse,
     Taylor,
+    Zeus,
     ridge_regression,
 )
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
 
-FIXED = {"taylor": Taylor, "hermite": Hermite, "lagrange": Lagrange, "ab": AdamsBashforth}
-PREDICTORS = r"lsq[1-4]x?|(taylor|hermite|lagrange)[0-3]|ab[1-4]"
+FIXED = {"taylor": Taylor, "hermite": Hermite, "lagrange": Lagrange, "ab": AdamsBashforth, "foca": FoCa, "zeus": Zeus}
+PREDICTORS = r"lsq[1-4]x?|(taylor|hermite|lagrange)[0-3]|ab[1-4]|foca|zeus"
 
 
 def _fixed(name: str) -> Predictor:
-    """A predictor whose weights need no calibration: its name and its order."""
-    return FIXED[name[:-1]](int(name[-1]))
+    """A predictor whose weights need no calibration: its name and, where it has one, its order."""
+    order = name[-1:] if name[-1].isdigit() else ""
+    return FIXED[name.removesuffix(order)](*map(int, order))
 
 
 class LeastSquaresPlan(Method):
@@ -50,7 +53,8 @@ class LeastSquaresPlan(Method):
         site: `stack` or `output`.
         predictors: candidates: "lsq1" to "lsq4", least squares over so many keys; "lsq1x" to "lsq4x", over the current
             latents as well (site=output; left out where they differ in shape from the model's prediction, as with a
-            learned variance); "taylor0" (reuse) to "taylor3", likewise "hermite" and "lagrange"; "ab1" to "ab4".
+            learned variance); "taylor0" (reuse) to "taylor3", likewise "hermite" and "lagrange"; "ab1" to "ab4";
+            "foca"; "zeus".
         planners: candidates: "gram", as above; "l1", the paper's cost tensor and recurrence; "even" spacing.
         warmups, alphas: candidates. Only planner "gram" depends on alpha.
         refit: whether the weights may be fitted in closed loop.
@@ -74,7 +78,8 @@ class LeastSquaresPlan(Method):
                 raise ValueError(f"{name}=[] must name at least one candidate")
         if unknown := [name for name in predictors if not re.fullmatch(PREDICTORS, name)]:
             raise ValueError(
-                f"predictors={unknown}: choose from lsq1..4, lsq1x..4x, taylor0..3, hermite0..3, lagrange0..3, ab1..4"
+                f"predictors={unknown}: choose from lsq1..4, lsq1x..4x, taylor0..3, hermite0..3, lagrange0..3, ab1..4, "
+                "foca, zeus"
             )
         if unknown := set(planners) - {"gram", "l1", "even"}:
             raise ValueError(f"planners={sorted(unknown)}: choose from gram, l1, even")

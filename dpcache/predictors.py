@@ -25,8 +25,11 @@ class Predictor(ABC):
     sees_input = False
 
     @abstractmethod
-    def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...]:
-        """Weights of the last `len(result) <= history` keys, newest last, then that of the input if it is seen."""
+    def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...] | np.ndarray:
+        """Weights of the last `len(result) <= history` keys, newest last, then that of the input if it is seen.
+
+        As an array (n, D) they differ along the features' last dimension.
+        """
 
 
 def _check_order(order: int, lowest: int, highest: int) -> None:
@@ -146,6 +149,97 @@ class AdamsBashforth(Predictor):
         start = step - keys[-1]
         integrals = [np.polyint(basis) for basis in _lagrange_basis(keys[-self.history :])]
         return tuple(float(np.polyval(p, start + 1) - np.polyval(p, start)) for p in integrals)
+
+
+@dataclass(frozen=True, eq=False)
+class Multistep(Predictor):
+    """The last key and its last two slopes, F_k + h (a F'_k + b F'_k-1): explicit linear multistep solvers.
+
+    F' are differences between keys, h is the distance to the step. Two keys alone are a straight line.
+
+    Args:
+        latest, before: a and b; arrays (D,) where they differ along the features' last dimension.
+    """
+
+    latest: float | np.ndarray
+    before: float | np.ndarray
+    history = 3
+
+    def weights(self, keys, step):
+        if len(keys) == 1:
+            return (1.0,)
+        latest = (step - keys[-1]) / (keys[-1] - keys[-2])
+        if len(keys) == 2:
+            return (-latest, 1 + latest)
+        latest, before = latest * self.latest, (step - keys[-1]) / (keys[-2] - keys[-3]) * self.before
+        weights = (-before, before - latest, 1 + latest)
+        return weights if np.isscalar(latest) else np.stack(weights)
+
+
+@dataclass(frozen=True)
+class FoCa(Multistep):
+    """A BDF2 forecast and a Heun calibration: Forecast then Calibrate (FoCa, arXiv 2508.16211, Eq. 6-8).
+
+        forecast  P = 4/3 F_k - 1/3 F_k-1 + 2/3 h F'_k,  whose slope is P' = (3 P - 4 F_k + F_k-1) / 2h
+        result    F_k + h/2 (F'_k-1 + P')
+
+    The paper has no code and leaves the slopes open. Here they are differences between computed features, so P' is F'_k
+    again, and at unit gaps this is the RK2 solver of the same authors' HyCa.
+    """
+
+    latest: float = 0.5
+    before: float = 0.5
+
+
+@dataclass(frozen=True)
+class Zeus(Predictor):
+    """The last key and the line through the last two, in turns: ZEUS (arXiv 2604.01552), its authors' code.
+
+    The first, third, ... step after a key takes 2 F_k - F_k-1, whatever the distances, the second, fourth, ... F_k, so
+    that no two extrapolations follow each other.
+    """
+
+    history = 2
+
+    def weights(self, keys, step):
+        return (-1.0, 2.0) if len(keys) > 1 and (step - keys[-1]) % 2 else (1.0,)
+
+
+@dataclass(frozen=True)
+class Chebyshev(Predictor):
+    """A ridge-regressed polynomial through all keys, mixed with a line: Spectrum (arXiv 2603.01623), its authors' code.
+
+    With time scaled from [0, T] to [-1, 1], X the Chebyshev polynomials 0 to `degree` at the keys, (n, degree + 1), and
+    x those at the step, the fit of the features H is x (X'X + ridge)^-1 X'H. The line goes through the last two keys.
+    The ridge holds the constant back as well, so the weights do not quite sum to one.
+
+    Args:
+        num_inference_steps: T.
+        degree, ridge: M and lambda.
+        mix: w, the fit's share: 1 in the paper, between 0.5 and 1 by the authors' later advice.
+        history: number of keys that are fitted; all that there are, up to 100, in the authors' code.
+    """
+
+    num_inference_steps: int
+    degree: int = 4
+    ridge: float = 0.1
+    mix: float = 0.5
+    history: int = 100
+
+    def __post_init__(self):
+        if self.degree < 0 or not 0 < self.ridge < math.inf or not 0 <= self.mix <= 1:
+            raise ValueError(
+                f"degree={self.degree}, ridge={self.ridge}, mix={self.mix}: must be at least 0, above 0 and from 0 to 1"
+            )
+
+    def weights(self, keys, step):
+        used = np.array([*keys[-self.history :], step])
+        basis = np.polynomial.chebyshev.chebvander(2 * used / self.num_inference_steps - 1, self.degree)
+        X, x = basis[:-1], basis[-1]
+        weights = self.mix * x @ np.linalg.solve(X.T @ X + self.ridge * np.eye(len(x)), X.T)
+        line = Taylor(1).weights(keys[-self.history :], step)
+        weights[-len(line) :] += (1 - self.mix) * np.array(line)
+        return tuple(weights.tolist())
 
 
 def _lagrange_basis(keys: Sequence[int]) -> list[np.ndarray]:

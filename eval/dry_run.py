@@ -22,15 +22,11 @@ def describe(config: DictConfig, model: str, name: str, method: Method, prompts:
     """
     known, T = architecture(config.model.path), method.num_inference_steps
     call, dtype = OmegaConf.to_container(config.model.call), getattr(torch, config.model.dtype)
-    batch_size = min(config.batch_size or config.model.batch_size, max(prompts, 1))
+    batch_size = _batch_size(config, prompts)
     transformer = known.build("meta", dtype)
     weights = sum(p.numel() * p.element_size() for p in transformer.parameters())
     count, branches = sum(p.numel() for p in transformer.parameters()), known.branches(call)
-    memory = [f"transformer {_size(weights)}"]
-    if method.history is None:
-        memory.append("cache: the library's own, not known")
-    else:
-        memory.append(f"cache {_size(history_bytes(known, transformer, method, call, batch_size))}")
+    memory = [f"transformer {_size(weights)}", _cache_memory(config, method, prompts, known, transformer)]
     schedule = method.schedule.steps
     if method.needs_calibration and config.calibration.path and type(method) is Method:
         calibration = Calibration.load(config.calibration.path)
@@ -56,6 +52,26 @@ def describe(config: DictConfig, model: str, name: str, method: Method, prompts:
             f"  memory                 {', '.join(memory)}",
         ]
     )
+
+
+def announce(config: DictConfig, method: Method, prompts: int) -> str:
+    """What the method will keep on the device, said before the weights are loaded; or why that is not known."""
+    try:
+        known = architecture(config.model.path)
+        return _cache_memory(config, method, prompts, known, known.build("meta", getattr(torch, config.model.dtype)))
+    except ValueError as error:
+        return f"cache: not known in advance: {error}"
+
+
+def _cache_memory(config, method, prompts, known, transformer) -> str:
+    if method.history is None:
+        return "cache: the library's own, not known in advance"
+    call = OmegaConf.to_container(config.model.call)
+    return f"cache {_size(history_bytes(known, transformer, method, call, _batch_size(config, prompts)))}"
+
+
+def _batch_size(config: DictConfig, prompts: int) -> int:
+    return min(config.batch_size or config.model.batch_size, max(prompts, 1))
 
 
 def _size(count: int) -> str:

@@ -42,18 +42,20 @@ def test_every_full_size_model_is_known():
             assert path in PUBLISHED, file.stem
 
 
-@pytest.mark.parametrize("name", ["dpcache", "teacache", "taylorseer", "uniform_skip", "dpcache_lsq"])
+FIXED = ["dpcache", "taylorseer", "uniform_skip", "dpcache_lsq", "spectrum", "ertacache"]
+ONLINE = ["teacache", "dicache", "speca", "bwcache", "easycache"]
+
+
+@pytest.mark.parametrize("name", [*FIXED, *ONLINE])
 def test_the_estimate_is_what_a_run_keeps(pipe, name):
-    config, method = composed(f"method={name}", "num_inference_steps=8", "budget=4")
+    config, method = composed(f"method={name}", "num_inference_steps=8", "budget=6")
     known = architecture("tiny_flux")
     expected = history_bytes(known, known.build(dtype=torch.float32), method, config.model.call, batch_size=2)
     if method.needs_calibration:
         call = {"height": 64, "width": 64, "max_sequence_length": 12}
         method.prepare(pipe, calibrate(pipe, ["green apple"], 8, **method.calibration_options, **call))
     sample(pipe, method, ["red apple", "dog"], [0, 1], decode=False, **config.model.call)
-    if name == "teacache":  # what its probe keeps is freed at the end of a generation
-        expected -= 2 * 64 * 192 * 4
-    assert method.report().history_bytes == expected
+    assert method.report().history_bytes == pytest.approx(expected, abs=16)  # but for single numbers
 
 
 def test_memory_at_full_size():

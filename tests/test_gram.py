@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from dpcache.gram import gram, path_costs
 from dpcache.method import Method
 from dpcache.planner import path_cost, plan_all
-from dpcache.predictors import AdamsBashforth, Lagrange, LeastSquares, Reuse, Taylor
+from dpcache.predictors import AdamsBashforth, FoCa, Lagrange, LeastSquares, Reuse, Taylor, Zeus
 from dpcache.schedules import Schedule
 
 LINEAR = [Reuse(), Taylor(1), Taylor(2), Taylor(2, since=1), Taylor(3), Lagrange(1), Lagrange(2), AdamsBashforth(3)]
+LINEAR += [FoCa(), Zeus()]
 seeds = st.integers(0, 2**32 - 1)
 
 

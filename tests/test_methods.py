@@ -1,18 +1,23 @@
 """Budgets and rules of the schedules, and the method constructors."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from baselines.ab_cache import ab_cache
 from baselines.fewer_steps import fewer_steps
+from baselines.foca import foca
 from baselines.fora import fora
 from baselines.full import full
 from baselines.hicache import hicache
 from baselines.solver import solver
+from baselines.spectrum import growing_gaps, spectrum
 from baselines.taylorseer import taylorseer
 from baselines.teacache import count_computed, find_threshold, fit_polynomial, teacache
 from baselines.uniform_skip import uniform_skip
+from baselines.zeus import zeus
 from dpcache.method import dpcache
 from dpcache.schedules import EvenlySpaced, Interval, Schedule
 
@@ -30,6 +35,14 @@ def test_evenly_spaced_spends_the_budget_exactly_and_evenly(case):
     assert max(gaps) - min(gaps) <= 1
 
 
+@given(budgets)
+def test_growing_gaps_spend_the_budget_exactly_and_grow(case):
+    (warmup, budget), T = case
+    steps = growing_gaps(budget, T, warmup)
+    gaps = [b - a for a, b in pairwise(steps)]
+    assert len(steps) == budget and steps[:warmup] == list(range(warmup)) and steps[-1] < T and gaps == sorted(gaps)
+
+
 @pytest.mark.parametrize(
     ("method", "steps"),
     [
@@ -39,7 +52,11 @@ def test_evenly_spaced_spends_the_budget_exactly_and_evenly(case):
         (taylorseer(10, 50, interval=6), [0, 1, *range(2, 50, 6)]),
         (taylorseer(5, 50), [0, 1, 2, 18, 34]),
         (hicache(5, 50), [0, 1, 2, 18, 34]),
+        (foca(5, 50), [0, 1, 2, 18, 34]),
         (ab_cache(5, 50), [0, 1, 2, 18, 34]),
+        (zeus(5, 50), [0, 1, 2, 18, 34]),
+        (spectrum(14, 50), [*range(5), 6, 8, 11, 15, 20, 25, 31, 38, 46]),  # the authors' N = 2 with alpha = 0.75
+        (spectrum(10, 50), [*range(5), 6, 11, 19, 30, 44]),  # and 3
         (solver(4, 50, "UniPCMultistepScheduler"), [0, 1, 2, 3]),
         (full(4), [0, 1, 2, 3]),
         (fewer_steps(3, 50), [0, 1, 2]),
@@ -56,6 +73,7 @@ def test_computed_steps(method, steps):
         (lambda: uniform_skip(51, 50), "budget=51 must be between warmup=1"),
         (lambda: taylorseer(2, 50), "budget=2 must be between warmup=3"),
         (lambda: dpcache(2, 50), "budget=2 must be between warmup=3"),
+        (lambda: spectrum(4, 50), "budget=4 must be between warmup=5"),
         (lambda: dpcache(9, 50, steps=[0, 1]), "steps has 2 entries: set budget=2"),
         (lambda: dpcache(4, 50, steps=[0, 2, 5, 9]), "does not begin with the warmup=3 steps"),
         (lambda: dpcache(5, 50, steps=[0, 1, 2, 5, 5]), "must increase strictly from 0"),

@@ -6,16 +6,22 @@ its rule bent a little, which has to show.
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
 from diffusers.models.embeddings import TimestepEmbedding
 
 import dpcache
+from baselines.foca import foca
 from baselines.fora import fora
+from baselines.hyca import SOLVERS, HyCa
+from baselines.spectrum import spectrum
 from baselines.taylorseer import taylorseer
 from baselines.teacache import teacache
+from baselines.zeus import zeus
 from dpcache.method import dpcache as planned
+from dpcache.predictors import Multistep
 
 T = 50
 FLUX_POLYNOMIAL = [498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861]
@@ -80,7 +86,7 @@ def euler(velocity, x):
     """All T velocities of dx/dsigma = v, sigma = 1, 1 - 1/T, ..., 1/T."""
     velocities = []
     for step in range(T):
-        velocities.append(velocity(x, step))
+        velocities.append(velocity(x, step).clone())  # reuse hands out the cache's own buffer
         x = x - velocities[-1] / T
     return torch.stack(velocities)
 
@@ -322,3 +328,114 @@ def test_dpcache(flux, plan, order, warmup):
     assert distance(v, dpcache_by_hand(flux, [s + (s == 28) for s in plan], order, warmup)) > 1e-2
     if (order, warmup) == (2, 3):
         assert distance(v, dpcache_by_hand(flux, plan, order, warmup, start=0)) > 1e-3
+
+
+class KeptAll(Kept):
+    """Every feature that was computed, and a rule that predicts from them: `rule(features, keys, step)`."""
+
+    def __init__(self, steps, rule):
+        super().__init__(steps, 0)
+        self.rule, self.features = rule, {}
+
+    def fill(self, name, feature=None):
+        if not self.computing:
+            return self.rule(self.features[name], [s for s in self.steps if s < self.step], self.step)
+        self.features.setdefault(name, []).append(feature)
+        return feature
+
+
+def predicted_by_hand(model, steps, rule, site):
+    x, condition = flux_inputs()
+    kept = KeptAll(steps, rule)
+
+    def velocity(x, step):
+        kept.step = step
+        h, text, c, rope = flux_start(model, x, step, **condition)
+        if site == "modules":
+            h = flux_stack(model, h, text, c, rope, kept)
+        else:
+            h = kept.fill("last block", flux_stack(model, h, text, c, rope) if kept.computing else None)
+        return flux_end(model, h, c)
+
+    return euler(velocity, x)
+
+
+def foca_rule(F, keys, step, literal=True):
+    """Eq. 6-8; bent, the calibration takes the newest slope for the one before."""
+    h, slopes = step - keys[-1], [(F[i] - F[i - 1]) / (keys[i] - keys[i - 1]) for i in (-1, -2)]
+    forecast = 4 / 3 * F[-1] - 1 / 3 * F[-2] + 2 * h / 3 * slopes[0]
+    ahead = (3 * forecast - 4 * F[-1] + F[-2]) / (2 * h)
+    return F[-1] + h / 2 * (slopes[literal] + ahead)
+
+
+@pytest.mark.parametrize(("budget", "lite"), [(10, False), (8, True)])
+def test_foca(flux, budget, lite):
+    v, steps = attached(flux, foca(budget, T, lite=lite), flux_inputs())
+    site = "stack" if lite else "modules"
+    assert distance(v, predicted_by_hand(flux, steps, foca_rule, site)) < 1e-5
+    assert distance(v, predicted_by_hand(flux, steps, lambda *a: foca_rule(*a, literal=False), site)) > 1e-2
+
+
+def spectrum_rule(F, keys, step, degree=4):
+    """Coefficients of the Chebyshev polynomials that minimize squared error + 0.1 squared norm; half of the prediction
+    is theirs, half the line's through the last two keys."""
+    basis = [[math.cos(m * math.acos(2 * t / T - 1)) for m in range(degree + 1)] for t in [*keys, step]]
+    *X, x = torch.tensor(basis, dtype=torch.float64).unbind()
+    X, H = torch.stack(X), torch.stack(F).flatten(1).double()
+    inverse = torch.linalg.inv(X.T @ X + 0.1 * torch.eye(degree + 1))
+    fit = (x @ inverse @ X.T @ H).float().view_as(F[0])
+    return fit / 2 + (F[-1] + (F[-1] - F[-2]) * (step - keys[-1]) / (keys[-1] - keys[-2])) / 2
+
+
+@pytest.mark.parametrize("budget", [8, 14])
+def test_spectrum(flux, budget):
+    v, steps = attached(flux, spectrum(budget, T), flux_inputs())
+    assert distance(v, predicted_by_hand(flux, steps, spectrum_rule, "stack")) < 1e-5
+    assert distance(v, predicted_by_hand(flux, steps, lambda *a: spectrum_rule(*a, degree=3), "stack")) > 1e-3
+
+
+def zeus_by_hand(model, steps, interleaved=True):
+    """As a state machine: at the first skipped step the extrapolation is stored, and used again at every other one.
+    Bent, it is used at all of them."""
+    x, condition = flux_inputs()
+    computed, stored, skipped = [], None, 0
+
+    def velocity(x, step):
+        nonlocal stored, skipped
+        if step in steps:
+            computed.append(model(x, timestep=sigma(step), **condition, return_dict=False)[0])
+            skipped = 0
+            return computed[-1]
+        skipped += 1
+        if skipped == 1:
+            stored = computed[-1] + (computed[-1] - computed[-2])
+        return computed[-1] if interleaved and skipped % 2 == 0 else stored
+
+    return euler(velocity, x)
+
+
+@pytest.mark.parametrize("budget", [8, 20])
+def test_zeus(flux, budget):
+    v, steps = attached(flux, zeus(budget, T), flux_inputs())
+    assert distance(v, zeus_by_hand(flux, steps)) < 1e-5
+    assert budget == 20 or distance(v, zeus_by_hand(flux, steps, interleaved=False)) > 1e-2
+
+
+def hyca_rule(F, keys, step, solvers):
+    """One channel after the other, each by its solver on the slopes between keys."""
+    latest, before = (F[-1] - F[-2]) / (keys[-1] - keys[-2]), (F[-2] - F[-3]) / (keys[-2] - keys[-3])
+    channels = []
+    for d, solver in enumerate(solvers):
+        a, b = SOLVERS[solver]
+        channels.append(F[-1][..., d] + (step - keys[-1]) * (a * latest[..., d] + b * before[..., d]))
+    return torch.stack(channels, -1)
+
+
+def test_hyca(flux):
+    solvers = (list(SOLVERS) * 7)[:32]
+    method = HyCa(9, T)
+    method.set_predictor(Multistep(*np.array([SOLVERS[solver] for solver in solvers]).T))
+    method.settled = {"solvers": solvers}
+    v, steps = attached(flux, method, flux_inputs())
+    assert distance(v, predicted_by_hand(flux, steps, lambda *a: hyca_rule(*a, solvers), "stack")) < 1e-5
+    assert distance(v, predicted_by_hand(flux, steps, lambda *a: hyca_rule(*a, solvers[::-1]), "stack")) > 1e-2

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpcache.predictors import AdamsBashforth, Hermite, Lagrange, Reuse, Taylor
+from dpcache.predictors import AdamsBashforth, Chebyshev, FoCa, Hermite, Lagrange, Reuse, Taylor, Zeus
 
 PREDICTORS = [Reuse(), *(Taylor(o) for o in range(4)), *(Lagrange(o) for o in range(4))]
-PREDICTORS += [AdamsBashforth(o) for o in range(1, 5)]
+PREDICTORS += [*(AdamsBashforth(o) for o in range(1, 5)), FoCa(), Zeus()]
 keys_and_step = st.lists(st.integers(0, 60), min_size=1, max_size=7, unique=True).flatmap(
     lambda keys: st.tuples(st.just(sorted(keys)), st.integers(max(keys) + 1, 70))
 )
@@ -116,3 +116,57 @@ def test_hermite_is_hicaches_formula(scale):
 def test_hermite_takes_a_scale():
     with pytest.raises(ValueError, match="scale=0"):
         Hermite(scale=0.0)
+
+
+@given(keys_and_step)
+def test_foca_is_its_equations(case):
+    """Eq. 6-8 one after the other, and exact on straight lines whatever the spacing."""
+    keys, step = case
+    weights = FoCa().weights(keys, step)
+    if len(keys) < 3:
+        assert np.dot(weights, keys[-len(weights) :]) == pytest.approx(step if len(keys) > 1 else keys[0])
+        return
+    F = np.random.default_rng(0).normal(size=(len(keys), 5))
+    slope = (F[1:] - F[:-1]) / np.diff(keys)[:, None]
+    h = step - keys[-1]
+    forecast = 4 / 3 * F[-1] - 1 / 3 * F[-2] + 2 * h / 3 * slope[-1]
+    ahead = (3 * forecast - 4 * F[-1] + F[-2]) / (2 * h)
+    expected = F[-1] + h / 2 * (slope[-2] + ahead)
+    np.testing.assert_allclose(np.array(weights) @ F[-3:], expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+    assert np.dot(weights, keys[-3:]) == pytest.approx(step)
+
+
+@given(keys_and_step, st.integers(0, 5), st.floats(0.01, 10), st.floats(0, 1))
+def test_chebyshev_is_a_ridge_regression_and_a_line(case, degree, ridge, mix):
+    """The ridge as rows that ask for zero coefficients; the polynomials as cosines."""
+    keys, step = case
+    F = np.random.default_rng(0).normal(size=(len(keys), 5))
+    basis = np.cos(np.arange(degree + 1) * np.arccos(np.array([*keys, step]) / 35 - 1)[:, None])
+    rows = np.vstack([basis[:-1], math.sqrt(ridge) * np.eye(degree + 1)])
+    coefficients = np.linalg.lstsq(rows, np.vstack([F, np.zeros((degree + 1, 5))]), rcond=None)[0]
+    line = F[-1]
+    if len(keys) > 1:
+        line = F[-1] + (F[-1] - F[-2]) * (step - keys[-1]) / (keys[-1] - keys[-2])
+    expected = mix * basis[-1] @ coefficients + (1 - mix) * line
+    weights = Chebyshev(70, degree, ridge, mix).weights(keys, step)
+    np.testing.assert_allclose(weights @ F, expected, rtol=1e-7, atol=1e-7 * np.abs(expected).max())
+
+
+def test_chebyshev_is_exact_on_its_polynomials_but_for_the_ridge():
+    keys, step = [0, 1, 2, 4, 7, 11, 20, 30], 37
+    value = np.polynomial.Chebyshev([3, -1, 0.5, 2, -0.25], [0, 50])
+    predicted = np.dot(Chebyshev(50, ridge=1e-10, mix=1.0).weights(keys, step), value(np.array(keys)))
+    assert predicted == pytest.approx(value(step), abs=1e-5)
+    assert [len(Chebyshev(50, history=n).weights(keys, step)) for n in (1, 3)] == [1, 3]
+    assert sum(Chebyshev(50, mix=1.0).weights(keys, 12)) == pytest.approx(1, abs=0.1)
+
+
+def test_chebyshev_names_its_mistakes():
+    for wrong in ({"degree": -1}, {"ridge": 0.0}, {"mix": 1.5}):
+        with pytest.raises(ValueError, match=r"degree=.*ridge=.*mix="):
+            Chebyshev(50, **wrong)
+
+
+def test_zeus_alternates():
+    weights = [Zeus().weights([3, 6], step) for step in (7, 8, 9, 10)]
+    assert weights == [(-1, 2), (1,), (-1, 2), (1,)] and Zeus().weights([0], 1) == (1,)

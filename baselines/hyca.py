@@ -1,0 +1,100 @@
+"""HyCa: Let Features Decide Their Own Solvers (Zheng et al., arXiv 2510.04188)."""
+
+import numpy as np
+import torch
+
+from dpcache.calibration import record
+from dpcache.method import Method
+from dpcache.predictors import Multistep, Reuse
+from dpcache.schedules import EvenlySpaced
+
+# The paper's pool as weights of the last two slopes: F_t+1 = F_t + a (F_t - F_t-1) + b (F_t-1 - F_t-2).
+SOLVERS = {
+    "rk2": (1 / 2, 1 / 2),
+    "ab2": (3 / 2, -1 / 2),
+    "taylor": (1.0, 0.0),
+    "bdf2": (1 / 3, 0.0),
+    "am": (31 / 24, -7 / 24),  # corrects ab2
+}
+
+
+class HyCa(Method):
+    """The channels of the last block's output are clustered by how they move in time; each cluster has its solver.
+
+    Both are settled once, on the first calibration prompt's full-step trajectory: k-means of six indicators, and of the
+    solvers the one with the least squared error of the next step (Eq. 4). The authors have published no code. Open in
+    the paper and chosen here: what is cached, the indicators' formulas (see `indicators`), two clusters, which its
+    figures show, and slopes between computed steps (`Multistep`) that carry the solvers over unequal distances.
+    """
+
+    needs_calibration = True
+
+    def __init__(self, budget: int, num_inference_steps: int, warmup: int = 3, clusters: int = 2):
+        if clusters < 1:
+            raise ValueError(f"clusters={clusters} must be at least 1")
+        super().__init__(EvenlySpaced(budget, num_inference_steps, warmup), "stack", Multistep(1.0, 0.0))
+        self.clusters = clusters
+
+    def prepare(self, pipe, calibration=None):
+        T, call = self.num_inference_steps, calibration.made_from["call"]
+        if T < 4:
+            raise ValueError(f"num_inference_steps={T}: the solvers are compared on at least 4 steps")
+        (batch,) = calibration.batches(1)
+        branches = record(pipe, Method(EvenlySpaced(T, T), self.site, Reuse()), *batch, **call)[1].values()
+        features = torch.cat([kept[self.site].flatten(1, -2) for kept in branches], 1)
+        cluster = k_means(indicators(features), self.clusters)
+        names, errors = list(SOLVERS), next_step_errors(features)
+        chosen = [names[errors[:, cluster == c].mean(1).argmin()] for c in range(cluster.max() + 1)]
+        self.set_predictor(Multistep(*np.array([SOLVERS[name] for name in chosen]).T[:, cluster]))
+        self.settled = {"solvers": chosen, "channels": np.bincount(cluster).tolist()}
+
+    def attach(self, pipe):
+        if not self.settled:
+            raise ValueError("the solvers are not chosen yet: call method.prepare(pipe, calibration) first")
+        super().attach(pipe)
+
+
+def indicators(features: torch.Tensor, chunk: int = 64) -> np.ndarray:
+    """How each channel of (T, N, D) features moves in time, (D, 6), on a logarithmic scale and standardized.
+
+    The six that the paper's Fig. 3 names: the mean size of the first and of the second difference, energy, jerk ratio
+    (third over second difference), curvature ratio (second over first), spectral flatness (geometric over arithmetic
+    mean of the power spectrum without its constant).
+    """
+    total = 0.0
+    for part in features.split(chunk, dim=1):
+        x = part.float().cpu()
+        power = torch.fft.rfft(x, dim=0)[1:].abs().square().clamp_min(1e-20)
+        flatness = power.log().mean(0).exp() / power.mean(0)
+        rows = [*(x.diff(n=n, dim=0).abs().mean(0) for n in (1, 2, 3)), x.square().mean(0), flatness]
+        total = total + torch.stack(rows).double().sum(1)
+    first, second, third, energy, flatness = np.log(total.numpy() / features.shape[1] + 1e-20)
+    rows = np.stack([first, second, energy, third - second, second - first, flatness], 1)
+    return (rows - rows.mean(0)) / np.maximum(rows.std(0), 1e-12)
+
+
+def next_step_errors(features: torch.Tensor, chunk: int = 64) -> np.ndarray:
+    """Mean squared error of each solver's next step for each channel of (T, N, D) features, (solvers, D)."""
+    total = 0.0
+    for part in features.split(chunk, dim=1):
+        x = part.float().cpu()
+        latest, before, moved = x[2:-1] - x[1:-2], x[1:-2] - x[:-3], x[3:] - x[2:-1]
+        errors = [(a * latest + b * before - moved).square().mean(0) for a, b in SOLVERS.values()]
+        total = total + torch.stack(errors).double().sum(1)
+    return total.numpy() / features.shape[1]
+
+
+def k_means(rows: np.ndarray, clusters: int, iterations: int = 100) -> np.ndarray:
+    """Cluster of each row, numbered without gaps. Starts from rows that are far from each other: no randomness."""
+    centers = rows[[np.square(rows - rows.mean(0)).sum(1).argmax()]]
+    while len(centers) < clusters:
+        distance = np.square(rows[:, None] - centers).sum(-1).min(1)
+        centers = np.vstack([centers, rows[distance.argmax()]])
+    for _ in range(iterations):
+        cluster = np.square(rows[:, None] - centers).sum(-1).argmin(1)
+        cluster = np.unique(cluster, return_inverse=True)[1]
+        moved = np.stack([rows[cluster == c].mean(0) for c in range(cluster.max() + 1)])
+        if moved.shape == centers.shape and np.allclose(moved, centers):
+            break
+        centers = moved
+    return cluster

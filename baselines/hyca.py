@@ -8,7 +8,7 @@ from dpcache.method import Method
 from dpcache.predictors import Multistep, Reuse
 from dpcache.schedules import EvenlySpaced
 
-# The paper's pool as weights of the last two slopes: F_t+1 = F_t + a (F_t - F_t-1) + b (F_t-1 - F_t-2).
+# The paper's pool (A.2.2, after a public reproduction): F_t+1 = F_t + a (F_t - F_t-1) + b (F_t-1 - F_t-2).
 SOLVERS = {
     "rk2": (1 / 2, 1 / 2),
     "ab2": (3 / 2, -1 / 2),
@@ -22,9 +22,9 @@ class HyCa(Method):
     """The channels of the last block's output are clustered by how they move in time; each cluster has its solver.
 
     Both are settled once, on the first calibration prompt's full-step trajectory: k-means of six indicators, and of the
-    solvers the one with the least squared error of the next step (Eq. 4). The authors have published no code. Open in
-    the paper and chosen here: what is cached, the indicators' formulas (see `indicators`), two clusters, which its
-    figures show, and slopes between computed steps (`Multistep`) that carry the solvers over unequal distances.
+    solvers the one with the least squared error of the next step (Eq. 4). There is no public code of the authors. Open
+    in the paper's main text and chosen here: what is cached, the indicators' formulas (see `indicators`), two clusters,
+    which its figures show, and slopes between computed steps (`Multistep`) that carry the solvers over any distance.
     """
 
     needs_calibration = True

@@ -183,8 +183,8 @@ class FoCa(Multistep):
         forecast  P = 4/3 F_k - 1/3 F_k-1 + 2/3 h F'_k,  whose slope is P' = (3 P - 4 F_k + F_k-1) / 2h
         result    F_k + h/2 (F'_k-1 + P')
 
-    The paper has no code and leaves the slopes open. Here they are differences between computed features, so P' is F'_k
-    again, and at unit gaps this is the RK2 solver of the same authors' HyCa.
+    There is no public code of the authors, and the slopes are open. Here they are differences between computed
+    features, so P' is F'_k again, and at unit gaps this is the RK2 solver of the same authors' HyCa.
     """
 
     latest: float = 0.5

@@ -186,6 +186,8 @@ class RootHook(ModelHook):
             method.observe(context.name, context.step, "input", latents)
         if context.skip:
             predicted = cache.predict("output", latents if method.predictor.sees_input else None)
+            if context.weights == (1.0,):  # a scheduler may keep it, and the history's buffer is written again
+                predicted = predicted.clone()
             predicted = latents + predicted if residual else predicted
             return (predicted,) if context.output_type is tuple else context.output_type(sample=predicted)
         output = self.fn_ref.original_forward(*args, **kwargs)

@@ -288,3 +288,14 @@ def test_solvers_take_the_schedulers_place_for_as_long_as_they_are_attached(pipe
         assert method.report().computed == {"cond": list(range(20))} and pipe.scheduler is own
         errors[name] = (latents - exact).norm()
     assert errors["solver"] < errors["euler"]
+
+
+def test_a_reused_prediction_is_the_callers_own(rollout):
+    """Some schedulers keep predictions, and the history writes its buffers again."""
+    outputs, forward = [], rollout.model.forward
+    with dpcache.cached(rollout.model, uniform_skip(3, 10)):
+        hook = rollout.model.register_forward_hook(lambda *call: outputs.append((call[-1][0], call[-1][0].clone())))
+        rollout()
+        hook.remove()
+    assert len(outputs) == 10 and all(torch.equal(now, then) for now, then in outputs)
+    assert rollout.model.forward == forward

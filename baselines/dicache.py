@@ -23,6 +23,8 @@ class ShallowProbe(OnlineSchedule):
         self.budget, self.probe, self.threshold, self.needs_calibration = budget, probe, threshold, threshold is None
         self.warmup = int(0.2 * budget if retention is None else retention * num_inference_steps)
         self.minus_input, self.clip = minus_input, clip
+        if budget < self.warmup + 2:
+            raise ValueError(f"budget={budget}: retention={retention} and the last step take {self.warmup + 2} steps")
 
     def start(self):
         return {"accumulated": 0.0, "gamma": 1.0}
@@ -39,7 +41,7 @@ class ShallowProbe(OnlineSchedule):
             gamma = (residual - old).float().abs().mean() / (new - old).float().abs().mean()
             change, state["gamma"] = torch.stack([change, gamma]).tolist()  # the host waits for the device once
             state["accumulated"] += change
-            compute = state["accumulated"] >= self.threshold
+            compute = not state["accumulated"] < self.threshold  # also where it is not a number
         if compute:
             state["accumulated"] = 0.0
             if "newer" in state:
@@ -50,7 +52,7 @@ class ShallowProbe(OnlineSchedule):
 
     def scale(self, context, weights):
         low, high = self.clip
-        gamma = min(max(context.online["gamma"], low), high)  # not a number where nothing has changed: low
+        gamma = min(max(low, context.online["gamma"]), high)  # not a number where nothing has changed: low
         return (1 - gamma, gamma) if len(weights) > 1 else weights
 
 

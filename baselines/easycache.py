@@ -22,6 +22,10 @@ class TransformationRate(OnlineSchedule):
         super().__init__(num_inference_steps)
         self.warmup = max(2, min(5, budget // 2)) if warmup is None else warmup
         check_budget(budget, num_inference_steps, self.warmup)
+        if self.warmup < 2:
+            raise ValueError(f"warmup={warmup} must be at least 2: a rate takes two computed steps")
+        if budget < min(self.warmup + 1, num_inference_steps):
+            raise ValueError(f"budget={budget}: warmup={self.warmup} and the last step take {self.warmup + 1} steps")
         self.budget, self.threshold, self.needs_calibration = budget, threshold, threshold is None
         self.leader = None
 
@@ -38,10 +42,10 @@ class TransformationRate(OnlineSchedule):
         if self.warmup <= step < self.num_inference_steps - 1:
             change = state["rate"] * (x - state["x"]).float().abs().mean() / state["v"].float().abs().mean()
             state["accumulated"] += change.item()
-            compute = state["accumulated"] >= self.threshold
+            compute = not state["accumulated"] < self.threshold  # also where it is not a number
         if compute:
             state["accumulated"] = 0.0
-        state["x"] = x
+        state["x"] = x.clone()  # the sampler's own, which it may change in place
         return compute
 
     def learn(self, context, name, feature):

@@ -21,6 +21,8 @@ class Verified(OnlineSchedule):
     def __init__(self, budget, num_inference_steps, threshold, decay, floor, shortest, longest, warmup):
         super().__init__(num_inference_steps)
         check_budget(budget, num_inference_steps, 2)
+        if not 1 <= warmup <= 2 * budget:  # every other step of which is computed
+            raise ValueError(f"warmup={warmup} must be between 1 and twice budget={budget}")
         self.budget, self.threshold, self.needs_calibration = budget, threshold, threshold is None
         self.decay, self.floor, self.first, self.warmup = decay, floor, 1.0, warmup
         self.shortest, self.longest = (
@@ -73,4 +75,5 @@ def speca(
         warmup: steps before this one are computed, but for those right after a computed one.
     """
     schedule = Verified(budget, num_inference_steps, threshold, decay, floor, shortest, longest, warmup)
-    return Searched(schedule, "modules", Taylor(order))
+    # The authors' factors begin at the last step but one that the warm-up computes.
+    return Searched(schedule, "modules", Taylor(order, since=max(warmup - 3, 0)))

@@ -37,7 +37,7 @@ class AccumulatedChange(OnlineSchedule):
 
     @property
     def ready(self):
-        return self.threshold is not None and self.polynomial is not None
+        return super().ready and self.polynomial is not None
 
     def prepare(self, calibration):
         if not self.needs_calibration:

@@ -112,6 +112,7 @@ class Context:
             self.generations.append((self.keys, self.step, self.work))
         self.state_bytes = max(self.state_bytes, self.online_bytes)
         self.step, self.keys, self.online, self.work = 0, [], online, 0.0
+        self.verifying = False  # a generation may have broken off right there
 
     @property
     def online_bytes(self) -> int:
@@ -262,6 +263,7 @@ class StepCache:
                     del module._diffusers_hook
         if hasattr(self.transformer, "_diffusers_hook"):
             self.transformer._diffusers_hook.invalidate_child_registries_cache()
+        self.reset()
         for _, context in self.contexts.items():
             context.histories.clear()
         if self.watch is not None:
@@ -323,6 +325,11 @@ class StepCache:
             return
         weights = self.method.weights(tuple(context.keys[-self.method.predictor.history :]), context.step)
         context.weights = weights if self.computed is not None else self.schedule.scale(context, weights)
+
+    def left_out(self, module) -> None:
+        """A module that has been called does not run."""
+        if self.watch is not None:
+            self.watch.forget(module)
 
     @torch.compiler.disable
     def keep(self, name: str, feature) -> None:

@@ -32,7 +32,8 @@ class LayerFlops:
     before it. After that it is enough to know which layers run, and how much smaller their input is.
 
     Args:
-        costs: layer -> (FLOPs, size of its input per sample) where they are known already; filled by the first call.
+        costs: layer -> (FLOPs, size of its inputs per sample), of all its runs in a full step together, where they are
+            known already; filled by the first call.
     """
 
     def __init__(self, transformer: torch.nn.Module, costs: MutableMapping):
@@ -42,7 +43,7 @@ class LayerFlops:
         self.costs, self.counter, self.ran = costs, None, []
 
     def _begin(self, layer, args) -> None:
-        size = args[0].shape[1:].numel() if args else None
+        size = args[0].shape[1:].numel() if args else 1
         self.ran.append((layer, size))
         if self.counter is not None:
             self._charge()
@@ -52,9 +53,14 @@ class LayerFlops:
         """What has been counted since the last layer began is that layer's."""
         total = self.counter.get_total_flops()
         if self.layer is not None:
-            before = self.costs[self.layer][0] if self.layer in self.costs else 0
-            self.costs[self.layer] = before + total - self.counted, self.size
+            flops, size = self.costs.get(self.layer, (0, 0))
+            self.costs[self.layer] = flops + total - self.counted, size + self.size
         self.counted = total
+
+    def forget(self, layer) -> None:
+        """It has been called just now, but something else stands in for it."""
+        if self.ran and self.ran[-1][0] is layer:
+            self.ran.pop()
 
     @contextmanager
     def call(self):
@@ -79,8 +85,8 @@ class LayerFlops:
         """Of the FLOPs of a full step, what the last call computed."""
         ran = 0.0
         for layer, size in self.ran:
-            flops, full = self.costs.get(layer, (0, None))
-            ran += flops * size / full if full else flops
+            flops, full = self.costs.get(layer, (0, 1))
+            ran += flops * size / full
         return ran / sum(flops for flops, _ in self.costs.values())
 
     def remove(self) -> None:

@@ -139,13 +139,14 @@ class OnlineSchedule(Schedule):
     """
 
     probe = 0
+    threshold: float | None = 0.0  # None while `prepare` has yet to find it
 
     def __init__(self, num_inference_steps: int):
         super().__init__(None, num_inference_steps)
 
     @property
     def ready(self):
-        return True
+        return self.threshold is not None
 
     def start(self) -> dict:
         """The state of a new generation."""

@@ -215,6 +215,7 @@ class BranchHook(_Hook):
     def new_forward(self, module, *args, **kwargs):
         context = self.cache.current
         if context.skip:
+            self.cache.left_out(module)
             return self.cache.predict(self.name)
         output = self.fn_ref.original_forward(*args, **kwargs)
         if not context.verifying:
@@ -228,6 +229,7 @@ class FeederHook(_Hook):
     @skip
     def new_forward(self, module, *args, **kwargs):
         if self.cache.current.skip:
+            self.cache.left_out(module)
             nothing = (args[0] if args else kwargs["hidden_states"])[..., :0]
             text = kwargs.get("encoder_hidden_states")
             return nothing if text is None else (nothing, text[..., :0])

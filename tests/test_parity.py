@@ -162,8 +162,8 @@ def flux_start(model, x, step, encoder_hidden_states, pooled_projections, img_id
     return model.x_embedder(x), model.context_embedder(encoder_hidden_states), c, rope
 
 
-def flux_stack(model, h, text, c, rope, kept=EVERYTHING):
-    """The image stream after all blocks."""
+def flux_streams(model, h, text, c, rope, kept=EVERYTHING):
+    """The image stream after every block."""
     for b, block in enumerate(model.transformer_blocks):
         h_in, gate_attn, shift, scale, gate_ff = block.norm1(h, emb=c)
         text_in, text_gate_attn, text_shift, text_scale, text_gate_ff = block.norm1_context(text, emb=c)
@@ -174,11 +174,18 @@ def flux_stack(model, h, text, c, rope, kept=EVERYTHING):
         text_in = modulate(block.norm2_context, text, text_scale, text_shift)
         h = h + kept(f"ff {b}", [gate_ff], block.ff, h_in)[0]
         text = text + kept(f"text ff {b}", [text_gate_ff], block.ff_context, text_in)[0]
+        yield h
     joint = torch.cat([text, h], 1)
     for b, block in enumerate(model.single_transformer_blocks):
         joint_in, gate = block.norm(joint, emb=c)
         joint = joint + kept(f"single {b}", [gate], attention_and_mlp, block, joint_in, rope)[0]
-    return joint[:, text.shape[1] :]
+        yield joint[:, text.shape[1] :]
+
+
+def flux_stack(*inputs):
+    """The image stream after all blocks."""
+    *_, h = flux_streams(*inputs)
+    return h
 
 
 def attention_and_mlp(block, joint, rope):
@@ -190,19 +197,28 @@ def flux_end(model, h, c):
     return model.proj_out(model.norm_out(h, c))
 
 
-def dit_by_hand(model, x, step, class_labels, kept):
-    t, condition = 1000 * sigma(step), {"hidden_dtype": torch.float32}
-    h = model.pos_embed(x)
-    for b, block in enumerate(model.transformer_blocks):
-        h_in, gate_attn, shift, scale, gate_ff = block.norm1(h, t, class_labels, **condition)
-        h = h + kept(f"attn {b}", [gate_attn], block.attn1, h_in)[0]
-        h_in = modulate(block.norm3, h, scale, shift)
-        h = h + kept(f"ff {b}", [gate_ff], block.ff, h_in)[0]
-    c = model.transformer_blocks[0].norm1.emb(t, class_labels, **condition)
+def dit_block(block, h, step, class_labels, kept=EVERYTHING):
+    h_in, gate_attn, shift, scale, gate_ff = block.norm1(
+        h, 1000 * sigma(step), class_labels, hidden_dtype=torch.float32
+    )
+    h = h + kept((block, "attn"), [gate_attn], block.attn1, h_in)[0]
+    h_in = modulate(block.norm3, h, scale, shift)
+    return h + kept((block, "ff"), [gate_ff], block.ff, h_in)[0]
+
+
+def dit_end(model, h, step, class_labels):
+    c = model.transformer_blocks[0].norm1.emb(1000 * sigma(step), class_labels, hidden_dtype=torch.float32)
     shift, scale = model.proj_out_1(torch.nn.functional.silu(c)).chunk(2, 1)
     patches = model.proj_out_2(modulate(model.norm_out, h, scale, shift))
     patches = patches.reshape(-1, 4, 4, 2, 2, 4)  # (B, rows, columns, 2, 2, channels)
     return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, 4, 8, 8)
+
+
+def dit_by_hand(model, x, step, class_labels, kept):
+    h = model.pos_embed(x)
+    for block in model.transformer_blocks:
+        h = dit_block(block, h, step, class_labels, kept)
+    return dit_end(model, h, step, class_labels)
 
 
 def test_references_are_the_models(flux, dit):

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import matplotlib
@@ -27,11 +27,34 @@ ORDER = (
     "dpm_solver",
     "unipc",
     "uniform_skip",
-    "fora",
     "ab_cache",
-    "teacache",
+    "zeus",
+    "easycache",
+    "ertacache",
+    "fora",
     "taylorseer",
+    "taylorseer_lite",
     "hicache",
+    "foca",
+    "speca",
+    "toca",
+    "profilingdit",
+    "spectrum",
+    "hyca",
+    "teacache",
+    "dicache",
+    "bwcache",
+    "diffusers_taylorseer",
+    "diffusers_taylorseer_lite",
+    "magcache",
+    "seacache",
+    "first_block_cache",
+    "pab",
+    "fastercache",
+    "dbcache",
+    "dbcache_taylorseer",
+    "dbcache_foca",
+    "dbcache_scm",
     "dpcache",
     "dpcache_lsq",
     "dpcache_lsq_output",
@@ -205,15 +228,52 @@ def _without_full(board: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, float
     return board[board.index != "full"], None if metric in TRIVIAL_FOR_FULL or full.empty else full.mean()
 
 
+def _styles(labels: Iterable[str]) -> dict[str, dict]:
+    """Colour and marker of each row: of a plain method always the same."""
+    colors, others = matplotlib.color_sequences["tab20"], iter(matplotlib.color_sequences["Dark2"] * 8)
+    known = {name: {"color": colors[i % 20], "marker": "osD"[i // 20]} for i, name in enumerate(ORDER)}
+    return {label: known.get(label) or {"color": next(others), "marker": "o"} for label in dict.fromkeys(labels)}
+
+
 def _curves(axes, board: pd.DataFrame, title: str) -> None:
-    colors = dict(zip(ORDER, matplotlib.color_sequences["tab20"], strict=False))
-    others = iter(matplotlib.color_sequences["Dark2"] * 8)
-    for label in dict.fromkeys(board.index):
-        line, color = board.loc[[label]].sort_values("budget"), colors.get(label) or next(others)
-        axes.plot(line["budget"], line["mean"], "o-", ms=3, lw=1.2, color=color, label=label)
-        axes.fill_between(line["budget"], line["lo"], line["hi"], color=color, alpha=0.15, lw=0)
+    for label, style in _styles(board.index).items():
+        line = board.loc[[label]].sort_values("budget")
+        axes.plot(line["budget"], line["mean"], "-", ms=3, lw=1.2, label=label, **style)
+        axes.fill_between(line["budget"], line["lo"], line["hi"], color=style["color"], alpha=0.15, lw=0)
     axes.set(xlabel="budget K (computed steps)", ylabel=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+@matplotlib.rc_context(STYLE)
+def pareto(path: str | Path, frame: pd.DataFrame, metric: str = "psnr", gain: str = "speedup") -> Path:
+    """Metric over speed-up (or another column `gain` of which more is better), one panel per setting, one line per row
+    of the board; the dashed front goes through the runs that no other run beats in both, and names them.
+
+    Raises ValueError for a column that no result has.
+    """
+    boards = [(heading, _without_full(board, metric)[0]) for heading, board in _boards(frame, metric)]
+    gains = {heading: board.set_index("budget", append=True)["mean"] for heading, board in _boards(frame, gain)}
+    plot = Figure(figsize=(8.5 * len(boards), 5.4))
+    plot.set_layout_engine("constrained")
+    for axes, (heading, board) in zip(plot.subplots(1, len(boards), squeeze=False)[0], boards):
+        points = board.set_index("budget", append=True)
+        points = points.assign(gain=gains[heading].reindex(points.index)).dropna(subset="gain").reset_index("budget")
+        for label, style in _styles(points.index).items():
+            line = points.loc[[label]].sort_values("gain")
+            axes.plot(line["gain"], line["mean"], "-", ms=4, lw=0.6, label=label, **style)
+        front = points.sort_values("gain", ascending=False)
+        front = front[front["mean"] > front["mean"].cummax().shift(fill_value=-np.inf)]
+        axes.plot(front["gain"], front["mean"], "k--", lw=0.8, zorder=0)
+        for label, row in front.iterrows():
+            axes.annotate(
+                f"{label} {row['budget']:.0f}", (row["gain"], row["mean"]), (4, 4), textcoords="offset points"
+            )
+        axes.set(xlabel=LABELS.get(gain, gain), ylabel=LABELS.get(metric, metric), title=heading)
+        axes.grid(color="0.9", lw=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=6.5, ncols=1 + len(set(points.index)) // 24)
+    return save(plot, path)
 
 
 def _list(axes, board: pd.DataFrame, title: str) -> None:
@@ -236,6 +296,7 @@ def main() -> None:
     parser.add_argument("--metric", help="print this column only; default: PSNR, SSIM, speed-up and computed steps")
     parser.add_argument("--against", metavar="METHOD", help="also print paired differences to this method")
     parser.add_argument("--figure", type=Path, help="also draw the metric (default: PSNR) over the budget")
+    parser.add_argument("--pareto", type=Path, help="also draw the metric (default: PSNR) over the speed-up")
     parser.add_argument("--out", type=Path, help="where the board is written; default: the folder itself")
     parser.add_argument("--prompts", type=int, default=8, help="prompts on the report's image wall; default: 8")
     arguments = parser.parse_args()
@@ -253,6 +314,8 @@ def main() -> None:
         print(paired_table(frame, arguments.against, metric))
     if arguments.figure:
         figure(arguments.figure, frame, metric)
+    if arguments.pareto:
+        pareto(arguments.pareto, frame, metric)
     for path in report.write(arguments.folder, arguments.out or arguments.folder, frame, arguments.prompts):
         print(path)
 

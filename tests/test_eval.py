@@ -292,6 +292,20 @@ def test_figure(runs, tmp_path, metric):
     assert Image.open(path).size[0] == 2280 and Image.open(path).size[1] < 640
 
 
+def test_pareto_front_names_the_runs_that_none_beats(tmp_path, monkeypatch):
+    for name, budget, psnr, speedup in (("fora", 9, 30, 4.0), ("toca", 9, 31, 3.0), ("teacache", 9, 30, 3.5)):
+        folder = tmp_path / name
+        folder.mkdir()
+        timing = {"speedup": speedup}
+        (folder / "result.json").write_text(json.dumps(result(name, budget, psnr, timing=timing)))
+    drawn = []
+    monkeypatch.setattr(leaderboard, "save", lambda plot, path: drawn.append(plot) or path)
+    leaderboard.pareto(tmp_path / "pareto.png", leaderboard.collect(tmp_path))
+    (axes,) = drawn[0].axes
+    assert [text.get_text() for text in axes.texts] == ["fora 9", "toca 9"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["fora", "toca", "teacache"]
+
+
 # --- tracking
 
 

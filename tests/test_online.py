@@ -267,7 +267,7 @@ def test_speca_computes_the_step_after_a_failed_forecast(steps, warmup, shortest
 
 
 ONLINE = {
-    "dicache": lambda **settings: dicache(8, 20, **{"threshold": 0.3, "retention": 0.0} | settings),
+    "dicache": lambda **settings: dicache(8, 20, **{"threshold": 0.3, "retention": 0.1} | settings),
     "speca": lambda **settings: speca(8, 20, **{"threshold": 0.3} | settings),
     "easycache": lambda **settings: easycache(8, 20, **{"threshold": 0.2, "warmup": 2} | settings),
     "bwcache": lambda **settings: bwcache(8, 20, **{"threshold": 0.2} | settings),
@@ -339,6 +339,29 @@ def test_easycache_lets_the_first_guidance_branch_decide(rollout):
             assert dpcache.report(rollout.model).computed == dict.fromkeys(computed, computed[first])
             assert torch.equal(together[first], alone[first]) and not torch.equal(together[second], alone[second])
     assert computed["cond"] != computed["uncond"]
+
+
+@torch.no_grad()
+def test_easycache_forgets_a_generation_that_broke_off(rollout):
+    with dpcache.cached(rollout.model, ONLINE["easycache"]()):
+        expected = denoise(rollout, ["cond", "uncond"])
+    method = ONLINE["easycache"]()
+    with dpcache.cached(rollout.model, method), rollout.model.cache_context("cond"):
+        rollout.model(rollout.start, timestep=torch.ones(2), **rollout.fixed)
+    with dpcache.cached(rollout.model, method):
+        assert all(torch.equal(v, expected[name]) for name, v in denoise(rollout, ["cond", "uncond"]).items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ONLINE)
+def test_samplers_may_work_in_place(rollout, name):
+    rollout.steps = 20
+    with dpcache.cached(rollout.model, ONLINE[name]()):
+        expected, x = rollout(), rollout.start.clone()
+        for step in range(20):
+            time = torch.full((2,), 1 - step / 20)
+            x -= rollout.model(x, timestep=time, return_dict=False, **rollout.fixed)[0] / 20
+    assert torch.equal(x, expected)
 
 
 @pytest.mark.parametrize("name", ONLINE)

@@ -49,17 +49,15 @@ class TokenWise(Schedule):
         self.steps = EvenlySpaced(full, self.num_inference_steps, self.warmup).steps
         self.interval = (self.num_inference_steps - self.warmup + 1) / (full - self.warmup + 1)
 
-    def ratio(self, step: int, block: str, layer: int) -> float:
-        """The share of tokens that this step computes anew."""
+    def count(self, step: int, block: str, layer: int, length: int) -> int:
+        """How many of `length` tokens this step computes anew."""
+        ratio = self.fresh_ratio
         if block == DIT:  # the scheme "ToCa-ddim50"
             left = (self.num_inference_steps - 1 - step) / self.num_inference_steps
-            ratio = self._base(0.07) * (0.8 + 0.4 * layer / 27) * (3 - 4 * left) * 2.5
+            ratio = (0.07 if ratio is None else ratio) * (0.8 + 0.4 * layer / 27) * (3 - 4 * left) * 2.5
         else:
-            ratio = self._base(0.1) * (1.5 - layer / 27) * STREAMS.get(block, 1.0)
-        return min(max(ratio, 0.0), 1.0)
-
-    def _base(self, default: float) -> float:
-        return default if self.fresh_ratio is None else self.fresh_ratio
+            ratio = (0.1 if ratio is None else ratio) * (1.5 - layer / 27) * STREAMS.get(block, 1.0)
+        return int(torch.tensor(min(max(ratio, 0.0), 1.0)) * length)  # in float32, like theirs
 
     def select(self, context, name, block, layer, received):
         state, step = context.online, context.step
@@ -68,7 +66,7 @@ class TokenWise(Schedule):
         score = score + self.soft_fresh_weight * (step - 1 - refreshed) / self.interval
         if block == DIT:
             score = spread_out(score)
-        count = int(torch.tensor(self.ratio(step, block, layer)) * received.shape[1])
+        count = self.count(step, block, layer, received.shape[1])
         chosen = score.argsort(dim=-1, descending=True, stable=True)[:, :count]
         state[name] = refreshed.scatter(1, chosen, step)
         return chosen

@@ -244,15 +244,14 @@ class _Received(TorchFunctionMode):
 
 class AttentionHook(BranchHook):
     """On a block's self-attention: also keeps how much of it each token receives, (B, N), at computed steps that are
-    followed by a skipped one. The others run the model's own kernels."""
+    followed by a skipped one. The others run the model's own kernels, which long sequences make much the faster."""
 
     @skip
     def new_forward(self, module, *args, **kwargs):
         context, cache = self.cache.current, self.cache
-        followed = context.step + 1 < cache.schedule.num_inference_steps and (
-            cache.computed is None or context.step + 1 not in cache.computed
-        )
-        if context.skip or not followed:
+        following, end = context.step + 1, cache.schedule.num_inference_steps
+        followed = following < end and (cache.computed is None or following not in cache.computed)
+        if context.skip or context.verifying or not followed:
             return super().new_forward(module, *args, **kwargs)
         with _Received() as attention:
             output = super().new_forward(module, *args, **kwargs)

@@ -8,6 +8,7 @@ import test_parity
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from test_cache import CALL, STEPS, count_calls
+from test_families import case
 from test_parity import T, attached, distance, dit_by_hand, dit_inputs, euler, flux_end, flux_stack, flux_start
 from test_peers import run_once, snapshot
 
@@ -220,6 +221,19 @@ def test_without_fresh_tokens_it_is_the_site_modules(any_rollout, predictor):
         with dpcache.cached(any_rollout.model, dpcache.Method(Schedule(STEPS, 10), site, predictor)):
             outputs.append(any_rollout())
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "sd3"])
+def test_the_same_on_whole_pipelines(name):
+    family, outputs = case(name), []
+    for site in ("modules", "tokens"):
+        outputs.append(family.latents(dpcache.Method(Schedule([0, 1, 2, 5], 8), site, Taylor(2))))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    method = toca(4, 8, interval=3, fresh_ratio=0.5)
+    first = family.latents(method)
+    assert torch.equal(first, family.latents(method)) and not torch.allclose(first, outputs[0])
+    (*_, spent) = next(iter(method.report().spent.values()))
+    assert method.schedule.steps == [0, 1, 2, 5] and 4 < spent < 7
 
 
 def test_with_all_tokens_fresh_attention_alone_is_reused(any_rollout):

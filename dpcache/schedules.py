@@ -42,6 +42,16 @@ class Schedule:
     def prepare(self, calibration) -> None:
         """Settle what depends on a `Calibration`; a fixed list has nothing to settle."""
 
+    def select(self, context, name: str, block: str, layer: int, received):
+        """At site=tokens: the tokens for which a skipped step computes the feed-forward `name` anew, (B, k) of N.
+
+        Args:
+            block, layer: the block's class, and which of its class it is.
+            received: the attention that each token received at the last computed step, (B, N), float32, of mean 1 / N
+                over the whole of the self-attention.
+        """
+        return received[:, :0].long()  # none
+
 
 def check_budget(budget: int, num_inference_steps: int, warmup: int) -> None:
     """Raises ValueError unless 1 <= warmup <= budget <= num_inference_steps."""

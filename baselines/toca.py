@@ -1,0 +1,127 @@
+"""ToCa: Accelerating Diffusion Transformers with Token-wise Feature Caching (Zou et al., arXiv 2410.05317), as in the
+authors' code."""
+
+import logging
+import math
+
+import torch
+
+from baselines.search import rerun
+from dpcache.method import Method
+from dpcache.predictors import Reuse
+from dpcache.schedules import EvenlySpaced, Schedule, check_budget
+
+log = logging.getLogger(__name__)
+
+DIT = "BasicTransformerBlock"
+# In FLUX much of a single-stream block, little of a double-stream one; the authors have no such factor for others.
+STREAMS = {
+    "FluxTransformerBlock": 0.4,
+    "FluxSingleTransformerBlock": 1.6,
+    "HunyuanVideoTransformerBlock": 0.4,
+    "HunyuanVideoSingleTransformerBlock": 1.6,
+}
+
+
+class TokenWise(Schedule):
+    """The first steps and then some, evenly spaced or every `interval`-th, are computed in full; on the others each
+    feed-forward runs on the tokens of the highest score: attention received (s1) + soft_fresh_weight * age / interval
+    (s3), the age in steps since the token was last computed. Attention outputs are reused (s2, of cross-attention, has
+    no part in the code for these models), and in a DiT the tokens are spread over the image (s4).
+
+    How many grows or shrinks with the layer and, in a DiT, with the step; 27 is DiT-XL's last layer, in the code for
+    FLUX as well. The authors' code for DiT has intervals of its own, which shrink from 5 to 2, and one step or two at
+    which the first layer alone is computed in full: here it is spaced like the others.
+    """
+
+    partial = True
+
+    def __init__(self, budget, num_inference_steps, interval, fresh_ratio, soft_fresh_weight, warmup):
+        check_budget(budget, num_inference_steps, warmup)
+        super().__init__(None, num_inference_steps)
+        self.budget, self.interval, self.warmup, self.needs_calibration = budget, interval, warmup, interval is None
+        self.fresh_ratio, self.soft_fresh_weight = fresh_ratio, soft_fresh_weight
+        if interval is not None:
+            self.steps = sorted({*range(warmup), *range(warmup - 1, num_inference_steps, interval)})
+
+    def spread(self, full: int) -> None:
+        """Compute `full` steps in full, evenly spaced after the warm-up."""
+        self.steps = EvenlySpaced(full, self.num_inference_steps, self.warmup).steps
+        self.interval = (self.num_inference_steps - self.warmup + 1) / (full - self.warmup + 1)
+
+    def count(self, step: int, block: str, layer: int, length: int) -> int:
+        """How many of `length` tokens this step computes anew."""
+        ratio = self.fresh_ratio
+        if block == DIT:  # the scheme "ToCa-ddim50"
+            left = (self.num_inference_steps - 1 - step) / self.num_inference_steps
+            ratio = (0.07 if ratio is None else ratio) * (0.8 + 0.4 * layer / 27) * (3 - 4 * left) * 2.5
+        else:
+            ratio = (0.1 if ratio is None else ratio) * (1.5 - layer / 27) * STREAMS.get(block, 1.0)
+        return int(torch.tensor(min(max(ratio, 0.0), 1.0)) * length)  # in float32, like theirs
+
+    def select(self, context, name, block, layer, received):
+        state, step = context.online, context.step
+        refreshed = state.get(name, torch.zeros_like(received)).clamp(min=context.keys[-1])
+        score = torch.nn.functional.normalize(received, dim=-1)
+        score = score + self.soft_fresh_weight * (step - 1 - refreshed) / self.interval
+        if block == DIT:
+            score = spread_out(score)
+        count = self.count(step, block, layer, received.shape[1])
+        chosen = score.argsort(dim=-1, descending=True, stable=True)[:, :count]
+        state[name] = refreshed.scatter(1, chosen, step)
+        return chosen
+
+
+def spread_out(score: torch.Tensor, bonus: float = 0.6) -> torch.Tensor:
+    """Scores (B, N) of a square grid of tokens: the best one of every 2 x 2 cell gains by `bonus`."""
+    side = math.isqrt(score.shape[1])
+    if side**2 != score.shape[1] or side % 2:
+        raise ValueError(f"{score.shape[1]} tokens are not a square of an even number")
+    cells = score.view(-1, side // 2, 2, side // 2, 2).transpose(2, 3).flatten(3)  # (B, rows, columns, 4)
+    best, place = cells.max(-1, keepdim=True)
+    cells = cells.scatter_add(-1, place, bonus * best)
+    return cells.unflatten(-1, (2, 2)).transpose(2, 3).reshape(score.shape)
+
+
+class ToCa(Method):
+    """The number of full steps is the one whose cost, together with that of the others, comes closest to the budget."""
+
+    def prepare(self, pipe, calibration=None):
+        super().prepare(pipe, calibration)
+        schedule, steps = self.schedule, self.schedule.num_inference_steps
+        if not self.needs_calibration:
+            return
+        full, budget, spent = schedule.budget, schedule.budget, {}
+        while full not in spent:
+            schedule.spread(full)
+            spent[full] = rerun(self, pipe, calibration, limit=1)  # the same for all prompts
+            partial = (spent[full] - full) / max(steps - full, 1)  # cost of a step that is not, in full ones
+            full = max(round((budget - partial * steps) / (1 - partial)), schedule.warmup)
+        full = min(spent, key=lambda full: abs(spent[full] - budget))
+        schedule.spread(full)
+        self.settled |= {"full": full, "spent": spent[full]}
+        if abs(spent[full] - budget) > 0.5:
+            log.warning("ToCa: budget=%s is out of reach: %s full steps spend %.1f", budget, full, spent[full])
+
+
+def toca(
+    budget: int,
+    num_inference_steps: int,
+    interval: int | None = None,
+    fresh_ratio: float | None = None,
+    soft_fresh_weight: float = 0.25,
+    warmup: int = 3,
+) -> Method:
+    """Every attention output is reused, and a few tokens of every feed-forward output are computed anew.
+
+    Args:
+        interval: the authors' N, a full step after every N - 1 others; None: as many full steps as spend the budget,
+            with the mean gap between them for N.
+        fresh_ratio: mean share of tokens computed anew, before the factors for layer, step and kind of block; None: the
+            authors' 0.07 for DiT, else 0.1.
+        soft_fresh_weight: of the age in a token's score.
+        warmup: full steps to begin with.
+    """
+    return ToCa(
+        TokenWise(budget, num_inference_steps, interval, fresh_ratio, soft_fresh_weight, warmup), "tokens", Reuse()
+    )

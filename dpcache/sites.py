@@ -356,11 +356,10 @@ class RefreshHook(BranchHook):
 
     @skip
     def new_forward(self, module, *args, **kwargs):
-        output = super().new_forward(module, *args, **kwargs)
-        if self.cache.current.skip:
-            fresh = self.fn_ref.original_forward(*args, **kwargs)
-            output.scatter_(1, self.selection.index.expand_as(fresh), fresh)
-        return output
+        if not self.cache.current.skip:
+            return super().new_forward(module, *args, **kwargs)
+        fresh = self.fn_ref.original_forward(*args, **kwargs)
+        return self.cache.predict(self.name).scatter_(1, self.selection.index.expand_as(fresh), fresh)
 
 
 class EmbedderHook(_Hook):
@@ -409,19 +408,6 @@ def hooks(site: str, transformer: torch.nn.Module, cache, online: bool) -> list[
     return pairs
 
 
-def runs(blocks: Sequence[int], count: int) -> list[list[int]]:
-    """Indices of blocks, each below `count`, as runs of consecutive ones."""
-    if illegal := [index for index in blocks if not 0 <= index < count]:
-        raise ValueError(f"blocks={illegal}: this model's blocks are 0..{count - 1}")
-    parts = []
-    for index in sorted(set(blocks)):
-        if parts and parts[-1][-1] == index - 1:
-            parts[-1].append(index)
-        else:
-            parts.append([index])
-    return parts
-
-
 def _token_hooks(cache, block, kind: str, index: int, layer: int, present: dict[str, torch.nn.Module]):
     """The (module, hook) pairs of a block at site=tokens, the `layer`-th of its kind."""
     attention = next(name for name in ("attn", "attn1") if hasattr(block, name))
@@ -435,6 +421,19 @@ def _token_hooks(cache, block, kind: str, index: int, layer: int, present: dict[
             if attention not in present:
                 hooked[attention] = SelectedAttentionHook(cache, f"{index}.{attention}", hooked[norm])
     return [(getattr(block, name), hook) for name, hook in hooked.items()]
+
+
+def runs(blocks: Sequence[int], count: int) -> list[list[int]]:
+    """Indices of blocks, each below `count`, as runs of consecutive ones."""
+    if illegal := [index for index in blocks if not 0 <= index < count]:
+        raise ValueError(f"blocks={illegal}: this model's blocks are 0..{count - 1}")
+    parts = []
+    for index in sorted(set(blocks)):
+        if parts and parts[-1][-1] == index - 1:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    return parts
 
 
 def model_input(args: tuple, kwargs: dict) -> torch.Tensor:

@@ -101,8 +101,8 @@ def speca_by_hand(model, threshold, decay, shortest, longest, order, warmup, rat
 
     def run(x, step):
         h = model.pos_embed(x)
-        for block in model.transformer_blocks:
-            h, before = hand.dit_block(block, h, step, **condition, kept=kept), h
+        for index, block in enumerate(model.transformer_blocks):
+            h, before = hand.dit_block(block, index, h, step, **condition, kept=kept), h
         return before, h
 
     def velocity(x, step):
@@ -116,7 +116,7 @@ def speca_by_hand(model, threshold, decay, shortest, longest, order, warmup, rat
         if not compute:
             before, h = run(x, step)
             if forecasts >= shortest:
-                real = hand.dit_block(model.transformer_blocks[-1], before, step, **condition)
+                real = hand.dit_block(model.transformer_blocks[-1], -1, before, step, **condition)
                 error = size(h - real) / size(real) if ratio_of_means else ((h - real) / real).abs().mean().item()
                 compute = at_once and error > limit
             forecasts += 1

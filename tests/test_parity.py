@@ -86,7 +86,7 @@ def euler(velocity, x):
     """All T velocities of dx/dsigma = v, sigma = 1, 1 - 1/T, ..., 1/T."""
     velocities = []
     for step in range(T):
-        velocities.append(velocity(x, step).clone())  # reuse hands out the cache's own buffer
+        velocities.append(velocity(x, step))
         x = x - velocities[-1] / T
     return torch.stack(velocities)
 
@@ -197,13 +197,13 @@ def flux_end(model, h, c):
     return model.proj_out(model.norm_out(h, c))
 
 
-def dit_block(block, h, step, class_labels, kept=EVERYTHING):
+def dit_block(block, index, h, step, class_labels, kept=EVERYTHING):
     h_in, gate_attn, shift, scale, gate_ff = block.norm1(
         h, 1000 * sigma(step), class_labels, hidden_dtype=torch.float32
     )
-    h = h + kept((block, "attn"), [gate_attn], block.attn1, h_in)[0]
+    h = h + kept(f"attn {index}", [gate_attn], block.attn1, h_in)[0]
     h_in = modulate(block.norm3, h, scale, shift)
-    return h + kept((block, "ff"), [gate_ff], block.ff, h_in)[0]
+    return h + kept(f"ff {index}", [gate_ff], block.ff, h_in)[0]
 
 
 def dit_end(model, h, step, class_labels):
@@ -216,8 +216,8 @@ def dit_end(model, h, step, class_labels):
 
 def dit_by_hand(model, x, step, class_labels, kept):
     h = model.pos_embed(x)
-    for block in model.transformer_blocks:
-        h = dit_block(block, h, step, class_labels, kept)
+    for index, block in enumerate(model.transformer_blocks):
+        h = dit_block(block, index, h, step, class_labels, kept)
     return dit_end(model, h, step, class_labels)
 
 

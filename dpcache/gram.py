@@ -66,7 +66,7 @@ def key_axes(predictor, steps: int) -> int:
     return min(max(predictor.history, 2), 3 if steps**4 * 8 <= 2**30 else 2)
 
 
-def path_costs(gram, predictor, keys=3, step_weights=None) -> np.ndarray:
+def path_costs(gram, predictor, keys=3, step_weights=None, coherent=False) -> np.ndarray:
     """Squared error of every move between key steps, given the last `keys` keys: axes as `dpcache.planner` takes them.
 
     With three keys, entry [h, i, j, k] is the sum over steps s = j+1..k-1 of step_weights[s] times the squared error
@@ -81,6 +81,9 @@ def path_costs(gram, predictor, keys=3, step_weights=None) -> np.ndarray:
         keys: number of key axes, at least 1; the planner takes 2 and more. The result holds about T^(keys + 1)
             float64: 50 MB for 3 keys and T = 50, 2.5 GB for 4.
         step_weights: (T,), what an error at each step counts; None: 1 everywhere.
+        coherent: the squared length of the sum over the steps of a move of their errors, each times the root of its
+            step weight, in place of the sum of squares. So errors that point the same way, as those of one
+            extrapolation do, count for more than errors that cancel.
 
     Returns:
         float64 array, (T, ..., T, T+1).
@@ -103,9 +106,11 @@ def path_costs(gram, predictor, keys=3, step_weights=None) -> np.ndarray:
         paths = np.array([c for c in combinations(range(steps), count) if count == keys or c[0] == 0])
         used, row = np.unique(paths[:, -predictor.history :], axis=0, return_inverse=True)
         last = used[:, -1:]
-        errors = _errors(gram, used, _weights(predictor, used, steps)) * step_weights * (np.arange(steps) > last)
+        weights, counted = _weights(predictor, used, steps), step_weights * (np.arange(steps) > last)
+        errors = _summed(gram, used, weights, counted) if coherent else _errors(gram, used, weights) * counted
         moves = np.zeros((len(used), steps + 1))
         errors.cumsum(1, out=moves[:, 1:])
+        moves.clip(0, out=moves)
         moves[np.arange(steps + 1) <= last] = np.inf
         cost[(0,) * (keys - count) + tuple(paths.T)] = moves[row.ravel()]
     return cost
@@ -122,6 +127,27 @@ def _errors(gram, keys, weights):
         own, crossed = own[:, 0], (weights * target[..., steps:]).sum(1)
         errors += own * (own * diagonal[steps:] + 2 * crossed - 2 * gram.diagonal(steps))
     return errors.clip(0)  # exact errors are squares, but terms of the size of G cancel to within 1e-16 of it
+
+
+def _summed(gram, keys, weights, step_weights, chunk=1024):
+    """By how much the error of each step lengthens the squared sum of those before it, for each row of keys, (n, T)."""
+    steps, result = weights.shape[2], np.empty((len(keys), weights.shape[2]))
+    for part in (slice(start, start + chunk) for start in range(0, len(keys), chunk)):
+        own, w = weights[part, keys.shape[1] :], weights[part, : keys.shape[1]]
+        target, scale = gram[keys[part]], np.sqrt(step_weights[part])
+        among = np.take_along_axis(target, keys[part, None], axis=2)
+        crossed = w.swapaxes(1, 2) @ target  # of the prediction at one step with the features (and inputs) at another
+        products = gram[:steps, :steps] + w.swapaxes(1, 2) @ among @ w
+        products = products - crossed[..., :steps] - crossed[..., :steps].swapaxes(1, 2)
+        if own.size:  # of the model's input
+            own = own.swapaxes(1, 2)  # (n, T, 1)
+            half = own * (gram[steps:, steps:] * own.swapaxes(1, 2) / 2 - gram[steps:, :steps])
+            half += own * crossed[..., steps:].swapaxes(1, 2)
+            products += half + half.swapaxes(1, 2)
+        products *= scale[:, :, None] * scale[:, None]
+        diagonal = np.arange(steps)
+        result[part] = 2 * np.triu(products, 1).sum(1) + products[:, diagonal, diagonal]
+    return result
 
 
 def _weights(predictor, keys, steps):

@@ -25,6 +25,7 @@ from dpcache.predictors import (
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
 
 FIXED = {"taylor": Taylor, "hermite": Hermite, "lagrange": Lagrange, "ab": AdamsBashforth, "foca": FoCa, "zeus": Zeus}
+SCREENED, FINALISTS = 3, 4  # of many candidates, the best ones on some calibration prompts are tried on all
 PREDICTORS = r"lsq[1-4]x?|(taylor|hermite|lagrange)[0-3]|ab[1-4]|foca|zeus"
 
 
@@ -41,7 +42,8 @@ class LeastSquaresPlan(Method):
     gain^(2 alpha) of the step, and the planner's state holds every key that a prediction looks at (the last three of
     a predictor of four; of more than a hundred steps, the last two). Which predictor, planner, warm-up and alpha serve
     best is settled in closed loop: of the candidates, the one whose accelerated runs of the calibration prompts end
-    closest to the full-step latents.
+    closest to the full-step latents. Errors add up along a trajectory in ways that no sum over steps tells, so even
+    spacing is a candidate, too: on guided models it often wins.
 
     The weights of least squares are then fitted once more, to the features that the accelerated runs really have at
     their keys (targets: the full-step features), and kept if prompts left out of that fit end closer.
@@ -55,8 +57,9 @@ class LeastSquaresPlan(Method):
             latents as well (site=output; left out where they differ in shape from the model's prediction, as with a
             learned variance); "taylor0" (reuse) to "taylor3", likewise "hermite" and "lagrange"; "ab1" to "ab4";
             "foca"; "zeus".
-        planners: candidates: "gram", as above; "l1", the paper's cost tensor and recurrence; "even" spacing.
-        warmups, alphas: candidates. Only planner "gram" depends on alpha.
+        planners: candidates: "gram", as above; "coherent", where the errors between two keys are summed before they
+            are squared, see `dpcache.gram.path_costs`; "l1", the paper's cost tensor and recurrence; "even" spacing.
+        warmups, alphas: candidates. Only planners "gram" and "coherent" depend on alpha.
         refit: whether the weights may be fitted in closed loop.
     """
 
@@ -68,7 +71,7 @@ class LeastSquaresPlan(Method):
         num_inference_steps: int,
         site: str = "stack",
         predictors: Sequence[str] = ("lsq3", "taylor2"),
-        planners: Sequence[str] = ("gram",),
+        planners: Sequence[str] = ("gram", "coherent", "even"),
         warmups: Sequence[int] = (1, 2, 3),
         alphas: Sequence[float] = (0.5, 1.0),
         refit: bool = True,
@@ -81,8 +84,8 @@ class LeastSquaresPlan(Method):
                 f"predictors={unknown}: choose from lsq1..4, lsq1x..4x, taylor0..3, hermite0..3, lagrange0..3, ab1..4, "
                 "foca, zeus"
             )
-        if unknown := set(planners) - {"gram", "l1", "even"}:
-            raise ValueError(f"planners={sorted(unknown)}: choose from gram, l1, even")
+        if unknown := set(planners) - {"gram", "coherent", "l1", "even"}:
+            raise ValueError(f"planners={sorted(unknown)}: choose from gram, coherent, l1, even")
         if site not in ("stack", "output"):
             raise ValueError(f"site={site}: the calibration takes stack or output")
         if site == "stack" and any(name.endswith("x") for name in predictors):
@@ -103,52 +106,69 @@ class LeastSquaresPlan(Method):
     def prepare(self, pipe, calibration=None):
         if not len(calibration.gain):
             raise ValueError("this calibration was made without the gains: calibrate with measure_gains=True")
-        trials, best, tried = [], None, {}
-        for name, predictor, planner, alpha, warmup, steps in self._candidates(calibration):
-            same = tuple(steps), name  # other candidates may have led to the same
-            if same not in tried:
-                self._settle(steps, predictor)
-                tried[same] = self._errors(pipe, calibration)
-                if best is None or tried[same].mean() < best[0].mean():
-                    best = tried[same], steps, predictor
-            trial = {"predictor": name, "planner": planner, "warmup": warmup, "alpha": alpha, "steps": steps}
-            trials.append(trial | {"error": float(tried[same].mean())})
-        errors, steps, predictor = best
+        predictors, trials = self._candidates(calibration)
+        runs = list(dict.fromkeys((trial["predictor"], *trial["steps"]) for trial in trials))  # some trials coincide
+
+        def errors(name, *steps, limit=None):
+            self._settle(list(steps), predictors[name])
+            return self._errors(pipe, calibration, limit)
+
+        found = {}
+        if len(runs) > FINALISTS and len(calibration.latents) > SCREENED:
+            found = {run: errors(*run, limit=SCREENED) for run in runs}
+            runs = sorted(runs, key=lambda run: found[run].mean())[:FINALISTS]
+        found |= {run: errors(*run) for run in runs}
+        for trial in trials:
+            run = (trial["predictor"], *trial["steps"])
+            trial |= {"error": float(found[run].mean()), "prompts": len(found[run])}
+        name, *steps = best = min(runs, key=lambda run: found[run].mean())
+        errors, predictor = found[best], predictors[name]
         self._settle(steps, predictor)
         self.settled = {"trials": trials, "predictor": repr(predictor)}
         if self.refit and isinstance(predictor, LeastSquares) and len(errors) > 1:
             self._refit(pipe, calibration, errors)
 
-    def _candidates(self, calibration):
+    def _candidates(self, calibration) -> tuple[dict[str, Predictor], list[dict]]:
+        """The predictors by name, and of every candidate its predictor, planner, warm-up, alpha and steps."""
         T = self.num_inference_steps
         features = calibration.gram[:T, :T]
         seen = len(calibration.gram) == 2 * T
         names = [name for name in self.predictors if seen or not name.endswith("x")]
         if not names:
             raise ValueError(f"predictors={self.predictors}: this model's input has another shape than its prediction")
+        predictors, trials = {}, []
         for name in names:
-            if name.startswith("lsq"):
-                G = calibration.gram if name.endswith("x") else features
-                predictor = LeastSquares(G, int(name[3]), sees_input=name.endswith("x"))
-            else:
-                predictor, G = _fixed(name), features
+            G = calibration.gram if name.endswith("x") else features
+            lsq = name.startswith("lsq")
+            predictor = LeastSquares(G, int(name[3]), sees_input=name.endswith("x")) if lsq else _fixed(name)
+            predictors[name], axes = predictor, key_axes(predictor, T)
             for planner in self.planners:
-                for alpha in self.alphas if planner == "gram" else (None,):
-                    if planner == "gram":
-                        cost = path_costs(G, predictor, key_axes(predictor, T), calibration.gain ** (2 * alpha))
+                by_error = planner in ("gram", "coherent")
+                for alpha in self.alphas if by_error else (None,):
+                    if by_error:
+                        counted = calibration.gain ** (2 * alpha)
+                        cost = path_costs(G, predictor, axes, counted, coherent=planner == "coherent")
                     for warmup in self.warmups:
-                        if planner == "gram":
+                        if by_error:
                             steps = plan(cost, self.budget, warmup)
                         elif planner == "l1":
                             steps = plan(calibration.cost, self.budget, warmup, "paper")
                         else:
                             steps = EvenlySpaced(self.budget, T, warmup).steps
-                        yield name, predictor, planner, alpha, warmup, steps
+                        trial = {
+                            "predictor": name,
+                            "planner": planner,
+                            "warmup": warmup,
+                            "alpha": alpha,
+                            "steps": steps,
+                        }
+                        trials.append(trial)
+        return predictors, trials
 
-    def _errors(self, pipe, calibration) -> np.ndarray:
-        """Relative distance of each calibration prompt's final latents to the full-step ones, (n,)."""
-        reference = calibration.latents.reshape(len(calibration.latents), -1)
-        moved = calibration.rerun(pipe, self).reshape(reference.shape) - reference
+    def _errors(self, pipe, calibration, limit: int | None = None) -> np.ndarray:
+        """Relative distance of each (of the first `limit`) calibration prompt's final latents to the full-step ones."""
+        reference = calibration.latents[:limit].reshape(len(calibration.latents[:limit]), -1)
+        moved = calibration.rerun(pipe, self, limit).reshape(reference.shape) - reference
         return np.linalg.norm(moved, axis=1) / np.linalg.norm(reference, axis=1)
 
     def _refit(self, pipe, calibration, errors):

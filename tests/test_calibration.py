@@ -177,11 +177,11 @@ def test_least_squares_asks_for_gains(calibration, pipe):
 @pytest.mark.parametrize(("site", "predictor"), [("stack", "lsq2"), ("output", "lsq2x")])
 def test_least_squares_takes_the_best_candidate(calibration, output_calibration, pipe, site, predictor):
     calibration = calibration if site == "stack" else output_calibration
-    planners = ["gram", "l1", "even"]
+    planners = ["gram", "coherent", "l1", "even"]
     method = LeastSquaresPlan(4, T, site, [predictor, "taylor2"], planners, warmups=[1, 3], alphas=[0.0, 1.0])
     method.prepare(pipe, calibration)
     trials = method.settled["trials"]
-    assert len(trials) == 16 and all(len(trial["steps"]) == 4 for trial in trials)
+    assert len(trials) == 24 and all(len(trial["steps"]) == 4 for trial in trials)
     best = min(trials, key=lambda trial: trial["error"])
     assert method.schedule.steps == best["steps"]
     refit = method.settled.get("refit")

@@ -98,6 +98,38 @@ def test_an_input_that_says_nothing_new_gets_no_weight(seed, kind):
     assert np.isfinite(weights).all() and (kind == "span" or weights[2] == 0)
 
 
+@given(seeds, st.integers(2, 7), st.integers(1, 3), st.sampled_from([*LINEAR, "least squares", "with input"]))
+@settings(deadline=None, max_examples=40)
+def test_coherent_costs_are_squared_lengths_of_summed_errors(seed, steps, keys, predictor):
+    samples, inputs = ([walk(seed + n + shift, steps) for n in range(2)] for shift in (0, 9))
+    mean = np.mean([gram(sample) for sample in samples], axis=0)
+    if predictor == "with input":
+        mean = np.mean([gram([sample, seen]) for sample, seen in zip(samples, inputs)], axis=0)
+        predictor = LeastSquares(mean, history=1 + seed % 3, sees_input=True)
+    elif predictor == "least squares":
+        predictor = LeastSquares(mean, history=1 + seed % 3)
+    step_weights = np.random.default_rng(seed).random(steps)
+    cost = path_costs(mean, predictor, keys, step_weights, coherent=True)
+
+    def error(sample, seen, path, step):
+        weights = predictor.weights(path[-predictor.history :], step)
+        rows = [*sample[list(path[-predictor.history :])]] + [seen[step]] * predictor.sees_input
+        return sample[step] - sum(w * row for w, row in zip(weights, rows[-len(weights) :], strict=True))
+
+    for *path, end in np.ndindex(cost.shape):
+        if np.isinf(cost[(*path, end)]):
+            continue
+        real = path
+        while len(real) > 1 and real[0] == real[1] == 0:
+            real = real[1:]
+        expected = 0.0
+        for sample, seen in zip(samples, inputs):
+            gap = range(real[-1] + 1, end)
+            total = sum(step_weights[step] ** 0.5 * error(sample, seen, real, step) for step in gap)
+            expected += 0.5 * float(torch.as_tensor(total, dtype=torch.float64).square().mean())
+        assert cost[(*path, end)] == pytest.approx(expected, rel=1e-6, abs=1e-8)
+
+
 @given(seeds, st.integers(1, 8), st.integers(1, 3), st.sampled_from([*LINEAR, "least squares"]), st.booleans())
 @settings(deadline=None, max_examples=60)
 def test_every_cost_is_the_mean_squared_error_over_all_samples(seed, steps, keys, predictor, weighted):

@@ -45,7 +45,9 @@ class ERTACache(Method):
         self.schedule = Schedule(steps, T)
         self.settled = {"threshold": float(threshold)}
         if self.rectify:
-            self.set_predictor(FittedWeights(1, rectification(G, steps), sees_input=True))
+            weights = rectification(G, steps)
+            self.settled["rectification"] = {step: -of_input for step, (_, of_input) in weights.items()}
+            self.set_predictor(FittedWeights(1, weights, sees_input=True))
 
 
 def profile(pipe, calibration) -> tuple[np.ndarray, np.ndarray]:

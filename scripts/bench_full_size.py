@@ -40,9 +40,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import dpcache
+from baselines.dicache import dicache
+from baselines.easycache import easycache
 from baselines.fora import fora
+from baselines.profilingdit import ProfilingDiT
 from baselines.taylorseer import taylorseer
 from baselines.teacache import teacache
+from baselines.toca import toca
 from baselines.uniform_skip import uniform_skip
 from dpcache.lsq import FittedWeights
 from dpcache.method import dpcache as dpcache_method
@@ -261,16 +265,34 @@ def lsq_output(model, plan, steps):
     return dpcache.Method(Schedule(plan, steps), "output", FittedWeights(3, weights, sees_input=sees_input))
 
 
-@contextmanager
-def driven_teacache(model, plan, steps):
-    """It computes the last step whatever the threshold."""
-    method, plan = teacache(len(plan), steps, threshold=0.0, polynomial="flux"), {*plan[:-1], steps - 1}
+def driven(make):
+    """An online schedule is told by its threshold, but for the last step, which it computes whatever that is."""
 
-    def drive(step):
-        method.schedule.threshold = -math.inf if step in plan else math.inf
+    @contextmanager
+    def attached(model, plan, steps):
+        method, plan = make(len(plan), steps), {*plan[:-1], steps - 1}
 
-    with dpcache.cached(model, method):
-        yield drive
+        def drive(step):
+            method.schedule.threshold = -math.inf if step in plan else math.inf
+
+        with dpcache.cached(model, method):
+            yield drive
+
+    return attached
+
+
+def toca_of(model, plan, steps):
+    method = toca(len(plan), steps, interval=steps)
+    method.schedule.spread(len(plan))
+    return method
+
+
+def profilingdit_of(model, plan, steps):
+    """The later three fifths of the blocks, as one run."""
+    count = len(transformer_blocks(model))
+    method = ProfilingDiT(len(plan), steps, blocks=range(2 * count // 5, count), interval=steps)
+    method.schedule = Schedule(plan, steps)
+    return method
 
 
 def diffusers_taylorseer(lite: bool):
@@ -353,7 +375,11 @@ METHODS = {
     "dpcache_lsq_output": own(lsq_output),
     "taylorseer": own(lambda model, plan, steps: taylorseer(len(plan), steps)),
     "fora": own(lambda model, plan, steps: fora(len(plan), steps)),
-    "teacache": driven_teacache,
+    "teacache": driven(lambda budget, steps: teacache(budget, steps, threshold=0.0, polynomial="flux")),
+    "dicache": driven(lambda budget, steps: dicache(budget, steps, threshold=0.0, retention=0.0)),
+    "easycache": driven(lambda budget, steps: easycache(budget, steps, threshold=0.0, warmup=2)),
+    "toca": own(toca_of),
+    "profilingdit": own(profilingdit_of),
     "uniform_skip": own(lambda model, plan, steps: uniform_skip(len(plan), steps)),
     "diffusers_taylorseer": diffusers_taylorseer(lite=False),
     "diffusers_taylorseer_lite": diffusers_taylorseer(lite=True),

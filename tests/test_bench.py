@@ -8,7 +8,8 @@ import torch
 
 from scripts.bench_full_size import FAMILIES, METHODS, Rollout, benchmark, main, table, untouched
 
-FAILING = {("dit", "diffusers_taylorseer_lite"), ("dit", "easycache")}
+# No projection to predict; a learned variance; 3 x 3 tokens, which have no cells of 2 x 2.
+FAILING = {("dit", name) for name in ("diffusers_taylorseer_lite", "easycache", "toca")}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

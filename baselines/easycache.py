@@ -33,7 +33,7 @@ class TransformationRate(OnlineSchedule):
         return {"accumulated": 0.0}
 
     def decide(self, context, block, args, kwargs):
-        state, step, x = context.online, context.step, model_input(args, kwargs)
+        state, step, x = context.online, context.step, model_input(args, kwargs)[:, : context.channels]
         if step == 0 and (self.leader is None or self.leader.step != 1):
             self.leader = context
         if self.leader is not context:
@@ -52,7 +52,8 @@ class TransformationRate(OnlineSchedule):
         state = context.online
         if context is not self.leader:
             return
-        x, v = state["x"], feature + state["x"]
+        x = state["x"][:, : context.channels]
+        v = feature + x
         if "v" in state:
             state["rate"] = (v - state["v"]).float().abs().mean() / (x - state["computed x"]).float().abs().mean()
         state["computed x"], state["v"] = x, v

@@ -62,7 +62,8 @@ def profile(pipe, calibration) -> tuple[np.ndarray, np.ndarray]:
             rows = kept["output"].float().flatten(2).transpose(0, 1)
             distances = torch.cdist(rows, rows, p=1) / rows.abs().sum(-1)[:, None]
             errors = errors + share * distances.mean(0).double().cpu().numpy()
-            G = G + share * gram([kept["output"], kept["input"]], device=pipe._execution_device)
+            inputs = kept["input"][:, :, : kept["output"].shape[2]]  # without an image-to-video model's condition
+            G = G + share * gram([kept["output"], inputs], device=pipe._execution_device)
     return errors, G
 
 

@@ -105,7 +105,7 @@ class Context:
         self.spans: dict[bool, list] = {False: [], True: []}  # skipped? -> what the stopwatch returned
         self.skip = self.verifying = False
         self.weights: tuple[float, ...] | np.ndarray = ()
-        self.stack_input = self.run_input = self.output_type = None
+        self.stack_input = self.run_input = self.output_type = self.channels = None
 
     def start(self, online: dict) -> None:
         if self.step:
@@ -185,6 +185,8 @@ class RootHook(ModelHook):
         cache.decide(module, args, kwargs)
         if method.observe is not None:
             method.observe(context.name, context.step, "input", latents)
+        if residual:  # image-to-video models append their condition to the latents' channels
+            latents = latents[:, : context.channels]
         if context.skip:
             predicted = cache.predict("output", latents if method.predictor.sees_input else None)
             if context.weights == (1.0,):  # a scheduler may keep it, and the history's buffer is written again
@@ -192,13 +194,17 @@ class RootHook(ModelHook):
             predicted = latents + predicted if residual else predicted
             return (predicted,) if context.output_type is tuple else context.output_type(sample=predicted)
         output = self.fn_ref.original_forward(*args, **kwargs)
-        context.output_type = type(output)
-        if residual and output[0].shape != latents.shape:
-            raise ValueError(
-                f"site=output_residual: the model's input {tuple(latents.shape)} has another shape than its prediction "
-                f"{tuple(output[0].shape)}"
-            )
-        cache.keep("output", output[0] - latents if residual else output[0])
+        context.output_type, feature = type(output), output[0]
+        if residual:
+            context.channels = feature.shape[1]
+            latents = latents[:, : context.channels]
+            if feature.shape != latents.shape:
+                raise ValueError(
+                    f"site=output_residual: the model's input {tuple(latents.shape)} has another shape than its "
+                    f"prediction {tuple(feature.shape)}"
+                )
+            feature = feature - latents
+        cache.keep("output", feature)
         return output
 
 

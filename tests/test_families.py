@@ -28,14 +28,29 @@ from dpcache.sites import transformer_blocks
 ROOT = Path(__file__).parents[1]
 T, K = 8, 5
 METHODS = ("full", "dpcache", "dpcache_lsq", "dpcache_lsq_output", "taylorseer", "teacache", "fora", "uniform_skip")
+GIVEN = {  # what the other methods would have to search for
+    "ab_cache": "order=2",
+    "zeus": "warmup=3",
+    "easycache": "threshold=1.0",
+    "ertacache": "threshold=null",
+    "hicache": "order=2",
+    "foca": "warmup=3",
+    "speca": "threshold=1e9",
+    "toca": "interval=3",
+    "profilingdit": "interval=3",
+    "spectrum": "warmup=3",
+    "hyca": "clusters=2",
+    "dicache": "threshold=1e9",
+    "bwcache": "threshold=1e9",
+}
 INSIDE = ("dpcache", "teacache", "taylorseer")  # one for every site inside the model
 GUIDED = [name for name, family in FAMILIES.items() if len(family.branches) > 1]
 
 
 @functools.cache
-def settings(method: str, budget: int):
+def settings(method: str, budget: int, *given: str):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", [f"method={method}", f"budget={budget}", f"num_inference_steps={T}"]).method
+        return compose("config", [f"method={method}", f"budget={budget}", f"num_inference_steps={T}", *given]).method
 
 
 class Case:
@@ -155,6 +170,26 @@ def test_methods_come_and_go_without_a_trace(family, name):
     assert state_of(pipe.transformer) == before and torch.equal(family.latents(), reference)
     assert torch.equal(family.latents(method), first)
     assert state_of(pipe.transformer) == before
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_the_other_methods_run_on_every_family(family, name):
+    pipe, method = family.pipe, instantiate(settings(name, K, f"method.{GIVEN[name]}"))
+    if name == "profilingdit":
+        method.blocks, method.profiled = [1], False
+    channels = pipe.transformer.config.in_channels
+    if name in ("easycache", "ertacache") and pipe.transformer.config.out_channels == 2 * channels:  # with a variance
+        with pytest.raises(ValueError, match="has another shape than its prediction"):
+            method.prepare(pipe, family.calibration("stack"))
+            family.latents(method)
+        return
+    method.prepare(pipe, family.calibration("stack"))
+    reference, before = family.reference, state_of(pipe.transformer)
+    first = family.latents(method)
+    counts = method.report().computed_counts
+    assert list(counts) == list(family.family.branches) and all(2 <= count < T for (count,) in counts.values())
+    assert first.isfinite().all() and not torch.equal(first, reference)
+    assert torch.equal(family.latents(method), first) and state_of(pipe.transformer) == before
 
 
 @pytest.mark.parametrize("name", ["taylorseer", "teacache"])

@@ -1,10 +1,12 @@
 """Budgets and rules of the schedules, and the method constructors."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from baselines.ab_cache import ab_cache
 from baselines.fewer_steps import fewer_steps
@@ -20,6 +22,7 @@ from baselines.uniform_skip import uniform_skip
 from baselines.zeus import zeus
 from dpcache.method import dpcache
 from dpcache.schedules import EvenlySpaced, Interval, Schedule
+from eval.leaderboard import ORDER
 
 budgets = st.integers(2, 80).flatmap(
     lambda T: st.tuples(st.integers(1, T).flatmap(lambda K: st.tuples(st.integers(1, K), st.just(K))), st.just(T))
@@ -107,3 +110,11 @@ def test_teacache_spends_its_budget_on_recorded_trajectories():
         assert count_computed(change, polynomial, find_threshold(change, polynomial, budget)) == pytest.approx(
             budget, abs=0.5
         )
+
+
+def test_the_board_has_every_method():
+    conf = Path(__file__).parents[1] / "conf"
+    board = OmegaConf.load(conf / "experiment" / "board.yaml").hydra.sweeper.params.method
+    methods = [name.strip() for name in board.split(",")]
+    assert sorted(methods) == sorted(path.stem for path in (conf / "method").glob("*.yaml"))
+    assert sorted(methods) == sorted(ORDER)

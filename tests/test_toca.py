@@ -18,7 +18,7 @@ from baselines.toca import spread_out, toca
 from dpcache.predictors import Reuse, Taylor
 from dpcache.sampler import sample
 from dpcache.schedules import EvenlySpaced, Schedule
-from dpcache.sites import attend
+from dpcache.tokens import attend
 from eval import timing
 
 DIT, DOUBLE, SINGLE = "BasicTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"

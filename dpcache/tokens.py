@@ -1,0 +1,146 @@
+"""The hooks of site=tokens: of skipped feed-forwards, the tokens that the schedule selects are computed anew."""
+
+import torch
+from torch._dynamo.decorators import skip
+from torch.overrides import TorchFunctionMode
+
+from dpcache.hooks import BranchHook, Hook
+
+# Per block class, its feed-forwards, each with the norm before it, in the order in which their tokens stand in its
+# self-attention. In a single-stream block the output projection is the feed-forward's second layer as well.
+_SINGLE_FEED_FORWARD = (("norm", "proj_out"),)
+_IMAGE_FIRST = (("norm2", "ff"), ("norm2_context", "ff_context"))
+FEED_FORWARDS = {
+    "FluxTransformerBlock": _IMAGE_FIRST[::-1],
+    "FluxSingleTransformerBlock": _SINGLE_FEED_FORWARD,
+    "HunyuanVideoTransformerBlock": _IMAGE_FIRST,
+    "HunyuanVideoSingleTransformerBlock": _SINGLE_FEED_FORWARD,
+    "BasicTransformerBlock": (("norm3", "ff"),),
+    "JointTransformerBlock": _IMAGE_FIRST,
+    "QwenImageTransformerBlock": (("txt_norm2", "txt_mlp"), ("img_norm2", "img_mlp")),
+    "WanTransformerBlock": (("norm3", "ffn"),),
+}
+
+
+def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """Scaled dot-product attention, (B, H, N, D), and the attention that every token receives, (B, N): the mean over
+    heads and queries. The maps, (B, H, n, N), are made for n queries at a time, as many as fit into 256 MiB."""
+    if dropout_p or is_causal or enable_gqa:
+        raise ValueError("site=tokens knows neither dropout nor causal or grouped-query attention")
+    samples, heads, length, width = query.shape
+    output, received = torch.empty_like(query), 0.0
+    at_a_time = max(2**26 // (samples * heads * key.shape[2]), 1)
+    for start in range(0, length, at_a_time):
+        part = slice(start, start + at_a_time)
+        logits = query[:, :, part] @ key.mT * (width**-0.5 if scale is None else scale)
+        if attn_mask is not None:
+            mask = attn_mask[..., part, :] if attn_mask.shape[-2] > 1 else attn_mask
+            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        weights = logits.softmax(-1, dtype=torch.float32)
+        received = received + weights.sum((1, 2))
+        output[:, :, part] = weights.to(value.dtype) @ value
+    return output, received / (heads * length)
+
+
+class _Received(TorchFunctionMode):
+    """PyTorch's attention, with `attend` in its place: at the same FLOPs it equals the fused kernels to rounding."""
+
+    received = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        output, self.received = attend(*args, **(kwargs or {}))
+        return output
+
+
+class AttentionHook(BranchHook):
+    """On a block's self-attention: also keeps how much of it each token receives, (B, N), at computed steps that are
+    followed by a skipped one. The others run the model's own kernels, which long sequences make much the faster."""
+
+    @skip
+    def new_forward(self, module, *args, **kwargs):
+        context, cache = self.cache.current, self.cache
+        following, end = context.step + 1, cache.schedule.num_inference_steps
+        followed = following < end and (cache.computed is None or following not in cache.computed)
+        if context.skip or context.verifying or not followed:
+            return super().new_forward(module, *args, **kwargs)
+        with _Received() as attention:
+            output = super().new_forward(module, *args, **kwargs)
+        if attention.received is None:
+            raise ValueError("site=tokens has to see PyTorch's own attention: set_attention_backend('native')")
+        context.online[self.name] = attention.received
+        return output
+
+
+class SelectedAttentionHook(AttentionHook):
+    """On a single-stream block's attention, of which a skipped step wants the selected tokens alone."""
+
+    def __init__(self, cache, name: str, selection: "SelectHook"):
+        super().__init__(cache, name)
+        self.selection = selection
+
+    @skip
+    def new_forward(self, module, *args, **kwargs):
+        output = super().new_forward(module, *args, **kwargs)
+        if not self.cache.current.skip:
+            return output
+        if torch.is_tensor(output):
+            return self.selection.of(output)
+        rows = self.selection.of(torch.cat(output, 1))  # two streams, which the block joins again
+        return rows, rows[:, :0]
+
+
+class SelectHook(Hook):
+    """On the norm before a feed-forward: on a skipped step it lets only those tokens through, (B, N, D) -> (B, k, D),
+    that the schedule selects."""
+
+    def __init__(self, cache, name: str, attention: str, first: bool, block: str, layer: int):
+        super().__init__(cache)
+        self.name, self.attention, self.first, self.block, self.layer = name, attention, first, block, layer
+        self.index = None  # of the selected tokens, (B, k, 1)
+
+    @skip
+    def new_forward(self, module, stream, *args, **kwargs):
+        context, length = self.cache.current, stream.shape[1]
+        if context.skip:
+            received = context.online[self.attention]
+            received = received[:, :length] if self.first else received[:, -length:]
+            index = self.cache.schedule.select(context, self.name, self.block, self.layer, received)
+            self.index = index[..., None]
+            stream = self.of(stream)
+        return self.fn_ref.original_forward(stream, *args, **kwargs)
+
+    def of(self, stream: torch.Tensor) -> torch.Tensor:
+        return stream.gather(1, self.index.expand(-1, -1, stream.shape[-1]))
+
+
+class RefreshHook(BranchHook):
+    """On a feed-forward: on a skipped step the selected tokens' outputs take the place of the predicted ones. A feature
+    that is reused as it is keeps them."""
+
+    def __init__(self, cache, name: str, selection: SelectHook):
+        super().__init__(cache, name)
+        self.selection = selection
+
+    @skip
+    def new_forward(self, module, *args, **kwargs):
+        if not self.cache.current.skip:
+            return super().new_forward(module, *args, **kwargs)
+        fresh = self.fn_ref.original_forward(*args, **kwargs)
+        return self.cache.predict(self.name).scatter_(1, self.selection.index.expand_as(fresh), fresh)
+
+
+def token_hooks(cache, block, kind: str, index: int, layer: int, present: dict[str, torch.nn.Module]):
+    """The (module, hook) pairs of a block at site=tokens, the `layer`-th of its kind."""
+    attention = next(name for name in ("attn", "attn1") if hasattr(block, name))
+    hooked = {name: BranchHook(cache, f"{index}.{name}") for name in present}
+    hooked[attention] = AttentionHook(cache, f"{index}.{attention}")
+    for place, (norm, name) in enumerate(FEED_FORWARDS[kind]):
+        if name in present:
+            full_name = f"{index}.{name}"
+            hooked[norm] = SelectHook(cache, full_name, f"{index}.{attention}", place == 0, kind, layer)
+            hooked[name] = RefreshHook(cache, full_name, hooked[norm])
+            if attention not in present:
+                hooked[attention] = SelectedAttentionHook(cache, f"{index}.{attention}", hooked[norm])
+    return [(getattr(block, name), hook) for name, hook in hooked.items()]

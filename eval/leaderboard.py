@@ -60,14 +60,22 @@ ORDER = (
     "dpcache_lsq_output",
 )
 SETTING = ["model", "num_inference_steps"]  # results of different settings never share a table
-LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "speedup": "speed-up", "computed_steps": "computed steps"}
+PRINTED = ("psnr", "ssim", "speedup", "computed_steps")
+LABELS = {
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+    "speedup": "speed-up",
+    "flops_speedup": "speed-up by FLOPs",
+    "computed_steps": "computed steps",
+}
 TRIVIAL_FOR_FULL = {"psnr", "ssim", "lpips", "latent_error"}  # distances to the full-step reference itself
 
 
 def flatten(result: dict) -> dict:
     """One `result.json` as flat columns.
 
-    metrics: `psnr`, `psnr_lo`, `psnr_hi`, `psnr_n`; FLOPs: `flops_full`, `flops_cached`, ...; timing, memory and
+    metrics: `psnr`, `psnr_lo`, `psnr_hi`, `psnr_n`; FLOPs: `flops_full`, `flops_cached`, ... and `flops_speedup`, the
+    first over the second; timing, memory and
     versions: their scalars under their own names (`speedup`, `peak_rss`, `torch`); everything else as it is, without
     the scores of every prompt.
     """
@@ -75,7 +83,9 @@ def flatten(result: dict) -> dict:
     row = {key: value for key, value in result.items() if key not in groups}
     for name, value in result["metrics"].items():
         row[name], (row[f"{name}_lo"], row[f"{name}_hi"]), row[f"{name}_n"] = value["mean"], value["ci95"], value["n"]
-    row |= {f"flops_{name}": value for name, value in result.get("flops", {}).items()}
+    if flops := result.get("flops"):
+        row |= {f"flops_{name}": value for name, value in flops.items()}
+        row["flops_speedup"] = flops["full"] / flops["cached"]
     for group in ("timing", "memory", "versions"):
         row |= {k: v for k, v in result.get(group, {}).items() if not isinstance(v, (list, dict))}
     return row
@@ -261,13 +271,14 @@ def pareto(path: str | Path, frame: pd.DataFrame, metric: str = "psnr", gain: st
         for label, style in _styles(points.index).items():
             line = points.loc[[label]].sort_values("gain")
             axes.plot(line["gain"], line["mean"], "-", ms=4, lw=0.6, label=label, **style)
-        front = points.sort_values("gain", ascending=False)
+        # Gains within a twentieth are level: no machine measures them closer.
+        front = points.assign(level=points["gain"].round(1)).sort_values(["level", "mean"], ascending=False)
         front = front[front["mean"] > front["mean"].cummax().shift(fill_value=-np.inf)]
         axes.plot(front["gain"], front["mean"], "k--", lw=0.8, zorder=0)
         for label, row in front.iterrows():
-            axes.annotate(
-                f"{label} {row['budget']:.0f}", (row["gain"], row["mean"]), (4, 4), textcoords="offset points"
-            )
+            right, at = row["gain"] > points["gain"].mean(), (row["gain"], row["mean"])
+            where = {"xytext": (-4 if right else 4, 4), "ha": "right" if right else "left"}
+            axes.annotate(f"{label} {row['budget']:.0f}", at, textcoords="offset points", **where)
         axes.set(xlabel=LABELS.get(gain, gain), ylabel=LABELS.get(metric, metric), title=heading)
         axes.grid(color="0.9", lw=0.6)
         axes.set_axisbelow(True)
@@ -296,14 +307,15 @@ def main() -> None:
     parser.add_argument("--metric", help="print this column only; default: PSNR, SSIM, speed-up and computed steps")
     parser.add_argument("--against", metavar="METHOD", help="also print paired differences to this method")
     parser.add_argument("--figure", type=Path, help="also draw the metric (default: PSNR) over the budget")
-    parser.add_argument("--pareto", type=Path, help="also draw the metric (default: PSNR) over the speed-up")
+    parser.add_argument("--pareto", type=Path, help="also draw the metric (default: PSNR) over the --gain")
+    parser.add_argument("--gain", default="speedup", help="speedup, or flops_speedup, which no other job disturbs")
     parser.add_argument("--out", type=Path, help="where the board is written; default: the folder itself")
     parser.add_argument("--prompts", type=int, default=8, help="prompts on the report's image wall; default: 8")
     arguments = parser.parse_args()
     frame = collect(arguments.folder)
     if frame.empty:
         parser.exit(1, f"no result.json below {arguments.folder}\n")
-    for metric in [arguments.metric] if arguments.metric else LABELS:
+    for metric in [arguments.metric] if arguments.metric else PRINTED:
         try:
             text = table(frame, metric)
         except ValueError as error:
@@ -315,7 +327,7 @@ def main() -> None:
     if arguments.figure:
         figure(arguments.figure, frame, metric)
     if arguments.pareto:
-        pareto(arguments.pareto, frame, metric)
+        pareto(arguments.pareto, frame, metric, arguments.gain)
     for path in report.write(arguments.folder, arguments.out or arguments.folder, frame, arguments.prompts):
         print(path)
 

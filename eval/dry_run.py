@@ -7,6 +7,7 @@ from dpcache.calibration import Calibration
 from dpcache.estimate import history_bytes
 from dpcache.method import Method
 from dpcache.models.architectures import architecture
+from dpcache.models.pretrained import float_type
 from dpcache.predictors import Reuse
 from dpcache.schedules import Schedule
 
@@ -21,7 +22,7 @@ def describe(config: DictConfig, model: str, name: str, method: Method, prompts:
     Raises ValueError for a model whose architecture is not known, or that does not offer the method's site.
     """
     known, T = architecture(config.model.path), method.num_inference_steps
-    call, dtype = OmegaConf.to_container(config.model.call), getattr(torch, config.model.dtype)
+    call, dtype = OmegaConf.to_container(config.model.call), float_type("dtype", config.model.dtype)
     batch_size = _batch_size(config, prompts)
     transformer = known.build("meta", dtype)
     weights = sum(p.numel() * p.element_size() for p in transformer.parameters())
@@ -58,9 +59,10 @@ def announce(config: DictConfig, method: Method, prompts: int) -> str:
     """What the method will keep on the device, said before the weights are loaded; or why that is not known."""
     try:
         known = architecture(config.model.path)
-        return _cache_memory(config, method, prompts, known, known.build("meta", getattr(torch, config.model.dtype)))
-    except ValueError as error:
-        return f"cache: not known in advance: {error}"
+        transformer = known.build("meta", float_type("dtype", config.model.dtype))
+        return _cache_memory(config, method, prompts, known, transformer)
+    except Exception as error:  # an estimate does not end a run
+        return f"cache: not known in advance: {type(error).__name__}: {error}"
 
 
 def _cache_memory(config, method, prompts, known, transformer) -> str:

@@ -39,12 +39,16 @@ def load(
     return _load(path, dtype, device, offload, vae_dtype, vae_tiling, tuple(sorted((scheduler or {}).items())))
 
 
+def float_type(setting: str, name: str) -> torch.dtype:
+    """A dtype by its name in `model.{setting}`. Raises ValueError for any that models are not run in."""
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"model.{setting}={name} is not one of float32, bfloat16, float16")
+    return getattr(torch, name)
+
+
 @functools.lru_cache(maxsize=1)  # a sweep's jobs share one pipeline
 def _load(path, dtype, device, offload, vae_dtype, vae_tiling, scheduler) -> DiffusionPipeline:
-    for name, value in {"dtype": dtype, "vae_dtype": vae_dtype or dtype}.items():
-        if value not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"model.{name}={value} is not one of float32, bfloat16, float16")
-    dtypes = {"default": getattr(torch, dtype), "vae": getattr(torch, vae_dtype or dtype)}
+    dtypes = {"default": float_type("dtype", dtype), "vae": float_type("vae_dtype", vae_dtype or dtype)}
     source = EMBEDDED / path if (EMBEDDED / path / "model_index.json").exists() else Path(path).expanduser()
     try:
         pipe = DiffusionPipeline.from_pretrained(source if source.exists() else path, dtype=dtypes)

@@ -1,6 +1,5 @@
 """`+dry_run=true`: what a run would do and need, said without loading the model's weights."""
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dpcache.calibration import Calibration

@@ -9,7 +9,7 @@ import torch
 from baselines.full import full
 from baselines.search import spend
 from dpcache.cache import Report, RootHook, StepCache, without_offload
-from dpcache.flops import LayerFlops
+from dpcache.flops import LayerFlops, matrix_layers
 from dpcache.method import denoiser
 from dpcache.schedules import Schedule
 from dpcache.sites import transformer_blocks
@@ -114,22 +114,45 @@ class DiffusersCache(LibraryCache):
         transformer.disable_cache()
 
 
+class AttentionReuse(DiffusersCache):
+    """One that only leaves attention out, in all but every N-th step and within a range of timesteps.
+
+    Args:
+        skip_range: N; None: the one that spends the budget; 2, the default, where a model without attention would
+            spend more.
+        timesteps: the range, of 0 to 1000.
+    """
+
+    partial, branches = True, False
+
+    def __init__(self, budget: int, num_inference_steps: int, skip_range: int | None, timesteps: tuple[int, int]):
+        super().__init__(budget, num_inference_steps)
+        self.skip_range, self.timesteps, self.needs_calibration = skip_range, tuple(timesteps), skip_range is None
+
+    def prepare(self, pipe, calibration=None):
+        if self.needs_calibration:
+            self.spend(pipe, calibration, "skip_range", first=2, whole=True)
+
+
 class LibrarySteps(StepCache):
     """Tells which steps a library's cache computes, those in which the last block's attention runs, and how much."""
 
     def __init__(self, transformer, library: LibraryCache, pipe):
-        self.library, watch = library, LayerFlops(transformer, library.costs)
+        self.library = library
         inside = {
             module
             for name, attention in transformer_blocks(transformer)[-1].named_modules()
             if "attn" in name
             for module in attention.modules()
         }
-        self.attention = next((layer for layer in watch.layers if layer in inside), None)
+        self.attention = next((layer for layer in matrix_layers(transformer) if layer in inside), None)
         if self.attention is None:
             raise ValueError(f"the last block of {type(transformer).__name__} has no attention to watch")
-        super().__init__(transformer, full(library.num_inference_steps), pipe, watch)
+        super().__init__(transformer, full(library.num_inference_steps), pipe)
         self.partial = library.partial
+
+    def watching(self):
+        return LayerFlops(self.transformer, self.library.costs if self.library.partial else None)
 
     def hooks(self):
         return [(self.transformer, LibraryHook(self))]

@@ -2,33 +2,20 @@
 
 from diffusers import PyramidAttentionBroadcastConfig
 
-from baselines.library import DiffusersCache
+from baselines.library import AttentionReuse
 
 
-class PyramidAttentionBroadcast(DiffusersCache):
-    """Attention outputs are reused for N steps, within a range of timesteps; everything else is computed.
-
-    Args:
-        skip_range: N; None: the one that spends the budget; 2, the default, where a model without attention would
-            spend more.
-        timesteps: the range, of 0 to 1000; diffusers' default.
-    """
-
-    partial, branches = True, False
+class PyramidAttentionBroadcast(AttentionReuse):
+    """Attention outputs are reused for N steps, within a range of timesteps; everything else is computed."""
 
     def __init__(
         self,
         budget: int,
         num_inference_steps: int,
         skip_range: int | None = None,
-        timesteps: tuple[int, int] = (100, 800),
+        timesteps: tuple[int, int] = (100, 800),  # diffusers' default
     ):
-        super().__init__(budget, num_inference_steps)
-        self.skip_range, self.timesteps, self.needs_calibration = skip_range, tuple(timesteps), skip_range is None
-
-    def prepare(self, pipe, calibration=None):
-        if self.needs_calibration:
-            self.spend(pipe, calibration, "skip_range", first=2, whole=True)
+        super().__init__(budget, num_inference_steps, skip_range, timesteps)
 
     def config(self, pipe):
         ranges = {

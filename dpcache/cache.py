@@ -231,7 +231,7 @@ class StepCache:
     The hooks leave what they wrap to torch.compile, but not these methods: they would be compiled anew for each step.
     """
 
-    def __init__(self, transformer, method, pipe, watch: LayerFlops | None = None):
+    def __init__(self, transformer, method, pipe):
         self.transformer, self.method = transformer, method
         self.schedule, self.contexts = method.schedule, Contexts()
         self.current: Context | None = None
@@ -239,9 +239,7 @@ class StepCache:
         self.stopwatch = Stopwatch(getattr(pipe, "_execution_device", None) or next(transformer.parameters()).device)
         self.scheduler, self.timesteps = getattr(pipe, "scheduler", None), None
         self.final: Report | None = None
-        self.partial, self.watch = method.partial, watch
-        if self.partial and watch is None:
-            self.watch = LayerFlops(transformer, method.costs)
+        self.partial = method.partial
         self.hooked = []
         self.computed = None if self.schedule.steps is None else frozenset(self.schedule.steps)
         for module, hook in self.hooks():
@@ -249,6 +247,11 @@ class StepCache:
                 self.hooked.append((module, "_diffusers_hook" in vars(module), vars(module).get("forward")))
                 HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _HOOK)
         transformer._diffusers_hook.invalidate_child_registries_cache()
+        self.watch = self.watching()  # last: nothing of it stays where a hook cannot be made
+
+    def watching(self) -> LayerFlops | None:
+        """What counts the FLOPs of steps that are skipped in parts."""
+        return LayerFlops(self.transformer, self.method.costs) if self.partial else None
 
     def hooks(self) -> list[tuple[torch.nn.Module, ModelHook]]:
         """(module, hook) pairs, in the order in which they are registered."""
@@ -316,7 +319,8 @@ class StepCache:
             return
         with self.watch.call():
             yield
-        self.current.work += self.watch.share
+        if self.partial:
+            self.current.work += self.watch.share
 
     @torch.compiler.disable
     def decide(self, block, args, kwargs) -> None:

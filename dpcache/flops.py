@@ -24,6 +24,12 @@ class _Everything(nullcontext):
         pass
 
 
+def matrix_layers(transformer: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules with a matrix, in the order in which the model names them."""
+    layers = [module for module in transformer.modules() if getattr(module, "weight", None) is not None]
+    return [module for module in layers if module.weight.ndim > 1]
+
+
 class LayerFlops:
     """Watches which layers run in a call of the transformer, and on how much.
 
@@ -33,13 +39,11 @@ class LayerFlops:
 
     Args:
         costs: layer -> (FLOPs, size of its inputs per sample), of all its runs in a full step together, where they are
-            known already; filled by the first call.
+            known already; filled by the first call. None: only tell which layers run.
     """
 
-    def __init__(self, transformer: torch.nn.Module, costs: MutableMapping):
-        layers = [module for module in transformer.modules() if getattr(module, "weight", None) is not None]
-        self.layers = [module for module in layers if module.weight.ndim > 1]
-        self.handles = [layer.register_forward_pre_hook(self._begin) for layer in self.layers]
+    def __init__(self, transformer: torch.nn.Module, costs: MutableMapping | None):
+        self.handles = [layer.register_forward_pre_hook(self._begin) for layer in matrix_layers(transformer)]
         self.costs, self.counter, self.ran = costs, None, []
 
     def _begin(self, layer, args) -> None:
@@ -66,7 +70,7 @@ class LayerFlops:
     def call(self):
         """Around one call of the transformer."""
         self.ran.clear()
-        if self.costs:
+        if self.costs or self.costs is None:
             yield
             return
         self.layer = None

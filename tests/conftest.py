@@ -137,6 +137,19 @@ class Rollout:
             sample = sample - velocity / self.steps
         return sample
 
+    @torch.no_grad()
+    def branches(self, names, pooled: float = 1.0) -> dict[str, torch.Tensor]:
+        """FLUX's final sample in each of the guidance branches "cond" and "uncond" that are named, side by side."""
+        prompts = {"cond": self.fixed, "uncond": self.fixed | {"pooled_projections": torch.full((2, 16), pooled)}}
+        samples = dict.fromkeys(names, self.start)
+        for step in range(self.steps):
+            for name in names:
+                with self.model.cache_context(name):
+                    time = torch.full((2,), 1 - step / self.steps)
+                    velocity = self.model(samples[name], timestep=time, return_dict=False, **prompts[name])[0]
+                samples[name] = samples[name] - velocity / self.steps
+        return samples
+
 
 @pytest.fixture(params=list(MODELS))
 def any_rollout(request):

@@ -165,22 +165,9 @@ def test_history_is_allocated_once(rollout):
 
 def test_guidance_branches_have_their_own_histories(rollout, pipe):
     method = dpcache.Method(Schedule(STEPS, 10), "stack", Taylor(2))
-    prompts = {"cond": rollout.fixed, "uncond": rollout.fixed | {"pooled_projections": torch.ones(2, 16)}}
-
-    @torch.no_grad()
-    def denoise(names):
-        samples = {name: rollout.start for name in names}
-        for step in range(10):
-            for name in names:
-                with rollout.model.cache_context(name):
-                    time = torch.full((2,), 1 - step / 10)
-                    velocity = rollout.model(samples[name], timestep=time, return_dict=False, **prompts[name])[0]
-                samples[name] = samples[name] - velocity / 10
-        return samples
-
     with dpcache.cached(rollout.model, method):
-        alone = denoise(["cond"]) | denoise(["uncond"])
-        together = denoise(["cond", "uncond"])
+        alone = rollout.branches(["cond"]) | rollout.branches(["uncond"])
+        together = rollout.branches(["cond", "uncond"])
     assert not torch.equal(alone["cond"], alone["uncond"])
     assert all(torch.equal(together[name], alone[name]) for name in alone)
 

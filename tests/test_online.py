@@ -306,36 +306,24 @@ def spent_by_flops(rollout, method):
     return spent, len(report.computed["default"])
 
 
-@torch.no_grad()
-def denoise(rollout, names):
-    """Guidance branches of different prompts, side by side."""
-    prompts = {"cond": rollout.fixed, "uncond": rollout.fixed | {"pooled_projections": 9 * torch.ones(2, 16)}}
-    samples = dict.fromkeys(names, rollout.start)
-    for step in range(20):
-        for name in names:
-            with rollout.model.cache_context(name):
-                time = torch.full((2,), 1 - step / 20)
-                velocity = rollout.model(samples[name], timestep=time, return_dict=False, **prompts[name])[0]
-            samples[name] = samples[name] - velocity / 20
-    return samples
-
-
 @pytest.mark.parametrize("name", ["dicache", "speca", "bwcache"])
 def test_guidance_branches_decide_for_themselves(rollout, name):
+    rollout.steps = 20
     with dpcache.cached(rollout.model, ONLINE[name]()):
-        alone = denoise(rollout, ["cond"]) | denoise(rollout, ["uncond"])
+        alone = rollout.branches(["cond"], pooled=9.0) | rollout.branches(["uncond"], pooled=9.0)
         computed = dpcache.report(rollout.model).computed
-        together = denoise(rollout, ["cond", "uncond"])
+        together = rollout.branches(["cond", "uncond"], pooled=9.0)
         assert dpcache.report(rollout.model).computed == computed
     assert all(torch.equal(together[name], alone[name]) for name in alone)
 
 
 def test_easycache_lets_the_first_guidance_branch_decide(rollout):
+    rollout.steps = 20
     with dpcache.cached(rollout.model, ONLINE["easycache"]()):
-        alone = {name: denoise(rollout, [name])[name] for name in ("cond", "uncond")}
+        alone = {name: rollout.branches([name], pooled=9.0)[name] for name in ("cond", "uncond")}
         computed = dpcache.report(rollout.model).computed
         for first, second in [("cond", "uncond"), ("uncond", "cond")]:
-            together = denoise(rollout, [first, second])
+            together = rollout.branches([first, second], pooled=9.0)
             assert dpcache.report(rollout.model).computed == dict.fromkeys(computed, computed[first])
             assert torch.equal(together[first], alone[first]) and not torch.equal(together[second], alone[second])
     assert computed["cond"] != computed["uncond"]
@@ -343,13 +331,15 @@ def test_easycache_lets_the_first_guidance_branch_decide(rollout):
 
 @torch.no_grad()
 def test_easycache_forgets_a_generation_that_broke_off(rollout):
+    rollout.steps = 20
     with dpcache.cached(rollout.model, ONLINE["easycache"]()):
-        expected = denoise(rollout, ["cond", "uncond"])
+        expected = rollout.branches(["cond", "uncond"], pooled=9.0)
     method = ONLINE["easycache"]()
     with dpcache.cached(rollout.model, method), rollout.model.cache_context("cond"):
         rollout.model(rollout.start, timestep=torch.ones(2), **rollout.fixed)
     with dpcache.cached(rollout.model, method):
-        assert all(torch.equal(v, expected[name]) for name, v in denoise(rollout, ["cond", "uncond"]).items())
+        again = rollout.branches(["cond", "uncond"], pooled=9.0)
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 
 @torch.no_grad()

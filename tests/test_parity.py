@@ -61,15 +61,15 @@ def dit(no_grad):
     return lively(DiTTransformer2DModel(in_channels=4, out_channels=4, num_embeds_ada_norm=10, **sizes))
 
 
-def flux_inputs():
+def flux_inputs(side=4, words=5):
     random = torch.Generator().manual_seed(1)
-    x, text, pooled = (torch.randn(2, *size, generator=random) for size in [(16, 8), (5, 24), (20,)])
-    image_ids = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
+    x, text, pooled = (torch.randn(2, *size, generator=random) for size in [(side**2, 8), (words, 24), (20,)])
+    image_ids = torch.cartesian_prod(torch.zeros(1), *[torch.arange(float(side))] * 2)
     return x, {
         "encoder_hidden_states": text,
         "pooled_projections": pooled,
         "img_ids": image_ids,
-        "txt_ids": torch.zeros(5, 3),
+        "txt_ids": torch.zeros(words, 3),
     }
 
 

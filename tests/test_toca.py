@@ -25,18 +25,6 @@ DIT, DOUBLE, SINGLE = "BasicTransformerBlock", "FluxTransformerBlock", "FluxSing
 no_grad, flux, dit = test_parity.no_grad, test_parity.flux, test_parity.dit
 
 
-def flux_inputs():
-    random = torch.Generator().manual_seed(1)
-    x, text, pooled = (torch.randn(2, *size, generator=random) for size in [(36, 8), (12, 24), (20,)])
-    image_ids = torch.cartesian_prod(torch.zeros(1), torch.arange(6.0), torch.arange(6.0))
-    return x, {
-        "encoder_hidden_states": text,
-        "pooled_projections": pooled,
-        "img_ids": image_ids,
-        "txt_ids": torch.zeros(12, 3),
-    }
-
-
 def received(attn, image, text=None, image_rotary_emb=None):
     """The attention map's mean over heads and queries, (B, N), text first."""
     joint = []
@@ -119,7 +107,7 @@ def every(interval, warmup=3):
 
 
 def flux_by_hand(model, interval, ratio, **bent):
-    x, condition = flux_inputs()
+    x, condition = test_parity.flux_inputs(6, 12)
     filled = ByToken(every(interval), interval, ratio, **bent)
 
     def velocity(x, step):
@@ -146,7 +134,7 @@ BENT = [{"age": 0.0}, {"attention": -1.0}, {"stay": False}]
 
 @pytest.mark.parametrize(("interval", "ratio"), [(4, 0.3), (7, 0.5)])
 def test_flux_is_the_rule_by_hand(flux, interval, ratio):
-    v, steps = attached(flux, toca(9, T, interval=interval, fresh_ratio=ratio), flux_inputs())
+    v, steps = attached(flux, toca(9, T, interval=interval, fresh_ratio=ratio), test_parity.flux_inputs(6, 12))
     assert steps == every(interval)
     assert distance(v, flux_by_hand(flux, interval, ratio)) < 1e-5
     for bent in BENT:
@@ -294,21 +282,9 @@ def test_the_budget_is_spent_in_full_step_equivalents(pipe, calibration, budget)
 
 def test_guidance_branches_have_tokens_of_their_own(rollout):
     method = toca(5, 10, interval=4, fresh_ratio=0.5)
-    prompts = {"cond": rollout.fixed, "uncond": rollout.fixed | {"pooled_projections": torch.ones(2, 16)}}
-
-    def denoise(names):
-        samples = {name: rollout.start for name in names}
-        for step in range(10):
-            for name in names:
-                with rollout.model.cache_context(name):
-                    time = torch.full((2,), 1 - step / 10)
-                    velocity = rollout.model(samples[name], timestep=time, return_dict=False, **prompts[name])[0]
-                samples[name] = samples[name] - velocity / 10
-        return samples
-
     with dpcache.cached(rollout.model, method):
-        alone = denoise(["cond"]) | denoise(["uncond"])
-        together = denoise(["cond", "uncond"])
+        alone = rollout.branches(["cond"]) | rollout.branches(["uncond"])
+        together = rollout.branches(["cond", "uncond"])
     assert not torch.equal(alone["cond"], alone["uncond"])
     assert all(torch.equal(together[name], alone[name]) for name in alone)
 

@@ -33,7 +33,7 @@ class ShallowProbe(OnlineSchedule):
         state, before = context.online, context.stack_input
         after = args[0] if args else kwargs["hidden_states"]
         residual, compute = after - before, True
-        if self.warmup < context.step < self.num_inference_steps - 1:
+        if self.warmup < context.step < self.num_inference_steps - 1 and "newer" in state:
             change = relative_change(after, state["after"])
             if self.minus_input:
                 change = (change - relative_change(before, state["before"])).abs()

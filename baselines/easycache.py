@@ -1,11 +1,12 @@
 """EasyCache: Less is Enough, Training-Free Video Diffusion Acceleration via Runtime-Adaptive Caching (Zhou et al.,
 arXiv 2507.02860), as in the authors' code."""
 
+import torch
+
 from baselines.search import Searched
 from dpcache.method import Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import OnlineSchedule, check_budget
-from dpcache.sites import model_input
 
 
 class TransformationRate(OnlineSchedule):
@@ -27,19 +28,16 @@ class TransformationRate(OnlineSchedule):
         if budget < min(self.warmup + 1, num_inference_steps):
             raise ValueError(f"budget={budget}: warmup={self.warmup} and the last step take {self.warmup + 1} steps")
         self.budget, self.threshold, self.needs_calibration = budget, threshold, threshold is None
-        self.leader = None
 
     def start(self):
         return {"accumulated": 0.0}
 
     def decide(self, context, block, args, kwargs):
-        state, step, x = context.online, context.step, model_input(args, kwargs)[:, : context.channels]
-        if step == 0 and (self.leader is None or self.leader.step != 1):
-            self.leader = context
-        if self.leader is not context:
-            return not self.leader.skip
+        if context.leader is not context:
+            return not context.leader.skip
+        state, step, x = context.online, context.step, whole(context.part.input(args, kwargs), context)
         compute = True
-        if self.warmup <= step < self.num_inference_steps - 1:
+        if self.warmup <= step < self.num_inference_steps - 1 and "rate" in state:
             change = state["rate"] * (x - state["x"]).float().abs().mean() / state["v"].float().abs().mean()
             state["accumulated"] += change.item()
             compute = not state["accumulated"] < self.threshold  # also where it is not a number
@@ -50,13 +48,21 @@ class TransformationRate(OnlineSchedule):
 
     def learn(self, context, name, feature):
         state = context.online
-        if context is not self.leader:
+        if context.leader is not context:
             return
-        x = state["x"][:, : context.channels]
-        v = feature + x
+        x = whole(state["x"], context)
+        v = whole(feature, context) + x
         if "v" in state:
             state["rate"] = (v - state["v"]).float().abs().mean() / (x - state["computed x"]).float().abs().mean()
         state["computed x"], state["v"] = x, v
+
+
+def whole(latents, context) -> torch.Tensor:
+    """Latents as one tensor, without what an image-to-video model has appended to their channels."""
+    if not torch.is_tensor(latents):
+        return torch.stack(tuple(latents))
+    shape = context.shapes[0] if context.shapes else latents.shape
+    return latents[:, : shape[1]] if latents.ndim == len(shape) else latents
 
 
 def easycache(

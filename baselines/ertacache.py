@@ -47,7 +47,7 @@ class ERTACache(Method):
         if self.rectify:
             weights = rectification(G, steps)
             self.settled["rectification"] = {step: -of_input for step, (_, of_input) in weights.items()}
-            self.set_predictor(FittedWeights(1, weights, sees_input=True))
+            self.predictor = FittedWeights(1, weights, sees_input=True)
 
 
 def profile(pipe, calibration) -> tuple[np.ndarray, np.ndarray]:

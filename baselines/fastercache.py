@@ -5,6 +5,7 @@ import logging
 from diffusers import FasterCacheConfig
 
 from baselines.library import AttentionReuse
+from dpcache.method import session_of
 
 
 class FasterCache(AttentionReuse):
@@ -35,5 +36,5 @@ class FasterCache(AttentionReuse):
             spatial_attention_timestep_skip_range=self.timesteps,
             attention_weight_callback=lambda _: self.weight,
             is_guidance_distilled=True,
-            current_timestep_callback=lambda: self._cache.timestep,
+            current_timestep_callback=lambda: session_of(pipe).timestep,
         )

@@ -41,17 +41,17 @@ class HyCa(Method):
             raise ValueError(f"num_inference_steps={T}: the solvers are compared on at least 4 steps")
         (batch,) = calibration.batches(1)
         branches = record(pipe, Method(EvenlySpaced(T, T), self.site, Reuse()), *batch, **call)[1].values()
-        features = torch.cat([kept[self.site].flatten(1, -2) for kept in branches], 1)
+        features = torch.cat([kept[self.site.name].flatten(1, -2) for kept in branches], 1)
         cluster = k_means(indicators(features), self.clusters)
         names, errors = list(SOLVERS), next_step_errors(features)
         chosen = [names[errors[:, cluster == c].mean(1).argmin()] for c in range(cluster.max() + 1)]
-        self.set_predictor(Multistep(*np.array([SOLVERS[name] for name in chosen]).T[:, cluster]))
+        self.predictor = Multistep(*np.array([SOLVERS[name] for name in chosen]).T[:, cluster])
         self.settled = {"solvers": chosen, "channels": np.bincount(cluster).tolist()}
 
-    def attach(self, pipe):
+    def session(self, pipe, observe=None):
         if not self.settled:
             raise ValueError("the solvers are not chosen yet: call method.prepare(pipe, calibration) first")
-        super().attach(pipe)
+        return super().session(pipe, observe)
 
 
 def indicators(features: torch.Tensor, chunk: int = 64) -> np.ndarray:

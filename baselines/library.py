@@ -1,6 +1,5 @@
 """Caches that libraries bring along, under the protocol of `dpcache.Method`: switched on and off, and watched."""
 
-import weakref
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, nullcontext
 
@@ -8,11 +7,17 @@ import torch
 
 from baselines.full import full
 from baselines.search import spend
-from dpcache.cache import Report, RootHook, StepCache, without_offload
+from dpcache._diffusers import without_offload
 from dpcache.flops import LayerFlops, matrix_layers
-from dpcache.method import denoiser
 from dpcache.schedules import Schedule
-from dpcache.sites import transformer_blocks
+from dpcache.session import Part, RootHook, Session, denoiser
+from dpcache.sites import Site, transformer_blocks
+
+
+class OwnSite(Site):
+    """Where the library keeps what it keeps."""
+
+    name = "library"
 
 
 class LibraryCache(ABC):
@@ -24,7 +29,7 @@ class LibraryCache(ABC):
     partial = False  # also skips parts of steps: the budget is then spent in full-step equivalents, by FLOPs
     branches = True  # keeps guidance branches that the pipeline runs one after the other apart
     needs_calibration = False
-    site, history, observe = "library", None, None
+    site, history = OwnSite(), None
 
     def __init__(self, budget: int, num_inference_steps: int):
         if not 1 <= budget <= num_inference_steps:
@@ -32,8 +37,6 @@ class LibraryCache(ABC):
         self.budget, self.num_inference_steps = budget, num_inference_steps
         self.schedule, self.calibration_options = Schedule(None, num_inference_steps), {}
         self.settled: dict = {}
-        self.costs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # layer -> FLOPs
-        self._cache: LibrarySteps | None = None
 
     @abstractmethod
     def start(self, pipe, transformer) -> None:
@@ -46,48 +49,33 @@ class LibraryCache(ABC):
     def prepare(self, pipe, calibration=None) -> None:  # noqa: B027, not every cache has knobs to settle
         """Settle the knobs. `calibration`: where `needs_calibration`."""
 
-    def attach(self, pipe) -> None:
+    def session(self, pipe, observe=None) -> "LibrarySession":
         if isinstance(pipe, torch.nn.Module):
             raise ValueError(f"{type(self).__name__} needs a pipeline, whose scheduler tells the steps")
         transformer = denoiser(pipe)
         with without_offload(transformer):
-            self._before = {
+            before = {
                 module: (_names(module), list(module._modules), vars(module).get("forward"))
                 for module in transformer.modules()
             }
             try:
                 self.start(pipe, transformer)
             except Exception:
-                self._restore()
+                restore(before)
                 raise
+
+        def end():
+            with without_offload(transformer):
+                self.stop(pipe, transformer)
+                restore(before)
+
         try:
-            self._cache = LibrarySteps(transformer, self, pipe)
+            session = LibrarySession(pipe, self)
         except Exception:
-            self._end(pipe, transformer)
+            end()
             raise
-
-    def detach(self, pipe) -> None:
-        self._cache.detach()
-        self._end(pipe, denoiser(pipe))
-
-    def _end(self, pipe, transformer) -> None:
-        with without_offload(transformer):
-            self.stop(pipe, transformer)
-            self._restore()
-
-    def _restore(self) -> None:
-        """Take back every attribute and submodule that the library has left on the model's modules, and their order,
-        which cache-dit changes."""
-        for module, (names, order, forward) in self._before.items():
-            for name in _names(module) - names:
-                delattr(module, name)
-            for name in order:
-                module._modules[name] = module._modules.pop(name)
-            if forward is not None:
-                module.forward = forward
-
-    def report(self) -> Report:
-        return self._cache.report() if self._cache is not None else Report()
+        session.on_detach.append(end)
+        return session
 
     def spend(self, pipe, calibration, knob: str, first: float, whole: bool = False) -> None:
         """`baselines.search.spend` on an attribute of this method."""
@@ -96,6 +84,18 @@ class LibraryCache(ABC):
 
 def _names(module: torch.nn.Module) -> set[str]:
     return vars(module).keys() | module._modules.keys()
+
+
+def restore(before: dict[torch.nn.Module, tuple]) -> None:
+    """Take back every attribute and submodule that a library has left on the model's modules, and their order, which
+    cache-dit changes. `before`: of every module, its names, the order of its submodules and its own `forward`."""
+    for module, (names, order, forward) in before.items():
+        for name in _names(module) - names:
+            delattr(module, name)
+        for name in order:
+            module._modules[name] = module._modules.pop(name)
+        if forward is not None:
+            module.forward = forward
 
 
 class DiffusersCache(LibraryCache):
@@ -134,11 +134,11 @@ class AttentionReuse(DiffusersCache):
             self.spend(pipe, calibration, "skip_range", first=2, whole=True)
 
 
-class LibrarySteps(StepCache):
+class LibrarySession(Session):
     """Tells which steps a library's cache computes, those in which the last block's attention runs, and how much."""
 
-    def __init__(self, transformer, library: LibraryCache, pipe):
-        self.library = library
+    def __init__(self, pipe, library: LibraryCache):
+        self.library, transformer = library, denoiser(pipe)
         inside = {
             module
             for name, attention in transformer_blocks(transformer)[-1].named_modules()
@@ -148,44 +148,52 @@ class LibrarySteps(StepCache):
         self.attention = next((layer for layer in matrix_layers(transformer) if layer in inside), None)
         if self.attention is None:
             raise ValueError(f"the last block of {type(transformer).__name__} has no attention to watch")
-        super().__init__(transformer, full(library.num_inference_steps), pipe)
-        self.partial = library.partial
+        super().__init__(pipe, full(library.num_inference_steps))
+        self.partial, self.beginning = library.partial, False
 
-    def watching(self):
-        return LayerFlops(self.transformer, self.library.costs if self.library.partial else None)
+    def check(self, part: Part) -> None:
+        """The library's own cache is meant to be there."""
 
-    def hooks(self):
-        return [(self.transformer, LibraryHook(self))]
+    def ended(self):
+        if not self.beginning:
+            super().ended()
 
-    def open(self):
-        if self.scheduler.timesteps is not self.timesteps:
-            if hasattr(self.transformer, "_reset_stateful_cache"):
-                self.transformer._reset_stateful_cache()  # of a generation that broke off
-            sigmas = getattr(self.scheduler, "sigmas", None)
-            self.times = self.scheduler.timesteps.tolist()  # once: on a GPU every look waits for it
-            self.sigmas = None if sigmas is None else sigmas.tolist()
-        return super().open()
+    def watching(self, part):
+        return LayerFlops(part.module, self.library.partial)
+
+    def hooks(self, part):
+        return [(part.module, LibraryHook(self, part))]
+
+    def begin(self):
+        super().begin()
+        (part,), scheduler = self.parts, self.pipe().scheduler
+        if hasattr(part.module, "_reset_stateful_cache"):  # of a generation that broke off
+            self.beginning = True
+            part.module._reset_stateful_cache()
+            self.beginning = False
+        sigmas = getattr(scheduler, "sigmas", None)
+        self.times = scheduler.timesteps.tolist()  # once: on a GPU every look waits for it
+        self.sigmas = None if sigmas is None else sigmas.tolist()
 
     @contextmanager
-    def watched(self):
+    def watched(self, branch):
         """Around the library's forward: tells it where the sampler is, and sees what it computes."""
-        context = self.current
-        if len(dict(self.contexts.items())) > 1 and not self.library.branches:
+        if len(self.branches) > 1 and not self.library.branches:
             raise ValueError(
                 f"{type(self.library).__name__} has one cache for all guidance branches, but this pipeline runs them "
                 "one after the other"
             )
-        step, steps = context.step, self.schedule.num_inference_steps
+        (part,), step, steps = self.parts, branch.step, self.schedule.num_inference_steps
         self.timestep = self.times[step]
         position = {"step_index": step, "num_inference_steps": steps, "timestep": self.timestep}
         if self.sigmas is not None:
             position["sigma"] = self.sigmas[step]
-        named = getattr(self.transformer, "cache_context", None)
-        with named(context.name, **position) if named else nullcontext(), super().watched():
+        named = getattr(part.module, "cache_context", None)
+        with named(branch.name, **position) if named else nullcontext(), part.watch.call(branch.signature):
             yield
-        if all(layer is not self.attention for layer, _ in self.watch.ran):
-            context.keys.pop()
-            context.skip = True
+        if all(layer is not self.attention for layer, _ in part.watch.ran):
+            branch.computed.pop()
+            branch.skip = True
 
 
 class LibraryHook(RootHook):
@@ -193,9 +201,9 @@ class LibraryHook(RootHook):
 
     @torch.compiler.disable(recursive=False)
     def new_forward(self, module, *args, **kwargs):
-        cache, start = self.cache, self.cache.stopwatch.now()
-        cache.open()
-        with cache.watched():
-            output = self.fn_ref.original_forward(*args, **kwargs)
-        cache.close(start)
+        session, start = self.session, self.session.stopwatch.now()
+        branch = session.open(self.part, self.branch_name, args, kwargs)
+        with session.watched(branch):
+            output = self.forward(*args, **kwargs)
+        session.close(branch, start)
         return output

@@ -3,6 +3,7 @@
 from diffusers import PyramidAttentionBroadcastConfig
 
 from baselines.library import AttentionReuse
+from dpcache.method import session_of
 
 
 class PyramidAttentionBroadcast(AttentionReuse):
@@ -23,4 +24,4 @@ class PyramidAttentionBroadcast(AttentionReuse):
             for kind in ("spatial", "temporal", "cross")
             for what, value in (("block_skip_range", self.skip_range), ("timestep_skip_range", self.timesteps))
         }
-        return PyramidAttentionBroadcastConfig(**ranges, current_timestep_callback=lambda: self._cache.timestep)
+        return PyramidAttentionBroadcastConfig(**ranges, current_timestep_callback=lambda: session_of(pipe).timestep)

@@ -4,10 +4,11 @@ from collections import defaultdict
 
 from baselines.search import spend
 from dpcache.calibration import relative_change
-from dpcache.method import Method, denoiser
+from dpcache.method import Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Schedule
-from dpcache.sites import transformer_blocks
+from dpcache.session import denoiser
+from dpcache.sites import Blocks, transformer_blocks
 
 
 class ProfilingDiT(Method):
@@ -39,9 +40,9 @@ class ProfilingDiT(Method):
             raise ValueError(f"budget={budget} must be between 1 and num_inference_steps={num_inference_steps}")
         if not 0 < share <= 1:
             raise ValueError(f"share={share} must be above 0 and at most 1")
-        super().__init__(Schedule(None, num_inference_steps), "blocks", Reuse())
+        super().__init__(Schedule(None, num_inference_steps), Blocks(blocks), Reuse())
         self.budget, self.share, self.warmup, self.interval = budget, share, warmup, interval
-        self.profiled, self.blocks = blocks is None, blocks
+        self.profiled = blocks is None
         self.needs_calibration = blocks is None or interval is None
 
     @property
@@ -59,8 +60,8 @@ class ProfilingDiT(Method):
             changes = profile(pipe, calibration)
             self.settled = {"changes": changes}
             least = sorted(range(len(changes)), key=changes.__getitem__)
-            self.blocks = sorted(least[: max(1, round(self.share * len(changes)))])
-        self.settled["blocks"] = self.blocks
+            self.site = Blocks(sorted(least[: max(1, round(self.share * len(changes)))]))
+        self.settled["blocks"] = self.site.blocks
         if self.interval is None:
             self.settled |= spend(self, pipe, calibration, self, "interval", self.budget, first=6, whole=True)
 
@@ -69,7 +70,7 @@ def profile(pipe, calibration) -> list[float]:
     """Of every block, the relative L1 change of what it adds to the image stream, from step to step of the calibration
     prompts' full-step trajectories: mean over steps, prompts and guidance branches."""
     T, count = int(calibration.made_for["num_inference_steps"]), len(transformer_blocks(denoiser(pipe)))
-    method, previous, changes = Method(EvenlySpaced(T, T), "blocks", Reuse()), {}, defaultdict(list)
+    previous, changes = {}, defaultdict(list)
 
     def observe(branch, step, name, added):
         added = added[0] if isinstance(added, tuple) else added
@@ -77,9 +78,7 @@ def profile(pipe, calibration) -> list[float]:
             changes[name].append(relative_change(added, previous[branch, name]).item())
         previous[branch, name] = added
 
-    method.observe = observe
     for start in (0, 1):  # every other block, so that each is a run of its own
-        method.blocks = list(range(start, count, 2))
-        if method.blocks:
-            calibration.rerun(pipe, method)
+        if blocks := range(start, count, 2):
+            calibration.rerun(pipe, Method(EvenlySpaced(T, T), Blocks(blocks), Reuse()), observe=observe)
     return [sum(changes[str(block)]) / len(changes[str(block)]) for block in range(count)]

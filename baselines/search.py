@@ -30,8 +30,8 @@ def closest(spent: Callable[[float], float], budget: float, first: float, tries:
 
 def rerun(method, pipe, calibration, limit: int | None = None) -> float:
     """Full steps that the (first `limit`) calibration prompts take, on average."""
-    calibration.rerun(pipe, method, limit)
-    return float(np.mean([*method.report().spent.values()]))
+    _, report = calibration.rerun(pipe, method, limit)
+    return float(np.mean([*report.spent.values()]))
 
 
 def spend(method, pipe, calibration, owner, knob: str, budget: int, first: float, whole: bool = False) -> dict:

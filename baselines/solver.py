@@ -10,28 +10,25 @@ from dpcache.method import Method
 
 
 class Solver(Method):
-    """The pipeline's scheduler gives way to another one for as long as the method is attached."""
+    """The pipeline's scheduler gives way to another one for as long as the method is enabled."""
 
     def __init__(self, plain: Method, scheduler: str, settings: dict):
         super().__init__(plain.schedule, plain.site, plain.predictor)
         self.scheduler, self.settings = scheduler, settings
 
-    def attach(self, pipe):
-        own = self._own = pipe.scheduler
-        settings = dict(self.settings)
+    def session(self, pipe, observe=None):
+        own, settings = pipe.scheduler, dict(self.settings)
         if type(own).__name__.startswith("FlowMatch"):
             settings |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
             settings |= {"flow_shift": own.config.shift, "use_dynamic_shifting": own.config.use_dynamic_shifting}
         pipe.scheduler = getattr(diffusers, self.scheduler).from_config(own.config, **settings)
         try:
-            super().attach(pipe)
+            session = super().session(pipe, observe)
         except Exception:
             pipe.scheduler = own
             raise
-
-    def detach(self, pipe):
-        super().detach(pipe)
-        pipe.scheduler = self._own
+        session.on_detach.append(lambda: setattr(pipe, "scheduler", own))
+        return session
 
 
 def solver(budget: int, num_inference_steps: int, scheduler: str, order: int = 2) -> Method:

@@ -39,7 +39,7 @@ class Verified(OnlineSchedule):
             state |= {"forecasts": 1, "verify": False, "error": None}
             return False
         state["verify"] = state["forecasts"] >= self.shortest
-        compute = step < self.warmup or state["forecasts"] >= self.longest
+        compute = not context.keys or step < self.warmup or state["forecasts"] >= self.longest
         if not compute and state["verify"] and state["error"] is not None:
             allowed = max(self.threshold * self.decay ** (step / self.num_inference_steps), self.floor)
             compute = state["error"].item() > allowed

@@ -62,7 +62,7 @@ class AccumulatedChange(OnlineSchedule):
 
     def decide(self, context, block, args, kwargs):
         state, step, current = context.online, context.step, modulated_input(block, args, kwargs)
-        if 0 < step < self.num_inference_steps - 1:
+        if context.keys and step < self.num_inference_steps - 1:
             state["accumulated"] += np.polyval(self.polynomial, relative_change(current, state["previous"]).item())
             compute = state["accumulated"] >= self.threshold
         else:

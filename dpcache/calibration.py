@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,11 +15,12 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from dpcache.gram import gram
-from dpcache.method import Method, cached, denoiser
+from dpcache.method import Method, cached
 from dpcache.pact import l1_cost
 from dpcache.predictors import Predictor, Reuse, Taylor
-from dpcache.sampler import generate, sample
+from dpcache.sampler import Batch, generate, sample
 from dpcache.schedules import EvenlySpaced, OnlineSchedule, Schedule
+from dpcache.session import Report, denoisers
 from dpcache.sites import modulated_input
 
 _FORMAT = "dpcache calibration 3"
@@ -39,20 +40,20 @@ def fingerprint(transformer: torch.nn.Module) -> str:
 
 def describe(pipe, num_inference_steps: int, **call) -> dict[str, str]:
     """The circumstances under which a pipeline's samples and features stay the same, field by field."""
-    transformer = denoiser(pipe)
+    models = list(denoisers(pipe).values())
     shape, guidance, rest = {}, {}, {}
     for name, value in sorted(call.items()):
         kind = shape if name in _SHAPE else guidance if "guidance" in name or "cfg" in name else rest
         kind[name] = value
     scheduler = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
     return {
-        "model": f"{type(transformer).__name__} {fingerprint(transformer)}",
+        "model": ", ".join(f"{type(model).__name__} {fingerprint(model)}" for model in models),
         "num_inference_steps": str(num_inference_steps),
         "scheduler": json.dumps({"class": type(pipe.scheduler).__name__} | scheduler, sort_keys=True, default=str),
         "resolution": " x ".join(str(shape[name]) for name in _SHAPE if name in shape),
         "guidance": str(guidance),
         "call": str(rest),
-        "dtype": str(transformer.dtype).removeprefix("torch."),
+        "dtype": str(models[0].dtype).removeprefix("torch."),
     }
 
 
@@ -121,14 +122,21 @@ class Calibration:
         prompts, seeds = prompts[:limit], seeds[:limit]
         return [(prompts[i : i + size], seeds[i : i + size]) for i in range(0, len(prompts), size)]
 
-    def rerun(self, pipe, method, limit: int | None = None) -> np.ndarray:
-        """Final latents (n, ...) of the calibration's (first `limit`) prompts under `method`; its report then covers
-        all of them."""
+    def rerun(
+        self, pipe, method, limit: int | None = None, observe: Callable | None = None
+    ) -> tuple[np.ndarray, Report]:
+        """Final latents (n, ...) of the calibration's (first `limit`) prompts under `method`, and what it did in all of
+        them. `observe`: see `Session`."""
         steps, call = method.num_inference_steps, self.made_from["call"]
-        with cached(pipe, method):
+        with cached(pipe, method, observe) as session:
             bar = tqdm(self.batches(limit), desc="trying on the calibration prompts", unit="batch", leave=False)
             latents = [generate(pipe, *batch, steps, decode=False, **call).latents for batch in bar]
-        return torch.cat(latents).numpy()
+        return torch.cat(latents).numpy(), session.report()
+
+    @property
+    def switches(self) -> list[int]:
+        """Steps at which the pipeline's second model took over, if it has one."""
+        return self.made_from.get("switches", [])
 
     def check(self, expected: dict[str, str]) -> "Calibration":
         """Itself, if `made_for` agrees with `expected`; else a ValueError that names the fields that differ."""
@@ -153,12 +161,28 @@ class _Recorder:
         every = list(range(schedule.num_inference_steps))
         self.every, self.computed = every, schedule.steps or every
         self.kept: dict[str, dict[str, torch.Tensor]] = {}
+        self.filled: dict[tuple[str, str], list[int]] = {}
 
     def __call__(self, branch, step, name, tensor):
-        steps, kept = self.every if name == "input" else self.computed, self.kept.setdefault(branch, {})
+        if isinstance(tensor, tuple):
+            raise ValueError(f"calibration takes a feature that is one tensor, but {name!r} has {len(tensor)} of them")
+        steps, kept = self._steps(name), self.kept.setdefault(branch, {})
         if name not in kept:
             kept[name] = _room(tensor, len(steps))
         kept[name][steps.index(step)] = tensor
+        self.filled.setdefault((branch, name), []).append(step)
+
+    def _steps(self, name: str) -> list[int]:
+        return self.every if name == "input" else self.computed
+
+    def check(self) -> None:
+        """Raises ValueError where a branch was not there at every step: what is kept of the others is undefined."""
+        for (branch, name), steps in self.filled.items():
+            if steps != self._steps(name):
+                raise ValueError(
+                    f"calibration: the guidance branch {branch!r} passed {name!r} at the steps {steps}, not at "
+                    f"{self._steps(name)}"
+                )
 
 
 def _room(like: torch.Tensor, steps: int) -> torch.Tensor:
@@ -167,18 +191,17 @@ def _room(like: torch.Tensor, steps: int) -> torch.Tensor:
     return torch.empty((steps, *like.shape), dtype=like.dtype, device=like.device if fits else "cpu")
 
 
-def record(pipe, method, prompts, seeds, **call) -> tuple[torch.Tensor, dict[str, dict[str, torch.Tensor]]]:
+def record(pipe, method, prompts, seeds, **call) -> tuple[Batch, dict[str, dict[str, torch.Tensor]]]:
     """Sample with `method` and keep everything that passes at its site.
 
     Returns:
-        The final latents, and for every guidance branch the features of the computed steps (K, B, ...) under the
+        The batch, and for every guidance branch the features of the computed steps (K, B, ...) under the
         site's name, with site=output also the model's inputs at all steps (T, B, ...) under "input".
     """
-    method.observe = recorder = _Recorder(method.schedule)
-    try:
-        return sample(pipe, method, prompts, seeds, decode=False, **call).latents, recorder.kept
-    finally:
-        method.observe = None
+    recorder = _Recorder(method.schedule)
+    batch = sample(pipe, method, prompts, seeds, decode=False, observe=recorder, **call)
+    recorder.check()
+    return batch, recorder.kept
 
 
 class _InputChanges(OnlineSchedule):
@@ -258,8 +281,8 @@ def calibrate(
         chunk = slice(start, start + batch_size)
         share = len(prompts[chunk]) / len(prompts)
         schedule = _InputChanges(num_inference_steps) if stack else full
-        final, kept = record(pipe, Method(schedule, site, Reuse()), prompts[chunk], seeds[chunk], **call)
-        latents.append(final)
+        batch, kept = record(pipe, Method(schedule, site, Reuse()), prompts[chunk], seeds[chunk], **call)
+        latents.append(batch.latents)
         features = next(iter(kept.values()))[site]
         output_change.append([0.0, *(relative_change(b.float(), a.float()).item() for a, b in pairwise(features))])
         if stack and schedule.states[0]["input_change"]:
@@ -279,7 +302,8 @@ def calibrate(
         np.zeros(0),
         torch.cat(latents).numpy(),
         describe(pipe, num_inference_steps, **call) | purpose(predictor, site, path_aware, cumulative),
-        {"prompts": list(prompts), "seeds": seeds, "batch_size": batch_size, "call": call},
+        {"prompts": list(prompts), "seeds": seeds, "batch_size": batch_size, "call": call}
+        | ({"switches": batch.report.switches} if batch.report.switches else {}),
     )
     if measure_gains:
         calibration.gain = measure_gain(pipe, calibration)
@@ -299,7 +323,7 @@ def measure_gain(pipe, calibration: Calibration, points: int = 12, prompts: int 
     moved = []
     for step in tqdm(steps, desc="measuring gains", unit="run", leave=False):
         method = Method(Schedule([s for s in range(T) if s != step], T), site, Reuse())
-        latents = calibration.rerun(pipe, method, prompts)
+        latents, _ = calibration.rerun(pipe, method, prompts)
         moved.append(np.linalg.norm(latents - calibration.latents[:prompts]))
     error = np.sqrt(np.maximum(G[steps, steps] - 2 * G[steps, steps - 1] + G[steps - 1, steps - 1], 1e-12))
     gain = np.exp(np.interp(np.arange(T), steps, np.log(np.maximum(moved, 1e-12) / error)))

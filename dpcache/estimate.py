@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from dpcache.method import Method, cached, report
+from dpcache.method import Method, cached
 from dpcache.models.architectures import Architecture
 from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, OnlineSchedule
+from dpcache.steps import Loop
 
 
 class _Computing(OnlineSchedule):
@@ -49,11 +50,11 @@ def history_bytes(
     steps = method.history
     online = isinstance(method.schedule, OnlineSchedule)
     dry = Method(_Computing(method.schedule) if online else EvenlySpaced(steps, steps), method.site, _Keeping(steps))
-    dry.blocks = method.blocks
-    inputs = architecture.inputs(call, batch_size, dtype=transformer.dtype)
-    with cached(transformer, dry):
+    inputs, loop = architecture.inputs(call, batch_size, dtype=transformer.dtype), Loop(transformer, steps)
+    with cached(loop, dry) as session:
         for _ in range(steps):
             for branch in architecture.branches(call):
                 with transformer.cache_context(branch) if branch != "default" else nullcontext():
                     transformer(**inputs)
-        return report(transformer).history_bytes
+            loop.step()
+        return session.report().history_bytes

@@ -1,7 +1,9 @@
 """FLOPs by PyTorch's counter, and how much of a full step a call of the transformer computes."""
 
+import weakref
 from collections.abc import MutableMapping
 from contextlib import contextmanager, nullcontext
+from typing import ClassVar
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,14 +39,19 @@ class LayerFlops:
     with a matrix: its own, and what follows until the next one begins, so that attention counts for the projection just
     before it. After that it is enough to know which layers run, and how much smaller their input is.
 
+    What was counted is remembered for the transformer, so that later runs, timed ones among them, need not count again.
+
     Args:
-        costs: layer -> (FLOPs, size of its inputs per sample), of all its runs in a full step together, where they are
-            known already; filled by the first call. None: only tell which layers run.
+        counting: False: only tell which layers run.
     """
 
-    def __init__(self, transformer: torch.nn.Module, costs: MutableMapping | None):
+    # transformer -> shapes of the input -> layer -> (FLOPs, size of its inputs per sample), all its runs in a full step
+    _known: ClassVar[MutableMapping] = weakref.WeakKeyDictionary()
+
+    def __init__(self, transformer: torch.nn.Module, counting: bool = True):
         self.handles = [layer.register_forward_pre_hook(self._begin) for layer in matrix_layers(transformer)]
-        self.costs, self.counter, self.ran = costs, None, []
+        self.known = self._known.setdefault(transformer, {}) if counting else None
+        self.costs, self.counter, self.ran = {}, None, []
 
     def _begin(self, layer, args) -> None:
         size = args[0].shape[1:].numel() if args else 1
@@ -67,10 +74,12 @@ class LayerFlops:
             self.ran.pop()
 
     @contextmanager
-    def call(self):
-        """Around one call of the transformer."""
+    def call(self, shapes: tuple):
+        """Around one call of the transformer with an input of these shapes."""
         self.ran.clear()
-        if self.costs or self.costs is None:
+        if self.known is not None:
+            self.costs = self.known.setdefault(shapes, {})
+        if self.costs or self.known is None:
             yield
             return
         self.layer = None

@@ -1,185 +1,266 @@
 """The hooks that skip blocks and modules, see `sites.py`.
 
-Each asks the step cache (`cache.py`) whether the current step is skipped, and otherwise leaves its module alone.
-With torch.compile a hook must not be traced, but what it wraps must. `torch.compiler.disable(recursive=False)` says so,
-too, but asks the compiler again at every call (PyTorch 2.15): a quarter of a millisecond for every block of every step.
+Each asks the session (`session.py`) whether the current call is skipped, and otherwise leaves its module alone.
 """
 
+import inspect
+from dataclasses import dataclass
+
 import torch
-from diffusers.hooks import ModelHook
-from diffusers.hooks._helpers import TransformerBlockRegistry
-from diffusers.utils.torch_utils import unwrap_module
-from torch._dynamo.decorators import skip
+from torch.utils._pytree import tree_map
+
+from dpcache._diffusers import Hook, block_metadata, leave_uncompiled, unwrap_module
 
 
-class Hook(ModelHook):
-    def __init__(self, cache):
+class SessionHook(Hook):
+    """Base of the site's hooks."""
+
+    def __init__(self, session):
         super().__init__()
-        self.cache = cache
+        self.session = session
 
 
-class StreamHook(Hook):
-    """Knows a block's streams by diffusers' registry."""
+@dataclass(frozen=True)
+class Streams:
+    """The streams of a block: the image's, and beside it the text's, or another that is also denoised (audio).
 
-    def __init__(self, cache, block):
-        super().__init__(cache)
-        try:
-            self.metadata = TransformerBlockRegistry.get(type(unwrap_module(block)))
-        except ValueError:
-            raise ValueError(f"{type(block).__name__} is not in diffusers' block registry: use site=output") from None
+    Attributes:
+        image, other: names of the arguments; None: there is no other stream.
+        image_index, other_index: places in what the block returns; None: it returns no such stream.
+        both: whether the model reads the other stream after its last block.
+    """
 
-    def entering(self, name, args, kwargs) -> torch.Tensor:
-        """A stream among the block's arguments: `hidden_states` is the image's, `encoder_hidden_states` the text's."""
-        if name in kwargs:  # the common case, without the registry's signature inspection
-            return kwargs[name]
-        argument = getattr(self.metadata, f"{name}_argument_name")
-        return self.metadata._get_parameter_from_args_kwargs(argument, args, kwargs)
+    image: str = "hidden_states"
+    other: str | None = "encoder_hidden_states"
+    image_index: int = 0
+    other_index: int | None = None
+    both: bool = False
+
+
+# Of blocks that diffusers' registry does not have.
+STREAMS = {
+    "LTX2VideoTransformerBlock": Streams(other="audio_hidden_states", other_index=1, both=True),
+}
+# Block classes whose image stream also holds the text, before or after the image's tokens.
+TEXT_FIRST = {"Flux2SingleTransformerBlock"}
+
+
+def streams_of(block: torch.nn.Module) -> Streams:
+    """Raises ValueError for a block whose streams are not known."""
+    kind, names = type(unwrap_module(block)), list(inspect.signature(type(unwrap_module(block)).forward).parameters)[1:]
+    if kind.__name__ in STREAMS:
+        return STREAMS[kind.__name__]
+    metadata = block_metadata(block)
+    if metadata is None:
+        raise ValueError(f"the streams of a {kind.__name__} are not known: use site=output")
+    image, other = metadata.hidden_states_argument_name, metadata.encoder_hidden_states_argument_name
+    return Streams(
+        image if image in names else names[0],
+        other if other in names else None,
+        metadata.return_hidden_states_index,
+        metadata.return_encoder_hidden_states_index,
+    )
+
+
+class StreamHook(SessionHook):
+    """Knows a block's streams."""
+
+    def __init__(self, session, block):
+        super().__init__(session)
+        self.streams = streams_of(block)
+        self.names = list(inspect.signature(type(unwrap_module(block)).forward).parameters)[1:]
+
+    def argument(self, name: str, args: tuple, kwargs: dict):
+        return kwargs[name] if name in kwargs else args[self.names.index(name)]
+
+    def image_in(self, args, kwargs) -> torch.Tensor:
+        """The image stream that enters the block."""
+        return self.argument(self.streams.image, args, kwargs)
+
+    def other_in(self, args, kwargs) -> torch.Tensor | None:
+        """The other stream that enters the block, if it also returns one."""
+        return None if self.streams.other_index is None else self.argument(self.streams.other, args, kwargs)
 
     def image(self, output) -> torch.Tensor:
         """The image stream of what the block returned."""
-        return output if torch.is_tensor(output) else output[self.metadata.return_hidden_states_index]
+        return output if torch.is_tensor(output) else output[self.streams.image_index]
 
-    def text(self, output) -> torch.Tensor | None:
-        """The text stream of what the block returned, if it does."""
-        index = self.metadata.return_encoder_hidden_states_index
-        return None if index is None else output[index]
+    def other(self, output) -> torch.Tensor | None:
+        """The other stream of what the block returned, if it does."""
+        return None if self.streams.other_index is None else output[self.streams.other_index]
 
-    def passing_text(self, args, kwargs) -> torch.Tensor | None:
-        """The text stream that enters the block, if it also returns one."""
-        if self.metadata.return_encoder_hidden_states_index is None:
-            return None
-        return self.entering("encoder_hidden_states", args, kwargs)
-
-    def result(self, image, text):
+    def result(self, image, other):
         """What the block returns of these streams."""
-        index = self.metadata.return_encoder_hidden_states_index
-        return image if index is None else (text, image) if index == 0 else (image, text)
+        index = self.streams.other_index
+        return image if index is None else (other, image) if index == 0 else (image, other)
 
 
 class BlockHook(StreamHook):
-    """Skips a block: its image and text streams pass through. Online schedules decide at the block after the ones they
-    probe, and may look at what each block leaves; the feature is kept and put back at the last one.
+    """Skips a block: its streams pass through. Online schedules decide at the block after the ones they probe, and may
+    look at what each block leaves; the feature is kept and put back at the last one.
 
-    Only the image stream is kept, because no model reads the text stream after its last block.
+    The text stream is not kept, because no model reads it after its last block.
     """
 
-    def __init__(self, cache, block, index: int, last: bool, probe: int, residual: bool):
-        super().__init__(cache, block)
+    def __init__(self, session, block, index: int, last: bool, probe: int, residual: bool):
+        super().__init__(session, block)
         self.index, self.decides, self.last, self.residual = index, index == probe, last, residual
         self.first = index == 0 and (residual or probe > 0)
 
-    @skip
+    @leave_uncompiled
     def new_forward(self, module, *args, **kwargs):
-        context = self.cache.current
+        session = self.session
+        branch = session.current
         if self.first:
-            context.stack_input = self.entering("hidden_states", args, kwargs)
+            branch.stack_input = self.image_in(args, kwargs)
+            branch.run_input = self.other_in(args, kwargs)
         if self.decides:
-            self.cache.decide(module, args, kwargs)
-        if not context.skip:
-            output = self.fn_ref.original_forward(*args, **kwargs)
-            stream = self.image(output)
-            self.cache.learn(self.index, stream)
+            session.decide(module, args, kwargs)
+        if not branch.skip:
+            output = self.forward(*args, **kwargs)
+            session.learn(self.index, self.image(output))
             if self.last:
-                self.cache.keep("stack", stream - context.stack_input if self.residual else stream)
-                context.stack_input = None
+                session.keep("stack", self.feature(branch, output))
+                branch.stack_input = branch.run_input = None
             return output
+        image, other = self.image_in(args, kwargs), self.other_in(args, kwargs)
         if self.last:
-            stream = self.cache.predict("stack")
-            stream = context.stack_input + stream if self.residual else stream
-            context.stack_input = None
-        else:
-            stream = self.entering("hidden_states", args, kwargs)
-        return self.result(stream, self.passing_text(args, kwargs))
+            predicted = session.predict("stack")
+            added, other = predicted if self.streams.both else (predicted, other)
+            if self.residual:
+                image = self.entered(branch, image) + added
+                other = branch.run_input + other if self.streams.both else other
+            else:
+                image = added
+            branch.stack_input = branch.run_input = None
+        return self.result(image, other)
+
+    def feature(self, branch, output):
+        """What the last block leaves, less what entered the first one at site=residual."""
+        image, other = self.image(output), self.other(output) if self.streams.both else None
+        if self.residual:
+            image = image - self.entered(branch, image)
+            other = None if other is None else other - branch.run_input
+        return image if other is None else (image, other)
+
+    def entered(self, branch, image: torch.Tensor) -> torch.Tensor:
+        """The first block's input, with the text before it where the last one has both in one stream."""
+        before, text = branch.stack_input, branch.run_input
+        if before.shape == image.shape:
+            return before
+        kind = type(unwrap_module(self.fn_owner)).__name__
+        if kind in TEXT_FIRST and text is not None:
+            return torch.cat([text, before], 1)
+        raise ValueError(
+            f"site=residual: the first block's stream {tuple(before.shape)} has another shape than that of the last, a "
+            f"{kind} {tuple(image.shape)}: use site=stack"
+        )
+
+    def initialize_hook(self, module):
+        self.fn_owner = module
+        return module
 
 
 class RunHook(StreamHook):
-    """On a block of `Method.blocks`: keeps what a run of such blocks adds to the image and the text stream, and on a
-    skipped step adds that in place of the run."""
+    """On a block of the site `blocks`: keeps what a run of such blocks adds to the streams, and on a skipped step adds
+    that in place of the run."""
 
-    def __init__(self, cache, block, name: str, first: bool, last: bool):
-        super().__init__(cache, block)
+    def __init__(self, session, block, name: str, first: bool, last: bool):
+        super().__init__(session, block)
         self.name, self.first, self.last = name, first, last
 
-    @skip
+    @leave_uncompiled
     def new_forward(self, module, *args, **kwargs):
-        context = self.cache.current
-        if self.first or context.skip:
-            image, text = self.entering("hidden_states", args, kwargs), self.passing_text(args, kwargs)
-        if context.skip:
+        branch = self.session.current
+        if self.first or branch.skip:
+            image, other = self.image_in(args, kwargs), self.other_in(args, kwargs)
+        if branch.skip:
             if self.last:
-                added = self.cache.predict(self.name)
-                image, text = (image + added, text) if torch.is_tensor(added) else (image + added[0], text + added[1])
-            return self.result(image, text)
+                added = self.session.predict(self.name)
+                image, other = (
+                    (image + added, other) if torch.is_tensor(added) else (image + added[0], other + added[1])
+                )
+            return self.result(image, other)
         if self.first:
-            context.run_input = image, text
-        output = self.fn_ref.original_forward(*args, **kwargs)
+            branch.run_input = image, other
+        output = self.forward(*args, **kwargs)
         if self.last:
-            (image, text), context.run_input = context.run_input, None
-            added, after = self.image(output) - image, self.text(output)
-            self.cache.keep(self.name, added if after is None else (added, after - text))
+            (image, other), branch.run_input = branch.run_input, None
+            added, after = self.image(output) - image, self.other(output)
+            self.session.keep(self.name, added if after is None else (added, after - other))
         return output
 
 
-class ProbeHook(Hook):
+class ProbeHook(SessionHook):
     """On the first block, where the site itself has no hook: an online schedule decides before the block runs."""
 
-    @skip
+    @leave_uncompiled
     def new_forward(self, module, *args, **kwargs):
-        self.cache.decide(module, args, kwargs)
-        return self.fn_ref.original_forward(*args, **kwargs)
+        self.session.decide(module, args, kwargs)
+        return self.forward(*args, **kwargs)
 
 
 class VerifyHook(StreamHook):
     """On the last block: where an online schedule wants a skipped step verified, runs the block in earnest as well."""
 
-    @skip
+    @leave_uncompiled
     def new_forward(self, module, *args, **kwargs):
-        context, forward = self.cache.current, self.fn_ref.original_forward
-        draft = forward(*args, **kwargs)
-        if context.skip and self.cache.schedule.verifies(context):
-            context.skip, context.verifying = False, True
-            real = forward(*args, **kwargs)
-            context.skip, context.verifying = True, False
-            self.cache.schedule.verify(context, self.image(draft), self.image(real))
+        branch, schedule = self.session.current, self.session.schedule
+        draft = self.forward(*args, **kwargs)
+        if branch.skip and schedule.verifies(branch):
+            branch.skip, branch.verifying = False, True
+            real = self.forward(*args, **kwargs)
+            branch.skip, branch.verifying = True, False
+            schedule.verify(branch, self.image(draft), self.image(real))
         return draft
 
 
-class BranchHook(Hook):
+class BranchHook(SessionHook):
     """Keeps and predicts one attention or feed-forward output (a tensor or a tuple of tensors)."""
 
-    def __init__(self, cache, name: str):
-        super().__init__(cache)
+    def __init__(self, session, name: str):
+        super().__init__(session)
         self.name = name
 
-    @skip
+    @leave_uncompiled
     def new_forward(self, module, *args, **kwargs):
-        context = self.cache.current
-        if context.skip:
-            self.cache.left_out(module)
-            return self.cache.predict(self.name)
-        output = self.fn_ref.original_forward(*args, **kwargs)
-        if not context.verifying:
-            self.cache.keep(self.name, output)
+        branch = self.session.current
+        if branch.skip:
+            self.session.left_out(module)
+            return self.session.predict(self.name)
+        output = self.forward(*args, **kwargs)
+        if not branch.verifying:
+            self.session.keep(self.name, output)
         return output
 
 
-class FeederHook(Hook):
+class FeederHook(SessionHook):
     """On a module that only feeds a kept one: nothing of it is needed on a skipped step, not even memory."""
 
-    @skip
+    @leave_uncompiled
     def new_forward(self, module, *args, **kwargs):
-        if self.cache.current.skip:
-            self.cache.left_out(module)
+        if self.session.current.skip:
+            self.session.left_out(module)
             nothing = (args[0] if args else kwargs["hidden_states"])[..., :0]
             text = kwargs.get("encoder_hidden_states")
             return nothing if text is None else (nothing, text[..., :0])
-        return self.fn_ref.original_forward(*args, **kwargs)
+        return self.forward(*args, **kwargs)
 
 
-class EmbedderHook(Hook):
-    """On an embedder that feeds skipped blocks alone: a sliver of its input stands in for its output, which nobody
-    reads. Six wide, because Wan cuts `time_proj`'s output in six, and joins those for text and image."""
+class EmbedderHook(SessionHook):
+    """On an embedder that feeds skipped blocks alone. Nobody reads its output on a skipped step, but what lies between
+    the blocks may compute with it, as ControlNets do: so zeros of its shape are returned, which take no memory."""
 
-    @skip
+    @leave_uncompiled
     def new_forward(self, module, *args, **kwargs):
-        return args[0][..., :6] if self.cache.current.skip else self.fn_ref.original_forward(*args, **kwargs)
+        branch = self.session.current
+        if branch.skip:
+            return branch.placeholders[self]
+        output = self.forward(*args, **kwargs)
+        if self not in branch.placeholders:
+            branch.placeholders[self] = tree_map(_zeros_like, output)
+        return output
+
+
+def _zeros_like(value):
+    return value.new_zeros(()).expand(value.shape) if torch.is_tensor(value) else value

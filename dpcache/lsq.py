@@ -9,7 +9,7 @@ import numpy as np
 from dpcache.calibration import record
 from dpcache.gram import gram, key_axes, path_costs
 from dpcache.method import Method
-from dpcache.planner import plan
+from dpcache.planner import plan, through
 from dpcache.predictors import (
     AdamsBashforth,
     FoCa,
@@ -101,7 +101,7 @@ class LeastSquaresPlan(Method):
 
     @property
     def calibration_options(self):
-        return {"site": self.site, "measure_gains": True}
+        return {"site": self.site.name, "measure_gains": True}
 
     def prepare(self, pipe, calibration=None):
         if not len(calibration.gain):
@@ -148,11 +148,12 @@ class LeastSquaresPlan(Method):
                     if by_error:
                         counted = calibration.gain ** (2 * alpha)
                         cost = path_costs(G, predictor, axes, counted, coherent=planner == "coherent")
+                        cost = through(cost, calibration.switches)
                     for warmup in self.warmups:
                         if by_error:
                             steps = plan(cost, self.budget, warmup)
                         elif planner == "l1":
-                            steps = plan(calibration.cost, self.budget, warmup, "paper")
+                            steps = plan(through(calibration.cost, calibration.switches), self.budget, warmup, "paper")
                         else:
                             steps = EvenlySpaced(self.budget, T, warmup).steps
                         trial = {
@@ -168,7 +169,7 @@ class LeastSquaresPlan(Method):
     def _errors(self, pipe, calibration, limit: int | None = None) -> np.ndarray:
         """Relative distance of each (of the first `limit`) calibration prompt's final latents to the full-step ones."""
         reference = calibration.latents[:limit].reshape(len(calibration.latents[:limit]), -1)
-        moved = calibration.rerun(pipe, self, limit).reshape(reference.shape) - reference
+        moved = calibration.rerun(pipe, self, limit)[0].reshape(reference.shape) - reference
         return np.linalg.norm(moved, axis=1) / np.linalg.norm(reference, axis=1)
 
     def _refit(self, pipe, calibration, errors):
@@ -182,7 +183,7 @@ class LeastSquaresPlan(Method):
 
     def _settle(self, steps, predictor):
         self.schedule = Schedule(steps, self.num_inference_steps)
-        self.set_predictor(predictor)
+        self.predictor = predictor
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +204,7 @@ def fit_closed_loop(pipe, calibration, method, split: int, ridge: float = 1e-6) 
 
     Returns those fitted on the first `split` prompts, and on all. The T + K features of one batch are held at a time.
     """
-    keys, T, site = method.schedule.steps, method.num_inference_steps, method.site
+    keys, T, site = method.schedule.steps, method.num_inference_steps, method.site.name
     history, sees_input = method.predictor.history, method.predictor.sees_input
     full, call, done = Method(EvenlySpaced(T, T), site, Reuse()), calibration.made_from["call"], 0
     grams = np.zeros((2, *[len(keys) + T * (1 + sees_input)] * 2))  # keys, inputs, targets

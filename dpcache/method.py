@@ -1,49 +1,33 @@
 """Method = Schedule x Site x Predictor, and how one is put on a pipeline."""
 
-import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-from diffusers.utils.torch_utils import unwrap_module
-
-from dpcache.cache import Report, StepCache
+from dpcache._diffusers import hook_on
 from dpcache.predictors import Predictor, Taylor
 from dpcache.schedules import Planned, Schedule
-from dpcache.sites import SITES
+from dpcache.session import Report, Session, denoisers
+from dpcache.sites import Site, as_site
 
 
 class Method:
     """A caching method, composed of its three parts.
 
-    The board knows methods by `num_inference_steps`, `needs_calibration`, `calibration_options`, `prepare`, `settled`,
-    `attach`, `detach` and `report` alone, so a library's own cache can stand beside them by offering these.
+    The board knows methods by `num_inference_steps`, `needs_calibration`, `calibration_options`, `prepare`, `settled`
+    and `session` alone, so a library's own cache can stand beside them by offering these.
 
     Args:
         schedule: which steps are computed.
-        site: what is kept of them, one of `sites.SITES`.
+        site: what is kept of them: one of `dpcache.sites`, or its short name.
         predictor: how a skipped step is filled in.
-
-    `observe`, if it is set, is called as `observe(branch, step, name, feature)` for every feature kept, and with
-    site=output for the model's input ("input") at every step.
     """
 
-    def __init__(self, schedule: Schedule, site: str, predictor: Predictor):
-        if site not in SITES:
-            raise ValueError(f"site={site} is not one of {', '.join(SITES)}")
-        if predictor.sees_input and not site.startswith("output"):
-            raise ValueError(f"site={site}: a predictor that sees the model's input takes site=output")
-        self.schedule, self.site, self.observe = schedule, site, None
-        self.set_predictor(predictor)
-        self.blocks: Sequence[int] | None = None  # with site=blocks, indices of those that are skipped; None: all
+    def __init__(self, schedule: Schedule, site: Site | str, predictor: Predictor):
+        self.schedule, self.site, self.predictor = schedule, as_site(site), predictor
+        if predictor.sees_input and not self.site.sees_input:
+            raise ValueError(f"site={self.site.name}: a predictor that sees the model's input takes site=output")
         self.settled: dict = {}  # what `prepare` decided, for the record
-        self.costs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of layers, see `dpcache.flops`
-        self._cache: StepCache | None = None
-
-    def set_predictor(self, predictor: Predictor) -> None:
-        """Also remembers its weights: the same keys and steps come back in every generation."""
-        self.predictor, self.weights = predictor, functools.lru_cache(maxsize=None)(predictor.weights)
 
     @property
     def num_inference_steps(self) -> int:
@@ -62,7 +46,7 @@ class Method:
     @property
     def partial(self) -> bool:
         """Whether parts of steps are computed as well, so that the budget counts full-step equivalents."""
-        return self.schedule.partial or self.site == "blocks"
+        return self.schedule.partial or self.site.partial
 
     @property
     def calibration_options(self) -> dict:
@@ -73,19 +57,12 @@ class Method:
         """Settle the schedule. `calibration`: a `Calibration`, where `needs_calibration`."""
         self.schedule.prepare(calibration)
 
-    def attach(self, pipe) -> None:
-        """Start caching. Raises ValueError where the model does not offer the site."""
+    def session(self, pipe, observe: Callable | None = None) -> Session:
+        """Start caching on a pipeline, or on its transformer alone. Raises ValueError where the model does not offer
+        the site. `observe`: see `Session`."""
         if not self.schedule.ready:
             raise ValueError("the schedule is not settled yet: call method.prepare(pipe, calibration) first")
-        self._cache = StepCache(denoiser(pipe), self, pipe)
-
-    def detach(self, pipe) -> None:
-        """Stop caching and leave the transformer as it was before `attach`."""
-        self._cache.detach()
-
-    def report(self) -> Report:
-        """What has been computed and predicted since `attach`."""
-        return self._cache.report() if self._cache is not None else Report()
+        return Session(pipe, self, observe)
 
 
 def dpcache(
@@ -121,55 +98,62 @@ def dpcache(
     return Method(schedule, "stack", predictor)
 
 
-_attached: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_sessions: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # pipeline, or model alone -> its session
 
 
-def denoiser(pipe) -> torch.nn.Module:
-    """The transformer (or U-Net) of a pipeline, or itself. Raises ValueError if there is none, or more than one."""
-    if isinstance(pipe, torch.nn.Module):
-        return unwrap_module(pipe)
-    if getattr(pipe, "transformer_2", None) is not None:
-        raise ValueError(
-            f"this {type(pipe).__name__} has two transformers, for two ranges of steps: cache pipe.transformer and "
-            "pipe.transformer_2 each with a method of its own, made for the number of steps in its range"
-        )
-    for name in ("transformer", "unet"):
-        if getattr(pipe, name, None) is not None:
-            return unwrap_module(getattr(pipe, name))
-    raise ValueError(f"{type(pipe).__name__} has neither a transformer nor a unet")
+def session_of(pipe) -> Session | None:
+    """The session on a pipeline, if there is one: its own, or that of another pipeline with the same transformer."""
+    if pipe in _sessions:
+        return _sessions[pipe]
+    hooks = (hook_on(module) for module in denoisers(pipe).values())
+    return next((hook.session for hook in hooks if hook is not None), None)
 
 
-def enable(pipe, method) -> None:
-    """Cache with `method` from now on. `pipe`: a diffusers pipeline (best: new generations are then seen by
-    themselves whatever happens), or its transformer alone. Raises ValueError if a method is already enabled."""
-    transformer = denoiser(pipe)
-    if transformer in _attached:
+def enable(pipe, method, observe: Callable | None = None) -> None:
+    """Cache with `method` from now on.
+
+    Args:
+        pipe: a diffusers pipeline, whose scheduler then tells the steps; or a transformer alone, whose timestep
+            argument does.
+        observe: see `dpcache.session.Session`.
+
+    Raises ValueError if a method is already enabled, or where the model does not offer the method's site.
+    """
+    if session_of(pipe) is not None:
         raise ValueError("a method is already enabled on this pipeline: call dpcache.disable(pipe) first")
-    method.attach(pipe)
-    _attached[transformer] = method
+    _sessions[pipe] = method.session(pipe, observe)
 
 
-def disable(pipe) -> None:
-    """Undo `enable`: the transformer is as it was before. Raises ValueError if nothing is enabled."""
-    method = _attached.pop(denoiser(pipe), None)
-    if method is None:
-        raise ValueError("no method is enabled on this pipeline")
-    method.detach(pipe)
+def disable(pipe) -> Report:
+    """Undo `enable`: the transformer is as it was before. Returns what the method did.
+
+    Raises ValueError if nothing is enabled.
+    """
+    session = _known(pipe)
+    for key in [key for key, value in _sessions.items() if value is session]:
+        del _sessions[key]
+    session.detach()
+    return session.report()
 
 
 @contextmanager
-def cached(pipe, method):
-    """`enable` within a `with` block, `disable` at its end."""
-    enable(pipe, method)
+def cached(pipe, method, observe: Callable | None = None) -> Iterator[Session]:
+    """`enable` within a `with` block, `disable` at its end. Gives the session, whose `report()` stays."""
+    enable(pipe, method, observe)
+    session = session_of(pipe)
     try:
-        yield method
+        yield session
     finally:
         disable(pipe)
 
 
 def report(pipe) -> Report:
-    """The report of the method that is enabled on `pipe`. Raises ValueError if none is."""
-    method = _attached.get(denoiser(pipe))
-    if method is None:
+    """What the method that is enabled on `pipe` has done so far. Raises ValueError if none is."""
+    return _known(pipe).report()
+
+
+def _known(pipe) -> Session:
+    session = session_of(pipe)
+    if session is None:
         raise ValueError("no method is enabled on this pipeline")
-    return method.report()
+    return session

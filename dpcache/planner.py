@@ -6,6 +6,7 @@ k = T is the end of sampling, and infinity marks what is not allowed. More leadi
 Where a path has no earlier key yet, key 0 stands in for it.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -48,6 +49,15 @@ def plan_all(cost, warmup=3, solver="exact", max_jump=None) -> dict[int, list[in
     """``plan`` for every feasible budget from ``warmup`` to T in one pass; budgets without a path are left out."""
     cost, solve = _checked(cost, warmup, solver, max_jump)
     return solve(cost, warmup, range(warmup, cost.shape[-1]))
+
+
+def through(cost: np.ndarray, steps: Sequence[int]) -> np.ndarray:
+    """Costs (..., T, T+1) over keys, the last two axes the latest key and the next, that allow no way past `steps`: all
+    of them are computed, as are those at which a pipeline's second model takes over."""
+    cost = np.array(cost, dtype=float)
+    for step in steps:
+        cost[..., :step, step + 1 :] = np.inf
+    return cost
 
 
 def path_cost(cost, steps, warmup=3) -> float:

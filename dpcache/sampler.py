@@ -1,16 +1,16 @@
 """The one sampler interface: prompts and seeds in, images or videos and final latents out, whatever the method."""
 
-import functools
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from diffusers.utils import load_image
 
+from dpcache._diffusers import StepListener, watch_steps
 from dpcache.method import cached
+from dpcache.session import Report
 
 
 @dataclass
@@ -20,10 +20,12 @@ class Batch:
     Attributes:
         images: uint8, (B, H, W, 3), of a video pipeline (B, F, H, W, 3); None with `decode=False`.
         latents: the sampler's last latents, float32 on the CPU, (B, ...).
+        report: what the caching method did, where there was one.
     """
 
     images: np.ndarray | None
     latents: torch.Tensor
+    report: Report | None = None
 
 
 def generate(
@@ -33,6 +35,7 @@ def generate(
 
     Args:
         prompts: of a pipeline that takes class labels, their names or numbers.
+        num_inference_steps: steps that are run, also with a `strength` below 1.
         decode: False: stop at the latents (class-to-image pipelines decode nevertheless).
         call: further arguments of the pipeline (height, width, guidance_scale, ...); `image`, where the pipeline
             starts from one, may be a path, and `negative_prompt` is one string for all.
@@ -48,19 +51,25 @@ def generate(
     if isinstance(call.get("negative_prompt"), str):
         call["negative_prompt"] = [call["negative_prompt"]] * len(prompts)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    with _watched(pipe.scheduler, generators) as last:
+    listener = _Latents(pipe.scheduler, generators)
+    unwatch = watch_steps(pipe.scheduler, listener)
+    try:
         output = pipe(
-            num_inference_steps=num_inference_steps,
+            num_inference_steps=steps_to_ask_for(num_inference_steps, call.get("strength", 1.0)),
             generator=generators,
             output_type="np" if decode else "latent",
             **call,
         )
+    finally:
+        unwatch()
+    if listener.latents is None:
+        raise ValueError(f"{type(pipe).__name__} samples with a copy of its scheduler, which the sampler cannot follow")
     images = None
     if decode:
         images = output.frames if "frames" in output else output.images
         images = (np.asarray(images) * 255).round().astype(np.uint8)
     # Where guidance doubles the batch within the sampler, both halves hold the same latents in the end.
-    return Batch(images, last["latents"][: len(seeds)].float().cpu())
+    return Batch(images, listener.latents[: len(seeds)].float().cpu())
 
 
 def _class(pipe, prompt: str) -> int:
@@ -74,29 +83,48 @@ def _class(pipe, prompt: str) -> int:
     return pipe.labels[prompt]
 
 
-@contextmanager
-def _watched(scheduler, generators: list[torch.Generator]) -> Iterator[dict[str, torch.Tensor]]:
-    """In this context `latents` of the dictionary is what the scheduler returned last. Schedulers that draw noise take
-    it from the samples' own `generators`, also in pipelines that would leave it to the global one (DiT's)."""
-    step, last = scheduler.step, {}
-    noisy = "generator" in inspect.signature(step).parameters
-
-    @functools.wraps(step)  # pipelines look at its arguments
-    def watched(model_output, timestep, sample, *args, **kwargs):
-        if noisy and kwargs.get("generator") is None:
-            kwargs["generator"] = generators * (len(sample) // len(generators))
-        output = step(model_output, timestep, sample, *args, **kwargs)
-        last["latents"] = output[0]
-        return output
-
-    scheduler.step = watched
-    try:
-        yield last
-    finally:
-        del scheduler.step  # the class's own shows again
+def steps_to_ask_for(num_inference_steps: int, strength: float) -> int:
+    """What a pipeline has to be asked for so that it runs `num_inference_steps`: one that starts from an image runs a
+    share of them, its `strength`."""
+    if strength >= 1:
+        return num_inference_steps
+    if strength <= 0:
+        raise ValueError(f"strength={strength} must be above 0: a run of no steps has nothing to cache")
+    asked = int(num_inference_steps / strength)
+    while asked - int(max(asked - asked * strength, 0)) < num_inference_steps:
+        asked += 1
+    return asked
 
 
-def sample(pipe, method, prompts: Sequence[str], seeds: Sequence[int], decode: bool = True, **call) -> Batch:
-    """`generate` with `method` (prepared) attached for the length of the call; `method.report()` tells what it did."""
-    with cached(pipe, method):
-        return generate(pipe, prompts, seeds, method.num_inference_steps, decode, **call)
+class _Latents(StepListener):
+    """Keeps what the scheduler returned last. Schedulers that draw noise take it from the samples' own `generators`,
+    also in pipelines that would leave it to the global one (DiT's)."""
+
+    def __init__(self, scheduler, generators: list[torch.Generator]):
+        self.scheduler, self.generators = scheduler, generators
+        self.noisy = "generator" in inspect.signature(scheduler.step).parameters
+        self.latents: torch.Tensor | None = None
+
+    def before_step(self, scheduler, sample, kwargs):
+        if self.noisy and kwargs.get("generator") is None:
+            kwargs["generator"] = self.generators * (len(sample) // len(self.generators))
+
+    def after_step(self, scheduler, output):
+        if scheduler is self.scheduler:  # not a copy, with which some pipelines step something else beside the image
+            self.latents = output[0]
+
+
+def sample(
+    pipe,
+    method,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    decode: bool = True,
+    observe: Callable | None = None,
+    **call,
+) -> Batch:
+    """`generate` with `method` (prepared) enabled for the length of the call. `observe`: see `Session`."""
+    with cached(pipe, method, observe) as session:
+        batch = generate(pipe, prompts, seeds, method.num_inference_steps, decode, **call)
+    batch.report = session.report()
+    return batch

@@ -7,7 +7,7 @@ steps that are always computed first.
 from collections.abc import Sequence
 
 from dpcache.gram import key_axes, path_costs
-from dpcache.planner import plan
+from dpcache.planner import plan, through
 from dpcache.predictors import Taylor
 
 
@@ -139,6 +139,7 @@ class Planned(Schedule):
         if self.cost == "gram":
             axes = key_axes(self.predictor, self.num_inference_steps)
             self.tensor = path_costs(calibration.gram, self.predictor, axes)
+        self.tensor = through(self.tensor, calibration.switches)
         self.steps = plan(self.tensor, self.budget, self.warmup, self.solver, self.max_jump)
 
 
@@ -163,8 +164,9 @@ class OnlineSchedule(Schedule):
         return {}
 
     def decide(self, context, block, args: tuple, kwargs: dict) -> bool:
-        """True if `context.step` is to be computed. `args` and `kwargs` are those of the block's call; with blocks
-        probed, `context.stack_input` is what the first one was given, (B, N, D)."""
+        """True if `context.step` is to be computed, as it always is where `context.keys` is empty. `args` and `kwargs`
+        are those of the block's call; with blocks probed, `context.stack_input` is what the first one was given,
+        (B, N, D)."""
         raise TypeError(f"{type(self).__name__} does not say how it decides")
 
     def learn(self, context, name: str, feature) -> None:

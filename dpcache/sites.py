@@ -1,10 +1,10 @@
-"""What is kept from a computed step, and where it is put back on a skipped one: hooks on the transformer.
+"""Where a computed step is kept and put back on a skipped one.
 
 | site              | kept                                              | a skipped step still runs                    |
 |-------------------|---------------------------------------------------|----------------------------------------------|
-| `stack`           | the last block's image stream                     | time embedder and output layers (*)          |
-| `residual`        | that stream minus the first block's input         | embedders and output layers                  |
-| `blocks`          | what each run of `Method.blocks` adds to streams  | all other blocks                             |
+| `stack`           | the last block's output                           | time embedder and output layers (*)          |
+| `residual`        | that minus the first block's input                | embedders and output layers                  |
+| `blocks`          | what each run of blocks adds to the streams       | all other blocks                             |
 | `modules`         | attention and feed-forward outputs before gating  | embedders, norms, gates, sums, output layers |
 | `tokens`          | the same                                          | these and feed-forwards of selected tokens   |
 | `output`          | the model's prediction                            | nothing                                      |
@@ -15,18 +15,26 @@
 The hooks themselves are in `hooks.py` and, for `tokens`, in `tokens.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
+from typing import ClassVar
 
 import torch
-from diffusers.hooks import ModelHook
-from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
-from diffusers.utils.torch_utils import unwrap_module
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from dpcache.hooks import BlockHook, BranchHook, EmbedderHook, FeederHook, ProbeHook, RunHook, VerifyHook
-from dpcache.tokens import token_hooks
-
-SITES = ("stack", "residual", "blocks", "modules", "tokens", "output", "output_residual")
+from dpcache._diffusers import BLOCK_LISTS, Hook, unwrap_module
+from dpcache.hooks import (
+    BlockHook,
+    BranchHook,
+    EmbedderHook,
+    FeederHook,
+    ProbeHook,
+    RunHook,
+    Streams,
+    VerifyHook,
+    streams_of,
+)
+from dpcache.tokens import FEED_FORWARDS, token_hooks
 
 # Per block class, the modules whose outputs are the block's attention and feed-forward branches before their gates,
 # and those that only feed them. FLUX's and HunyuanVideo's single-stream blocks have one fused output projection. Not
@@ -42,6 +50,22 @@ BRANCHES = {
     "JointTransformerBlock": (("attn", "attn2", "ff", "ff_context"), ()),
     "QwenImageTransformerBlock": (("attn", "img_mlp", "txt_mlp"), ()),
     "WanTransformerBlock": (("attn1", "attn2", "ffn"), ()),
+    "Flux2TransformerBlock": _DOUBLE_STREAM,
+    "Flux2SingleTransformerBlock": (("attn",), ()),  # attention and feed-forward in one
+    "ZImageTransformerBlock": (("attention", "feed_forward"), ()),
+    "LTX2VideoTransformerBlock": (
+        (
+            "attn1",
+            "attn2",
+            "ff",
+            "audio_attn1",
+            "audio_attn2",
+            "audio_ff",
+            "audio_to_video_attn",
+            "video_to_audio_attn",
+        ),
+        (),
+    ),
 }
 
 
@@ -60,12 +84,22 @@ EMBEDDERS = {
 }
 
 
+def check_layout(site: "Site", transformer: torch.nn.Module) -> None:
+    """Raises ValueError where blocks over space and over time take turns: between them the stream is laid out anew, so
+    that what one leaves and what another takes cannot be told from each other's difference."""
+    if getattr(transformer, "temporal_transformer_blocks", None) is not None:
+        raise ValueError(
+            f"site={site.name}: {type(transformer).__name__} lays its stream out anew between its blocks: choose "
+            "site=stack"
+        )
+
+
 def transformer_blocks(transformer: torch.nn.Module) -> list[torch.nn.Module]:
     """The transformer's blocks in the order in which they run. Raises ValueError where there are none."""
     blocks = [
         block
         for name, children in unwrap_module(transformer).named_children()
-        if name in _ALL_TRANSFORMER_BLOCK_IDENTIFIERS and isinstance(children, torch.nn.ModuleList)
+        if name in BLOCK_LISTS and isinstance(children, torch.nn.ModuleList)
         for block in children
     ]
     if not blocks:
@@ -73,50 +107,211 @@ def transformer_blocks(transformer: torch.nn.Module) -> list[torch.nn.Module]:
     return blocks
 
 
-def hooks(site: str, transformer: torch.nn.Module, cache, online: bool) -> list[tuple[torch.nn.Module, ModelHook]]:
-    """(module, hook) pairs that make `cache` work at `site`. Raises ValueError where the model does not allow it."""
-    if site.startswith("output"):
+class Site:
+    """Base of all sites.
+
+    Attributes:
+        name: its short name.
+        partial: whether a skipped step computes a part of the model that counts against the budget.
+        sees_input: whether a predictor may use the model's input.
+    """
+
+    name: ClassVar[str]
+    partial = False
+    sees_input = False
+
+    def hooks(self, session, transformer: torch.nn.Module) -> list[tuple[torch.nn.Module, Hook]]:
+        """(module, hook) pairs that make `session` work here. Raises ValueError where the model does not allow it."""
         return []
-    blocks = transformer_blocks(transformer)
-    if site in ("stack", "residual"):
-        last, probe = len(blocks) - 1, cache.schedule.probe if online else 0
+
+    def call(self, session, branch, forward: Callable, args: tuple, kwargs: dict):
+        """One call of the whole model, whose own `forward` it is."""
+        return forward(*args, **kwargs)
+
+
+class Stack(Site):
+    """The last block's output."""
+
+    name = "stack"
+    residual = False
+
+    def hooks(self, session, transformer):
+        blocks, online = transformer_blocks(transformer), session.fixed is None
+        last, probe = len(blocks) - 1, session.schedule.probe if online else 0
+        if self.residual:
+            check_layout(self, transformer)
         if probe > last:
             raise ValueError(f"a probe of {probe} blocks leaves nothing of {type(transformer).__name__}'s {last + 1}")
-        pairs = [(b, BlockHook(cache, b, i, i == last, probe, site == "residual")) for i, b in enumerate(blocks)]
-        if site == "stack" and not online:
+        pairs = [(b, BlockHook(session, b, i, i == last, probe, self.residual)) for i, b in enumerate(blocks)]
+        if not self.residual and not online:
             embedders = (attrgetter(name)(transformer) for name in EMBEDDERS.get(type(transformer).__name__, ()))
-            pairs += [(embedder, EmbedderHook(cache)) for embedder in embedders if embedder is not None]
+            pairs += [(embedder, EmbedderHook(session)) for embedder in embedders if embedder is not None]
         return pairs
-    if site == "blocks":
-        if online:
+
+
+class Residual(Stack):
+    """The last block's output minus the first block's input."""
+
+    name = "residual"
+    residual = True
+
+
+class Blocks(Site):
+    """What each run of blocks adds to the streams.
+
+    Args:
+        blocks: indices of the blocks that are skipped; None: all.
+    """
+
+    name = "blocks"
+    partial = True
+
+    def __init__(self, blocks: Sequence[int] | None = None):
+        self.blocks = blocks
+
+    def hooks(self, session, transformer):
+        if session.fixed is None:
             raise ValueError("site=blocks takes a schedule that is settled before the run")
+        check_layout(self, transformer)
+        blocks = transformer_blocks(transformer)
+        chosen = range(len(blocks)) if self.blocks is None else self.blocks
         return [
-            (blocks[i], RunHook(cache, blocks[i], str(run[-1]), i == run[0], i == run[-1]))
-            for run in runs(range(len(blocks)) if cache.method.blocks is None else cache.method.blocks, len(blocks))
+            (blocks[i], RunHook(session, blocks[i], str(run[-1]), i == run[0], i == run[-1]))
+            for run in runs(chosen, [streams_of(block) for block in blocks])
             for i in run
         ]
-    pairs = [(blocks[0], ProbeHook(cache)), (blocks[-1], VerifyHook(cache, blocks[-1]))] if online else []
-    kinds = [type(unwrap_module(block)).__name__ for block in blocks]
-    for index, (block, kind) in enumerate(zip(blocks, kinds)):
-        if kind not in BRANCHES:
-            raise ValueError(f"site={site} does not know {kind}; known blocks: {', '.join(BRANCHES)}")
-        kept, feeders = BRANCHES[kind]
-        present = {name: getattr(block, name) for name in kept if getattr(block, name) is not None}
-        if site == "tokens":
-            pairs += token_hooks(cache, block, kind, index, kinds[:index].count(kind), present)
-            continue
-        pairs += [(module, BranchHook(cache, f"{index}.{name}")) for name, module in present.items()]
-        pairs += [(getattr(block, name), FeederHook(cache)) for name in feeders]
-    return pairs
 
 
-def runs(blocks: Sequence[int], count: int) -> list[list[int]]:
-    """Indices of blocks, each below `count`, as runs of consecutive ones."""
-    if illegal := [index for index in blocks if not 0 <= index < count]:
-        raise ValueError(f"blocks={illegal}: this model's blocks are 0..{count - 1}")
+class Modules(Site):
+    """Attention and feed-forward outputs before their gates."""
+
+    name = "modules"
+
+    def hooks(self, session, transformer):
+        blocks, online = transformer_blocks(transformer), session.fixed is None
+        pairs = [(blocks[0], ProbeHook(session)), (blocks[-1], VerifyHook(session, blocks[-1]))] if online else []
+        kinds = [type(unwrap_module(block)).__name__ for block in blocks]
+        for index, (block, kind) in enumerate(zip(blocks, kinds)):
+            if kind not in BRANCHES:
+                raise ValueError(f"site={self.name} does not know {kind}; known blocks: {', '.join(BRANCHES)}")
+            kept, feeders = BRANCHES[kind]
+            present = {name: getattr(block, name) for name in kept if getattr(block, name) is not None}
+            layer = kinds[:index].count(kind)
+            pairs += self.block_hooks(session, block, kind, index, layer, present, feeders)
+        return pairs
+
+    def block_hooks(self, session, block, kind, index, layer, present, feeders) -> list[tuple[torch.nn.Module, Hook]]:
+        """Of one block, the `layer`-th of its kind, whose branches are `present`."""
+        pairs = [(module, BranchHook(session, f"{index}.{name}")) for name, module in present.items()]
+        return pairs + [(getattr(block, name), FeederHook(session)) for name in feeders]
+
+
+class Tokens(Modules):
+    """As `Modules`; of skipped feed-forwards, the tokens that the schedule selects are computed anew."""
+
+    name = "tokens"
+
+    def block_hooks(self, session, block, kind, index, layer, present, feeders):
+        if kind not in FEED_FORWARDS:
+            raise ValueError(f"site=tokens does not know {kind}; known blocks: {', '.join(FEED_FORWARDS)}")
+        return token_hooks(session, block, kind, index, layer, present)
+
+
+class Output(Site):
+    """The model's prediction: every tensor that it returns."""
+
+    name = "output"
+    sees_input = True
+
+    def call(self, session, branch, forward, args, kwargs):
+        latents = branch.part.input(args, kwargs)
+        session.decide(branch.part.module, args, kwargs)
+        if session.observe is not None and torch.is_tensor(latents):
+            session.observe(branch.name, branch.step, "input", latents)
+        if not branch.skip:
+            output = forward(*args, **kwargs)
+            values, branch.output = tree_flatten(output)
+            session.keep("output", self.feature(branch, values, latents))
+            return output
+        seen = None
+        if session.method.predictor.sees_input:
+            seen = self.like_prediction(branch, latents)
+        predicted = session.predict("output", seen)
+        predicted = predicted if isinstance(predicted, tuple) else (predicted,)
+        if isinstance(branch.weights, tuple) and branch.weights == (1.0,):
+            predicted = tuple(value.clone() for value in predicted)  # a scheduler may keep it, and the buffer changes
+        return tree_unflatten(self.prediction(branch, predicted, latents), branch.output)
+
+    def feature(self, branch, values: list, latents) -> tuple[torch.Tensor, ...] | torch.Tensor:
+        """What is kept of the values that the model returned."""
+        if not values or not all(torch.is_tensor(value) for value in values):
+            kinds = ", ".join(sorted({type(value).__name__ for value in values}))
+            raise ValueError(f"site={self.name}: {branch.part} returns {kinds}, of which only tensors can be kept")
+        return values[0] if len(values) == 1 else tuple(values)
+
+    def prediction(self, branch, predicted: tuple[torch.Tensor, ...], latents) -> list[torch.Tensor]:
+        """The values that the model would return, from what was predicted."""
+        return list(predicted)
+
+    def like_prediction(self, branch, latents: torch.Tensor) -> torch.Tensor:
+        """The latents, without what a model has appended to their channels."""
+        return latents
+
+
+class OutputResidual(Output):
+    """The model's prediction minus its input, where these have the same shape. Image-to-video models append their
+    condition to the input's channels, which is left out."""
+
+    name = "output_residual"
+
+    def feature(self, branch, values, latents):
+        super().feature(branch, values, latents)
+        branch.shapes = [value.shape for value in values]
+        own = tree_flatten(latents)[0]
+        cut = [self.like(x, value.shape) for x, value in zip(own, values)]
+        if len(own) != len(values) or [x.shape for x in cut] != branch.shapes:
+            shapes = [[tuple(x.shape) for x in part] for part in (own, values)]
+            raise ValueError(
+                f"site={self.name}: the model's input {shapes[0]} has another shape than its prediction {shapes[1]}"
+            )
+        feature = tuple(value - x for value, x in zip(values, cut))
+        return feature if len(feature) > 1 else feature[0]
+
+    def prediction(self, branch, predicted, latents):
+        own = tree_flatten(latents)[0]
+        return [self.like(x, shape) + added for x, shape, added in zip(own, branch.shapes, predicted)]
+
+    def like_prediction(self, branch, latents):
+        return self.like(latents, branch.shapes[0])
+
+    @staticmethod
+    def like(latents: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """The latents without what is appended to the channels of a prediction of this shape."""
+        return latents if latents.shape == shape else latents[:, : shape[1]]
+
+
+SITES: dict[str, type[Site]] = {
+    site.name: site for site in (Stack, Residual, Blocks, Modules, Tokens, Output, OutputResidual)
+}
+
+
+def as_site(site: Site | str) -> Site:
+    """A site, or the one of that short name. Raises ValueError for any other name."""
+    if isinstance(site, Site):
+        return site
+    if site not in SITES:
+        raise ValueError(f"site={site} is not one of {', '.join(SITES)}")
+    return SITES[site]()
+
+
+def runs(blocks: Sequence[int], streams: Sequence[Streams]) -> list[list[int]]:
+    """Indices of blocks as runs of consecutive ones with the same streams. Raises ValueError for one that `streams`,
+    those of all blocks, does not have."""
+    if illegal := [index for index in blocks if not 0 <= index < len(streams)]:
+        raise ValueError(f"blocks={illegal}: this model's blocks are 0..{len(streams) - 1}")
     parts = []
     for index in sorted(set(blocks)):
-        if parts and parts[-1][-1] == index - 1:
+        if parts and parts[-1][-1] == index - 1 and streams[index - 1] == streams[index]:
             parts[-1].append(index)
         else:
             parts.append([index])

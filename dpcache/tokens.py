@@ -1,10 +1,10 @@
 """The hooks of site=tokens: of skipped feed-forwards, the tokens that the schedule selects are computed anew."""
 
 import torch
-from torch._dynamo.decorators import skip
 from torch.overrides import TorchFunctionMode
 
-from dpcache.hooks import BranchHook, Hook
+from dpcache._diffusers import leave_uncompiled
+from dpcache.hooks import BranchHook, SessionHook
 
 # Per block class, its feed-forwards, each with the norm before it, in the order in which their tokens stand in its
 # self-attention. In a single-stream block the output projection is the feed-forward's second layer as well.
@@ -58,32 +58,32 @@ class AttentionHook(BranchHook):
     """On a block's self-attention: also keeps how much of it each token receives, (B, N), at computed steps that are
     followed by a skipped one. The others run the model's own kernels, which long sequences make much the faster."""
 
-    @skip
+    @leave_uncompiled
     def new_forward(self, module, *args, **kwargs):
-        context, cache = self.cache.current, self.cache
-        following, end = context.step + 1, cache.schedule.num_inference_steps
-        followed = following < end and (cache.computed is None or following not in cache.computed)
-        if context.skip or context.verifying or not followed:
+        branch, session = self.session.current, self.session
+        following, end = branch.step + 1, session.schedule.num_inference_steps
+        followed = following < end and (session.computed is None or following not in session.computed)
+        if branch.skip or branch.verifying or not followed:
             return super().new_forward(module, *args, **kwargs)
         with _Received() as attention:
             output = super().new_forward(module, *args, **kwargs)
         if attention.received is None:
             raise ValueError("site=tokens has to see PyTorch's own attention: set_attention_backend('native')")
-        context.online[self.name] = attention.received
+        branch.online[self.name] = attention.received
         return output
 
 
 class SelectedAttentionHook(AttentionHook):
     """On a single-stream block's attention, of which a skipped step wants the selected tokens alone."""
 
-    def __init__(self, cache, name: str, selection: "SelectHook"):
-        super().__init__(cache, name)
+    def __init__(self, session, name: str, selection: "SelectHook"):
+        super().__init__(session, name)
         self.selection = selection
 
-    @skip
+    @leave_uncompiled
     def new_forward(self, module, *args, **kwargs):
         output = super().new_forward(module, *args, **kwargs)
-        if not self.cache.current.skip:
+        if not self.session.current.skip:
             return output
         if torch.is_tensor(output):
             return self.selection.of(output)
@@ -91,25 +91,25 @@ class SelectedAttentionHook(AttentionHook):
         return rows, rows[:, :0]
 
 
-class SelectHook(Hook):
+class SelectHook(SessionHook):
     """On the norm before a feed-forward: on a skipped step it lets only those tokens through, (B, N, D) -> (B, k, D),
     that the schedule selects."""
 
-    def __init__(self, cache, name: str, attention: str, first: bool, block: str, layer: int):
-        super().__init__(cache)
+    def __init__(self, session, name: str, attention: str, first: bool, block: str, layer: int):
+        super().__init__(session)
         self.name, self.attention, self.first, self.block, self.layer = name, attention, first, block, layer
         self.index = None  # of the selected tokens, (B, k, 1)
 
-    @skip
+    @leave_uncompiled
     def new_forward(self, module, stream, *args, **kwargs):
-        context, length = self.cache.current, stream.shape[1]
-        if context.skip:
-            received = context.online[self.attention]
+        branch, length = self.session.current, stream.shape[1]
+        if branch.skip:
+            received = branch.online[self.attention]
             received = received[:, :length] if self.first else received[:, -length:]
-            index = self.cache.schedule.select(context, self.name, self.block, self.layer, received)
+            index = self.session.schedule.select(branch, self.name, self.block, self.layer, received)
             self.index = index[..., None]
             stream = self.of(stream)
-        return self.fn_ref.original_forward(stream, *args, **kwargs)
+        return self.forward(stream, *args, **kwargs)
 
     def of(self, stream: torch.Tensor) -> torch.Tensor:
         return stream.gather(1, self.index.expand(-1, -1, stream.shape[-1]))
@@ -119,28 +119,28 @@ class RefreshHook(BranchHook):
     """On a feed-forward: on a skipped step the selected tokens' outputs take the place of the predicted ones. A feature
     that is reused as it is keeps them."""
 
-    def __init__(self, cache, name: str, selection: SelectHook):
-        super().__init__(cache, name)
+    def __init__(self, session, name: str, selection: SelectHook):
+        super().__init__(session, name)
         self.selection = selection
 
-    @skip
+    @leave_uncompiled
     def new_forward(self, module, *args, **kwargs):
-        if not self.cache.current.skip:
+        if not self.session.current.skip:
             return super().new_forward(module, *args, **kwargs)
-        fresh = self.fn_ref.original_forward(*args, **kwargs)
-        return self.cache.predict(self.name).scatter_(1, self.selection.index.expand_as(fresh), fresh)
+        fresh = self.forward(*args, **kwargs)
+        return self.session.predict(self.name).scatter_(1, self.selection.index.expand_as(fresh), fresh)
 
 
-def token_hooks(cache, block, kind: str, index: int, layer: int, present: dict[str, torch.nn.Module]):
+def token_hooks(session, block, kind: str, index: int, layer: int, present: dict[str, torch.nn.Module]):
     """The (module, hook) pairs of a block at site=tokens, the `layer`-th of its kind."""
     attention = next(name for name in ("attn", "attn1") if hasattr(block, name))
-    hooked = {name: BranchHook(cache, f"{index}.{name}") for name in present}
-    hooked[attention] = AttentionHook(cache, f"{index}.{attention}")
+    hooked = {name: BranchHook(session, f"{index}.{name}") for name in present}
+    hooked[attention] = AttentionHook(session, f"{index}.{attention}")
     for place, (norm, name) in enumerate(FEED_FORWARDS[kind]):
         if name in present:
             full_name = f"{index}.{name}"
-            hooked[norm] = SelectHook(cache, full_name, f"{index}.{attention}", place == 0, kind, layer)
-            hooked[name] = RefreshHook(cache, full_name, hooked[norm])
+            hooked[norm] = SelectHook(session, full_name, f"{index}.{attention}", place == 0, kind, layer)
+            hooked[name] = RefreshHook(session, full_name, hooked[norm])
             if attention not in present:
-                hooked[attention] = SelectedAttentionHook(cache, f"{index}.{attention}", hooked[norm])
+                hooked[attention] = SelectedAttentionHook(session, f"{index}.{attention}", hooked[norm])
     return [(getattr(block, name), hook) for name, hook in hooked.items()]

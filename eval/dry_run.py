@@ -48,7 +48,7 @@ def describe(config: DictConfig, model: str, name: str, method: Method, prompts:
             f"  call                   {settings}",
             f"  samples                {prompts} in batches of {batch_size}, guidance branches: {', '.join(branches)}",
             f"  schedule               {schedule}",
-            f"  site, features kept    {method.site}, {method.history or 'not known'}",
+            f"  site, features kept    {method.site.name}, {method.history or 'not known'}",
             f"  memory                 {', '.join(memory)}",
         ]
     )

@@ -1,6 +1,5 @@
 """The stages of a run, which `run.py` puts in order: calibration, reference, samples, measurements, pictures."""
 
-import functools
 import hashlib
 import json
 import logging
@@ -17,10 +16,10 @@ from PIL import Image
 
 from baselines.full import full
 from dpcache.calibration import Calibration, calibrate, describe, purpose
-from dpcache.method import denoiser
 from dpcache.models.pretrained import default_device
-from dpcache.sampler import sample
+from dpcache.sampler import Batch, sample
 from dpcache.schedules import Planned
+from dpcache.session import denoisers
 from eval import metrics, pictures, timing
 from eval.metrics import Samples, Scorer, evaluate
 from eval.prompts import read
@@ -124,6 +123,12 @@ def scores(scorers: dict[str, Scorer | Exception], samples: Samples, reference: 
     }
 
 
+def stored(batch: Batch) -> tuple:
+    """A batch as `eval.store.collect` takes it."""
+    spent = float(np.mean([generations[-1] for generations in batch.report.spent.values()]))
+    return batch.images, batch.latents, {"steps": list(batch.report.computed.values()), "spent": spent}
+
+
 class Experiment:
     """One run's settings, pipeline and folder."""
 
@@ -135,13 +140,10 @@ class Experiment:
         self.device = pipe._execution_device
         self.circumstances = describe(pipe, config.num_inference_steps, **self.call)
 
-    def _sample(self, method, prompts, chunk: slice):
+    def _sample(self, method, prompts, chunk: slice) -> Batch:
         seeds = range(self.config.seed, self.config.seed + len(prompts))
         self.pipe.set_progress_bar_config(disable=None, leave=False, desc="steps", mininterval=0.5)
-        batch = sample(self.pipe, method, prompts[chunk], seeds[chunk], **self.call)
-        report = method.report()
-        spent = float(np.mean([generations[-1] for generations in report.spent.values()]))
-        return batch.images, batch.latents, {"steps": list(report.computed.values()), "spent": spent}
+        return sample(self.pipe, method, prompts[chunk], seeds[chunk], **self.call)
 
     def _key(self, *parts) -> str:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -172,8 +174,11 @@ class Experiment:
     def reference(self, prompts: list[str]) -> Samples:
         """Full-step samples, shared by all runs of the same model, prompts, seed and batch size."""
         method = full(self.config.num_inference_steps)
-        make = functools.partial(self._sample, method, prompts)
         folder = self.reference_folder(prompts)
+
+        def make(chunk: slice):
+            return stored(self._sample(method, prompts, chunk))
+
         return collect(folder, prompts, self.batch_size, make, "full-step reference")[0]
 
     def samples(self, method, prompts: list[str]) -> tuple[Samples, list[dict]]:
@@ -182,15 +187,15 @@ class Experiment:
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
 
         def make(chunk: slice):
-            images, latents, steps = self._sample(method, prompts, chunk)
-            for index, prompt, image in zip(range(chunk.start, chunk.stop), prompts[chunk], images):
+            batch = self._sample(method, prompts, chunk)
+            for index, prompt, image in zip(range(chunk.start, chunk.stop), prompts[chunk], batch.images):
                 slug = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())[:60].strip("-")
                 path = self.folder / "images" / f"{index:04d}-{slug}.png"
                 Image.fromarray(pictures.still(image)).save(path)
                 if image.ndim == 4:
                     options = {"fps": self.config.model.fps, "macro_block_size": 2, "quality": 8}
                     iio.imwrite(path.with_suffix(".mp4"), image, **options)
-            return images, latents, steps
+            return stored(batch)
 
         return collect(self.folder / "samples", prompts, self.batch_size, make, "samples")
 
@@ -205,8 +210,9 @@ class Experiment:
         """Metrics with intervals, timing, memory, FLOPs and versions, as they stand in `result.json`."""
         memory = timing.memory(self.device)  # before the timing, which resets the peak
         seconds, peaks = self._time(method, samples.prompts)
-        memory |= peaks | {"history": method.report().history_bytes or None}
-        measured = {"timing": seconds, "memory": memory, "flops": self._flops(method, samples.prompts)}
+        flops, kept = self._flops(method, samples.prompts)
+        memory |= peaks | {"history": kept or None}
+        measured = {"timing": seconds, "memory": memory, "flops": flops}
         scored = scores(scorers, samples, reference)  # last: its networks take memory too
         weights = [min(self.batch_size, len(samples.prompts) - i * self.batch_size) for i in range(len(computed))]
         return {
@@ -234,8 +240,7 @@ class Experiment:
             if cuda:
                 torch.cuda.reset_peak_memory_stats(self.device)
             with timing.phases(self.pipe) as phases:
-                self._sample(which, prompts, chunk)
-            report = which.report()
+                report = self._sample(which, prompts, chunk).report
             inside = sum(report.seconds_computed.values()) + sum(report.seconds_predicted.values())
             counts = [count for counts in report.spent.values() for count in counts]
             peak = torch.cuda.max_memory_allocated(self.device) if cuda else None
@@ -255,14 +260,15 @@ class Experiment:
         result |= {name: float(value) for name, value in ratios.items()} | {"phases": seconds}
         return result, peaks | {"peak_added": peaks["peak_cached"] - peaks["peak_full"]} if cuda else {}
 
-    def _flops(self, method, prompts: list[str]) -> dict[str, float | None]:
-        """FLOPs of one image and of one step (all guidance branches) without and with the cache, as counted."""
-        transformer, one = denoiser(self.pipe), slice(0, 1)
+    def _flops(self, method, prompts: list[str]) -> tuple[dict[str, float | None], int]:
+        """FLOPs of one image and of one step (all guidance branches) without and with the cache, as counted; and the
+        bytes that the cache keeps for a batch."""
+        models, one = list(denoisers(self.pipe).values()), slice(0, 1)
         single = full(1)
-        total, steps = timing.flops(transformer, lambda: self._sample(single, prompts, one))
+        total, steps, _ = timing.flops(models, lambda: self._sample(single, prompts, one))
         full_step = float(sum(steps))
-        cached, calls = timing.flops(transformer, lambda: self._sample(method, prompts, one))
-        branches = list(method.report().computed.values())  # which take turns in every step
+        cached, calls, batch = timing.flops(models, lambda: self._sample(method, prompts, one))
+        branches = list(batch.report.computed.values())  # which take turns in every step
         kinds = {True: [], False: []}
         for index, count in enumerate(calls):
             kinds[index // len(branches) in branches[index % len(branches)]].append(count)
@@ -273,7 +279,7 @@ class Experiment:
             "full_step": full_step,
             "computed_step": computed,
             "skipped_step": skipped,
-        }
+        }, batch.report.history_bytes * min(self.batch_size, len(prompts))
 
     def pictures(self, method, samples: Samples, reference: Samples, result: dict) -> dict[str, Path]:
         """The side-by-side grid, the schedule and, where there is one, the cost tensor. Returns their paths."""

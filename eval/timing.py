@@ -14,8 +14,8 @@ from time import perf_counter
 import torch
 from tqdm.auto import tqdm
 
-from dpcache.cache import Stopwatch
 from dpcache.flops import FlopCounter
+from dpcache.session import Stopwatch
 
 
 def compare(
@@ -91,9 +91,10 @@ def phases(pipe) -> Iterator[Callable[[], dict[str, float]]]:
             delattr(owner, method)  # the class's own shows again
 
 
-def flops(transformer: torch.nn.Module, generate: Callable[[], object]) -> tuple[int, list[int]]:
-    """Floating-point operations of `generate()`: all, and those of every call of the transformer, as PyTorch's counter
-    counts them: matrix multiplications, convolutions and attention, a multiplication with its addition as two."""
+def flops(models: list[torch.nn.Module], generate: Callable[[], object]) -> tuple[int, list[int], object]:
+    """Floating-point operations of `generate()`: all, and those of every call of the models, as PyTorch's counter
+    counts them: matrix multiplications, convolutions and attention, a multiplication with its addition as two. Last,
+    what `generate` returned."""
     counter, calls = FlopCounter(), []
 
     def before(*_):
@@ -102,14 +103,14 @@ def flops(transformer: torch.nn.Module, generate: Callable[[], object]) -> tuple
     def after(*_):
         calls[-1] += counter.get_total_flops()
 
-    hooks = transformer.register_forward_pre_hook(before), transformer.register_forward_hook(after)
+    hooks = [hook for m in models for hook in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
     try:
         with counter:
-            generate()
+            result = generate()
     finally:
         for hook in hooks:
             hook.remove()
-    return counter.get_total_flops(), calls
+    return counter.get_total_flops(), calls, result
 
 
 def efficiency(num_inference_steps: int, budget: float, full_s: float, cached_s: float) -> dict:

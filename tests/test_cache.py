@@ -155,9 +155,9 @@ def test_compiled_blocks_give_the_same(rollout, site, compile_first):
 
 def test_history_is_allocated_once(rollout):
     method = dpcache.Method(Schedule(STEPS, 10), "stack", Taylor(2))
-    with dpcache.cached(rollout.model, method):
+    with dpcache.cached(rollout.model, method) as session:
         rollout()
-        (history,) = method._cache.current.histories["stack"]
+        (history,) = session.current.histories["stack"]
         addresses = [buffer.data_ptr() for buffer in history.buffers]
         rollout()
         assert [buffer.data_ptr() for buffer in history.buffers] == addresses and len(addresses) == 3
@@ -217,11 +217,11 @@ def test_offloading_does_not_lose_the_cache(pipe):
 
 def test_features_are_freed_and_the_report_stays(rollout):
     method = dpcache.Method(Schedule(STEPS, 10), "stack", Taylor(2))
-    with dpcache.cached(rollout.model, method):
+    with dpcache.cached(rollout.model, method) as session:
         rollout()
-    assert method._cache.current.histories == {}
-    assert method.report().computed == {"default": STEPS}
-    assert method.report().history_bytes == 3 * 2 * 9 * 32 * 4  # keys x batch x tokens x width x float32
+    assert not session.branches and session.current is None
+    assert session.report().computed == {"default": STEPS}
+    assert session.report().history_bytes == 3 * 2 * 9 * 32 * 4  # keys x batch x tokens x width x float32
 
 
 def test_images_and_latents(pipe):
@@ -233,8 +233,8 @@ def test_images_and_latents(pipe):
 
 def test_fewer_steps_asks_for_a_short_grid(pipe):
     method = fewer_steps(4, 10)
-    sample(pipe, method, ["dog"], [0], decode=False, **CALL)
-    assert method.num_inference_steps == 4 and method.report().computed == {"cond": [0, 1, 2, 3]}
+    report = sample(pipe, method, ["dog"], [0], decode=False, **CALL).report
+    assert method.num_inference_steps == 4 and report.computed == {"cond": [0, 1, 2, 3]}
 
 
 def test_teacache_computes_first_and_last_and_all_at_threshold_zero(rollout):
@@ -271,9 +271,9 @@ def test_solvers_take_the_schedulers_place_for_as_long_as_they_are_attached(pipe
     exact = generate(pipe, ["dog"], [0], 100, decode=False, **CALL).latents
     errors = {}
     for name, method in {"euler": fewer_steps(20, 50), "solver": solver(20, 50, scheduler)}.items():
-        latents = sample(pipe, method, ["dog"], [0], decode=False, **CALL).latents
-        assert method.report().computed == {"cond": list(range(20))} and pipe.scheduler is own
-        errors[name] = (latents - exact).norm()
+        made = sample(pipe, method, ["dog"], [0], decode=False, **CALL)
+        assert made.report.computed == {"cond": list(range(20))} and pipe.scheduler is own
+        errors[name] = (made.latents - exact).norm()
     assert errors["solver"] < errors["euler"]
 
 

@@ -54,8 +54,8 @@ def test_the_estimate_is_what_a_run_keeps(pipe, name):
     if method.needs_calibration:
         call = {"height": 64, "width": 64, "max_sequence_length": 12}
         method.prepare(pipe, calibrate(pipe, ["green apple"], 8, **method.calibration_options, **call))
-    sample(pipe, method, ["red apple", "dog"], [0, 1], decode=False, **config.model.call)
-    assert method.report().history_bytes == pytest.approx(expected, abs=16)  # but for single numbers
+    report = sample(pipe, method, ["red apple", "dog"], [0, 1], decode=False, **config.model.call).report
+    assert report.history_bytes == pytest.approx(expected, abs=16)  # but for single numbers
 
 
 def test_memory_at_full_size():

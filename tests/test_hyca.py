@@ -6,11 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import dpcache
 from baselines.hyca import SOLVERS, HyCa, indicators, k_means, next_step_errors
 from dpcache import calibrate
-from dpcache.cache import History
 from dpcache.predictors import FoCa, Multistep
 from dpcache.sampler import sample
+from dpcache.session import History
 
 T, CALL = 6, {"height": 64, "width": 64, "max_sequence_length": 12}
 PUBLISHED = {  # weights of F_t-2, F_t-1, F_t
@@ -94,13 +95,13 @@ def test_k_means_assigns_every_row_to_its_nearest_center(seed, rows, clusters):
 def test_prepared_on_one_prompt(pipe):
     method = HyCa(4, T, clusters=3)
     with pytest.raises(ValueError, match="prepare"):
-        method.attach(pipe)
+        dpcache.enable(pipe, method)
     method.prepare(pipe, calibrate(pipe, ["green apple", "dog"], T, **method.calibration_options, **CALL))
     solvers, sizes = method.settled["solvers"], method.settled["channels"]
     assert len(solvers) == len(sizes) <= 3 and set(solvers) <= set(SOLVERS) and sum(sizes) == 192
     assert sorted(set(zip(method.predictor.latest, method.predictor.before))) == sorted({SOLVERS[s] for s in solvers})
     result = sample(pipe, method, ["red apple"], [0], decode=False, **CALL)
-    assert torch.isfinite(result.latents).all() and [*method.report().computed.values()] == [[0, 1, 2, 4]]
+    assert torch.isfinite(result.latents).all() and [*result.report.computed.values()] == [[0, 1, 2, 4]]
     assert repr(FoCa()) == "FoCa(latest=0.5, before=0.5)"
     with pytest.raises(ValueError, match="clusters=0"):
         HyCa(4, T, clusters=0)

@@ -278,10 +278,10 @@ ONLINE = {
 def test_detaching_leaves_no_trace(any_rollout, name):
     any_rollout.steps, method = 20, ONLINE[name]()
     before, expected = snapshot(any_rollout.model), any_rollout()
-    with dpcache.cached(any_rollout.model, method):
+    with dpcache.cached(any_rollout.model, method) as session:
         assert not torch.equal(any_rollout(), expected)
     assert snapshot(any_rollout.model) == before and torch.equal(any_rollout(), expected)
-    assert method.report().history_bytes > 0 and not method._cache.current.online
+    assert session.report().history_bytes > 0 and session.current is None
 
 
 def test_dicache_spends_its_probe(any_rollout):
@@ -419,5 +419,5 @@ def test_the_threshold_spends_the_budget(pipe, make, budget):
     method, calibration = make(budget, 10), dpcache.calibrate(pipe, ["red apple"], 10, **CALL)
     method.prepare(pipe, calibration)
     assert method.settled["threshold"] == method.schedule.threshold and abs(method.settled["spent"] - budget) <= 0.5
-    calibration.rerun(pipe, method)
-    assert method.report().spent["cond"] == [method.settled["spent"]]
+    _, report = calibration.rerun(pipe, method)
+    assert report.spent["cond"] == [method.settled["spent"]]

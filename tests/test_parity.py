@@ -450,7 +450,7 @@ def hyca_rule(F, keys, step, solvers):
 def test_hyca(flux):
     solvers = (list(SOLVERS) * 7)[:32]
     method = HyCa(9, T)
-    method.set_predictor(Multistep(*np.array([SOLVERS[solver] for solver in solvers]).T))
+    method.predictor = Multistep(*np.array([SOLVERS[solver] for solver in solvers]).T)
     method.settled = {"solvers": solvers}
     v, steps = attached(flux, method, flux_inputs())
     assert distance(v, predicted_by_hand(flux, steps, lambda *a: hyca_rule(*a, solvers), "stack")) < 1e-5

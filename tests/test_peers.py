@@ -150,8 +150,9 @@ def test_cache_dit_on_a_model_without_cache_context(dit_pipe):
     pytest.importorskip("cache_dit")
     before, expected = snapshot(dit_pipe.transformer), sample(dit_pipe, full(T), ["dog"], [0]).latents
     method = DBCache(K, T, threshold=10.0, warmup=2)
-    assert not torch.equal(sample(dit_pipe, method, ["dog"], [0]).latents, expected)
-    assert method.report().computed == {"default": [0, 1]}
+    made = sample(dit_pipe, method, ["dog"], [0])
+    assert not torch.equal(made.latents, expected)
+    assert made.report.computed == {"default": [0, 1]}
     assert snapshot(dit_pipe.transformer) == before
     assert torch.equal(sample(dit_pipe, full(T), ["dog"], [0]).latents, expected)
 
@@ -200,8 +201,8 @@ class EveryThird(LibraryCache):
 def test_any_cache_can_be_watched(pipe):
     before = snapshot(pipe.transformer)
     method = EveryThird(4, T)
-    sample(pipe, method, ["dog"], [0], decode=False, **CALL)
-    assert method.report().computed == {"cond": [0, 3, 6, 9]} and snapshot(pipe.transformer) == before
+    report = sample(pipe, method, ["dog"], [0], decode=False, **CALL).report
+    assert report.computed == {"cond": [0, 3, 6, 9]} and snapshot(pipe.transformer) == before
 
 
 PYTHON = '''"""Keys at the square numbers; a skipped step takes the mean of the last two."""

@@ -101,7 +101,7 @@ def test_profilingdit_profiles_spends_the_budget_and_says_so(pipe, calibration):
     assert len(changes) == len(blocks) and min(changes) > 0
     method.prepare(pipe, calibration)
     count = round(0.6 * len(blocks))
-    assert sorted(np.argsort(changes)[:count]) == method.blocks == method.settled["blocks"]
+    assert sorted(np.argsort(changes)[:count]) == method.site.blocks == method.settled["blocks"]
     assert abs(method.settled["spent"] - 7) <= 0.5
 
 
@@ -149,20 +149,23 @@ def test_ertacache_by_hand(pipe, calibration):
     plain = ERTACache(5, T, threshold=method.settled["threshold"], rectify=False)
     plain.prepare(pipe, calibration)
     assert plain.schedule.steps == steps
-    errors = [np.linalg.norm(calibration.rerun(pipe, m) - calibration.latents) for m in (method, plain)]
+    errors = [np.linalg.norm(calibration.rerun(pipe, m)[0] - calibration.latents) for m in (method, plain)]
     assert errors[0] < errors[1]  # on the prompts of the profile
 
     # What the scheduler is given at a skipped step, from the input then and what was kept last.
     inputs, kept, predictions, step = {}, {}, [], pipe.scheduler.step
-    method.observe = lambda branch, step, name, value: (inputs if name == "input" else kept).update({step: value})
+
+    def observe(branch, step, name, value):
+        (inputs if name == "input" else kept)[step] = value
+
     pipe.scheduler.step = lambda v, *rest, **more: (predictions.append(v), step(v, *rest, **more))[1]
-    with dpcache.cached(pipe, method):
+    with dpcache.cached(pipe, method, observe):
         pipe(["dog"], num_inference_steps=T, output_type="latent", **CALL)
     del pipe.scheduler.step
     assert sorted(kept) == steps and sorted(inputs) == list(range(T))
     for s in set(range(T)) - set(steps):
         key = max(k for k in steps if k < s)
-        of_residual, of_input = method.weights((key,), s)
+        of_residual, of_input = method.predictor.weights((key,), s)
         expected = inputs[s] * (1 + of_input) + kept[key] * of_residual
         torch.testing.assert_close(predictions[s], expected, rtol=1e-4, atol=1e-5)
 

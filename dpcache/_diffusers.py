@@ -1,0 +1,206 @@
+"""Everything that is not public in diffusers, accelerate and torch's compiler, and that this library needs.
+
+- Hooks on modules (`HookRegistry`, `ModelHook`): diffusers' own mechanism, so that its offloading, its casting and its
+  caches still find theirs while ours are on.
+- The name of the guidance branch (`StateManager`), which `cache_context` sets.
+- Which argument and which output of a block is the image's and which the text's (`TransformerBlockRegistry`).
+- The names under which models keep their lists of blocks.
+- The calls of a scheduler's `step` (`watch_steps`).
+"""
+
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS as BLOCK_LISTS
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks.hooks import StateManager
+from diffusers.utils.torch_utils import unwrap_module
+from torch._dynamo.decorators import skip
+
+__all__ = [
+    "BLOCK_LISTS",
+    "Hook",
+    "StateManager",
+    "StepListener",
+    "add_hook",
+    "block_metadata",
+    "forget_children",
+    "hook_on",
+    "leave_uncompiled",
+    "other_cache",
+    "remove_hook",
+    "unwrap_module",
+    "watch_steps",
+    "without_offload",
+]
+
+_NAME = "dpcache"
+
+
+def leave_uncompiled(function: Callable) -> Callable:
+    """The compiler leaves `function` as it is, but compiles what it calls. `torch.compiler.disable(recursive=False)`
+    does the same, but asks the compiler again at every call (PyTorch 2.15): a quarter of a millisecond for every block
+    of every step. With `fullgraph=True` the compiler refuses, for the reason given here."""
+    function = skip(function)
+    function._torchdynamo_disable_msg = (
+        "a caching method is enabled on this model, and a cache decides at every step: compile without fullgraph=True"
+    )
+    return function
+
+
+class Hook(ModelHook):
+    """A hook of ours. Its `new_forward` is never compiled: the weights of a prediction change from step to step, and
+    every change would compile anew. What it wraps is compiled as before.
+
+    A copy or pickle of a hooked module would still call the original's, so both are refused.
+    """
+
+    @property
+    def forward(self):
+        """What the module does without this hook."""
+        return self.fn_ref.original_forward
+
+    def __deepcopy__(self, memo):
+        raise ValueError("a model cannot be copied while a caching method is enabled on it: call dpcache.disable first")
+
+    def __reduce_ex__(self, protocol):
+        raise ValueError(
+            "a model cannot be pickled while a caching method is enabled on it: call dpcache.disable first"
+        )
+
+
+@contextmanager
+def without_offload(module: torch.nn.Module) -> Iterator[None]:
+    """Takes accelerate's offload hook off `module` for a moment. It wraps `forward` anew after every pipeline call, so
+    a hook of ours outside it would be lost; inside it, ours stays."""
+    offload = getattr(module, "_hf_hook", None)
+    if offload is None:
+        yield
+        return
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+    remove_hook_from_module(module)
+    try:
+        yield
+    finally:
+        add_hook_to_module(module, offload)
+
+
+def hook_on(module: torch.nn.Module) -> Hook | None:
+    """Our hook on `module`, if there is one."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook(_NAME)
+
+
+def add_hook(module: torch.nn.Module, hook: Hook) -> None:
+    """Put `hook` on `module`, outside of the hooks that are there. Raises ValueError if one of ours is there."""
+    if hook_on(module) is not None:
+        raise ValueError(f"a caching method is already enabled on this {type(module).__name__}")
+    with without_offload(module):
+        hook.had_registry, hook.instance_forward = hasattr(module, "_diffusers_hook"), vars(module).get("forward")
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _NAME)
+
+
+def remove_hook(module: torch.nn.Module) -> None:
+    """Take our hook off `module`. Hooks that others have put on before or after stay at work and can still be found;
+    without any, the module is as it was before `add_hook`."""
+    with without_offload(module):
+        registry, hook = module._diffusers_hook, hook_on(module)
+        index = registry._hook_order.index(_NAME)
+        if index + 1 < len(registry._hook_order):
+            # The next hook calls ours: as what it wraps, if it has a forward of its own, else as its forward.
+            following = registry._fn_refs[index + 1]
+            name = "forward" if following.original_forward is None else "original_forward"
+            setattr(following, name, hook.forward)
+        else:
+            module.forward = hook.forward
+        del registry.hooks[_NAME], registry._hook_order[index], registry._fn_refs[index]
+        if not registry.hooks:
+            del module.forward
+            if hook.instance_forward is not None:
+                module.forward = hook.instance_forward
+            if not hook.had_registry:
+                del module._diffusers_hook
+
+
+def forget_children(module: torch.nn.Module) -> None:
+    """A registry remembers the registries of its submodules: to be called after hooks came or went below `module`."""
+    if hasattr(module, "_diffusers_hook"):
+        module._diffusers_hook.invalidate_child_registries_cache()
+
+
+def other_cache(module: torch.nn.Module) -> str | None:
+    """The configuration's name of a cache of diffusers that is enabled on `module`."""
+    config = getattr(module, "_cache_config", None)
+    return None if config is None else type(config).__name__
+
+
+def block_metadata(block: torch.nn.Module) -> TransformerBlockMetadata | None:
+    """Which argument and output of a block is which stream; None where diffusers does not know."""
+    try:
+        return TransformerBlockRegistry.get(type(unwrap_module(block)))
+    except ValueError:
+        return None
+
+
+class StepListener:
+    """Is told of a scheduler's steps, see `watch_steps`."""
+
+    def before_step(self, scheduler, sample: torch.Tensor, kwargs: dict) -> None:
+        """`sample`: the latents that the step starts from; `kwargs` may be changed."""
+
+    def after_step(self, scheduler, output) -> None:
+        """`output`: what the scheduler's `step` returned."""
+
+
+class _WatchedStep:
+    """In the place of a scheduler's `step`: tells the listeners of every call. Pipelines that copy their scheduler get
+    a copy that is watched, too."""
+
+    def __init__(self, scheduler, listeners: list[StepListener]):
+        self.scheduler, self.listeners = scheduler, listeners
+        self.replaced = vars(scheduler).get("step")  # somebody else's, in the same place
+        self.original = scheduler.step
+        self.__signature__ = inspect.signature(self.original)  # pipelines look for arguments such as `eta`
+
+    def __call__(self, *args, **kwargs):
+        sample = kwargs["sample"] if "sample" in kwargs else args[2] if len(args) > 2 else None
+        for listener in list(self.listeners):
+            listener.before_step(self.scheduler, sample, kwargs)
+        output = self.original(*args, **kwargs)
+        for listener in list(self.listeners):
+            listener.after_step(self.scheduler, output)
+        return output
+
+    def __deepcopy__(self, memo):
+        scheduler = memo[id(self.scheduler)]
+        watched = object.__new__(_WatchedStep)
+        vars(watched).update(
+            vars(self), scheduler=scheduler, original=types.MethodType(type(scheduler).step, scheduler)
+        )
+        return watched
+
+    def __reduce_ex__(self, protocol):
+        raise ValueError("a scheduler cannot be pickled while a caching method is enabled: call dpcache.disable first")
+
+
+def watch_steps(scheduler, listener: StepListener) -> Callable[[], None]:
+    """From now on `listener` is told of every `scheduler.step`. Returns what undoes it: with its last listener gone the
+    scheduler is as it was before."""
+    step = vars(scheduler).get("step")
+    if not isinstance(step, _WatchedStep):
+        scheduler.step = step = _WatchedStep(scheduler, [])
+    step.listeners.append(listener)
+
+    def unwatch() -> None:
+        step.listeners.remove(listener)
+        if not step.listeners and vars(scheduler).get("step") is step:
+            del scheduler.step
+            if step.replaced is not None:
+                scheduler.step = step.replaced
+
+    return unwatch

@@ -1,0 +1,588 @@
+"""A session: one method at work on one pipeline, with everything that belongs to the run and not to the method.
+
+A hook on each denoiser opens and closes every call; the site's hooks inside (`sites.py`) ask the session what to do.
+`steps.py` says which step a call belongs to. The calls of a step are its branches (conditional, unconditional, ...),
+named by `cache_context` where the pipeline does so, else numbered in order; each has histories and counters of its own.
+"""
+
+import functools
+import inspect
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from dpcache._diffusers import (
+    Hook,
+    StateManager,
+    add_hook,
+    forget_children,
+    hook_on,
+    leave_uncompiled,
+    other_cache,
+    remove_hook,
+    unwrap_module,
+)
+from dpcache.flops import LayerFlops
+from dpcache.steps import SchedulerSteps, Steps, TimestepSteps
+
+MOST_CALLS = 8  # of a model in one step; more show that its scheduler is not the one that is watched
+
+
+@dataclass
+class Report:
+    """What a method did in a session, per guidance branch ("default" where the pipeline names none).
+
+    Attributes:
+        computed: computed steps of the latest generation.
+        computed_counts, predicted_counts: number of computed and of predicted steps of every generation.
+        seconds_computed, seconds_predicted: seconds inside the transformer, all generations together.
+        history_bytes: memory that the kept features and an online schedule's state take, all branches together.
+        equivalents: of a method that also skips parts of steps, what every generation computed, in full steps by FLOPs.
+        switches: steps at which a pipeline's second model took over, in all generations.
+    """
+
+    computed: dict[str, list[int]] = field(default_factory=dict)
+    computed_counts: dict[str, list[int]] = field(default_factory=dict)
+    predicted_counts: dict[str, list[int]] = field(default_factory=dict)
+    seconds_computed: dict[str, float] = field(default_factory=dict)
+    seconds_predicted: dict[str, float] = field(default_factory=dict)
+    history_bytes: int = 0
+    equivalents: dict[str, list[float]] = field(default_factory=dict)
+    switches: list[int] = field(default_factory=list)
+
+    @property
+    def spent(self) -> dict[str, list[float]]:
+        """What counts against the budget, of every generation."""
+        return self.equivalents or self.computed_counts
+
+
+class History:
+    """The last `length` features as they came, in buffers that are allocated once and reused across generations."""
+
+    def __init__(self, length: int):
+        self.buffers: list[torch.Tensor | None] = [None] * length
+        self.newest, self.count = 0, 0
+
+    def clear(self) -> None:
+        """A new generation begins: what is kept is not to be used any more."""
+        self.count = 0
+
+    def push(self, feature: torch.Tensor) -> None:
+        """Raises ValueError if the feature has another shape or dtype than the others of this generation."""
+        before = self.buffers[self.newest]
+        if self.count and (before.shape, before.dtype) != (feature.shape, feature.dtype):
+            raise ValueError(
+                f"the kept feature changes from {_say(before)} to {_say(feature)} within a generation, which no "
+                "prediction can bridge: choose another site"
+            )
+        self.newest, self.count = (self.newest + 1) % len(self.buffers), self.count + 1
+        buffer = self.buffers[self.newest]
+        if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != (
+            feature.shape,
+            feature.dtype,
+            feature.device,
+        ):
+            buffer = self.buffers[self.newest] = torch.empty(feature.shape, dtype=feature.dtype, device=feature.device)
+        buffer.copy_(feature)
+
+    def combine(self, weights: tuple[float, ...] | np.ndarray, current: torch.Tensor | None = None) -> torch.Tensor:
+        """The weighted sum of the newest features (newest last) and, if given, of `current` (its weight comes last),
+        accumulated in float32, in the features' dtype. An array (n, D) weighs each entry of the last dimension."""
+        newest = self.buffers[self.newest]
+        low = newest.dtype in (torch.float16, torch.bfloat16)
+        each = isinstance(weights, np.ndarray)
+        if each:
+            weights = torch.as_tensor(weights, dtype=torch.float32 if low else newest.dtype, device=newest.device)
+        elif weights == (1.0,):
+            return newest
+        if current is not None:
+            weights, own = weights[:-1], weights[-1]
+        total = newest.float().mul_(weights[-1]) if low else newest * weights[-1]
+        for age in range(1, len(weights)):
+            older, weight = self.buffers[self.newest - age], weights[-1 - age]
+            if each:
+                total.addcmul_(older.to(total.dtype), weight)
+            else:
+                total.add_(older, alpha=weight)
+        if current is not None:
+            total.add_(current, alpha=own)
+        if newest.dtype == torch.float16:
+            total.clamp_(-65504, 65504)
+        return total.to(newest.dtype)
+
+
+class Branch:
+    """Histories and counters of one guidance branch.
+
+    Attributes:
+        step: of the current call.
+        keys: steps that its model has computed in this generation; what is kept of them is what predictions are made
+            of. A pipeline with two models for two ranges of steps begins them anew with the second.
+        computed: all computed steps of this generation.
+        skip: whether the current call is predicted.
+        leader: the first branch of this generation.
+        online: an online schedule's state.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.step = self.calls = 0
+        self.part: Part | None = None
+        self.leader = self
+        self.keys: list[int] = []
+        self.computed: list[int] = []
+        self.online: dict = {}
+        self.state_bytes = 0  # its most in the finished generations
+        self.work = 0.0  # full-step equivalents in this generation, where they are counted
+        self.generations: list[tuple[list[int], int, float]] = []  # computed, calls and work of the finished ones
+        self.histories: dict[str, list[History]] = {}
+        self.spans: dict[bool, list] = {False: [], True: []}  # skipped? -> what the stopwatch returned
+        self.skip = self.verifying = False
+        self.weights: tuple[float, ...] | np.ndarray = ()
+        self.signature: tuple | None = None  # of the model's input
+        self.kept: frozenset[str] = frozenset()  # names of what a computed call keeps
+        self.seen: set[str] = set()  # names of what the current call has kept or predicted so far
+        self.stack_input = self.run_input = self.output = None
+        self.shapes: list[torch.Size] = []  # of the model's prediction
+        self.placeholders: dict = {}
+
+    def start(self) -> None:
+        """A new generation begins, even if the last one broke off."""
+        if self.calls:
+            self.generations.append((self.computed, self.calls, self.work))
+        self.computed, self.calls, self.work, self.signature = [], 0, 0.0, None
+        self.enter(None)
+
+    def enter(self, part: "Part | None") -> None:
+        """Another model takes over: nothing of what is kept serves it."""
+        self.part, self.keys, self.kept = part, [], frozenset()
+        self.state_bytes = max(self.state_bytes, self.online_bytes)
+        self.online, self.verifying = {}, False
+        self.placeholders.clear()
+        for histories in self.histories.values():
+            for history in histories:
+                history.clear()
+
+    @property
+    def online_bytes(self) -> int:
+        """Of the online schedule's state."""
+        return sum(value.nbytes for value in self.online.values() if isinstance(value, torch.Tensor))
+
+
+class Stopwatch:
+    """Spans on the device's own clock: CUDA events, which do not make the host wait, or the host's clock."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+
+    def now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, spans: list) -> float:
+        if not self.cuda:
+            return sum(end - start for start, end in spans)
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in spans) / 1000
+
+
+class Part:
+    """One of a pipeline's denoisers. Its hooks know it."""
+
+    def __init__(self, name: str, module: torch.nn.Module):
+        self.name, self.module = name, module
+        self.input_name = next(iter(inspect.signature(module.forward).parameters), "")
+        self.watch: LayerFlops | None = None
+        self.places: list[tuple[torch.nn.Module, str, torch.nn.Module]] = []  # (parent, name, hooked module)
+        self.hooked: list[torch.nn.Module] = []
+
+    def __str__(self):
+        return f"{self.name or 'the model'} ({type(self.module).__name__})"
+
+    def input(self, args: tuple, kwargs: dict):
+        """The noisy latents among the arguments of a call: the first, whatever its name."""
+        return kwargs[self.input_name] if self.input_name in kwargs else args[0]
+
+
+class RootHook(Hook):
+    """On a denoiser: opens and closes each call."""
+
+    _is_stateful = True
+
+    def __init__(self, session: "Session", part: Part):
+        super().__init__()
+        self.session, self.part, self.names = session, part, StateManager(dict)
+
+    def reset_state(self, module):
+        """A pipeline calls it at its end."""
+        self.session.ended()
+
+    @property
+    def branch_name(self) -> str:
+        context = self.names._context
+        return "default" if context is None else context.name
+
+    @leave_uncompiled
+    def new_forward(self, module, *args, **kwargs):
+        session, start = self.session, self.session.stopwatch.now()
+        branch = session.open(self.part, self.branch_name, args, kwargs)
+        with nullcontext() if self.part.watch is None else self.part.watch.call(branch.signature):
+            output = session.site.call(session, branch, self.forward, args, kwargs)
+        session.check_call(branch)
+        session.close(branch, start)
+        return output
+
+
+def denoisers(pipe) -> dict[str, torch.nn.Module]:
+    """The transformers (or the U-Net) that a pipeline denoises with, by their names in it; a model alone has none.
+
+    Raises ValueError if there is none.
+    """
+    if isinstance(pipe, torch.nn.Module):
+        return {"": unwrap_module(pipe)}
+    names = ("transformer", "transformer_2", "unconditional_transformer", "unet")
+    found = {name: getattr(pipe, name, None) for name in names}
+    found = {name: unwrap_module(module) for name, module in found.items() if module is not None}
+    if not found:
+        raise ValueError(f"{type(pipe).__name__} has neither a transformer nor a unet")
+    return found
+
+
+def denoiser(pipe) -> torch.nn.Module:
+    """The only one of `denoisers(pipe)`. Raises ValueError where there are more."""
+    found = list(denoisers(pipe).values())
+    if len(found) > 1:
+        raise ValueError(f"this {type(pipe).__name__} has {len(found)} transformers, where one is needed")
+    return found[0]
+
+
+class Session:
+    """One method at work on one pipeline, or on a model alone.
+
+    Args:
+        pipe: a diffusers pipeline, or its transformer.
+        method: schedule, site and predictor; nothing is written on it.
+        observe: called as `observe(branch, step, name, feature)` for every feature that is kept, and at the sites
+            `output` and `output_residual` for the model's input ("input") at every step.
+
+    Raises ValueError where the model does not offer the site, or where something else is enabled on it.
+    """
+
+    def __init__(self, pipe, method, observe: Callable | None = None):
+        self.method, self.site, self.schedule, self.observe = method, method.site, method.schedule, observe
+        # The same keys and steps come back in every generation.
+        self.predicted_weights = functools.lru_cache(maxsize=None)(method.predictor.weights)
+        self.branches: dict[str, Branch] = {}
+        self.current: Branch | None = None
+        self.order: list[str] = []  # the branches of this generation's first step
+        self.calls: list[str] = []  # the branches that the current step has called so far
+        self.step, self.thread = 0, None
+        self.fixed = None if self.schedule.steps is None else frozenset(self.schedule.steps)
+        self.computed = self.fixed  # in this generation
+        self.pipe, self.partial = weakref.ref(pipe), method.partial
+        self.switches: set[int] = set()
+        self.final: Report | None = None
+        self.on_detach: list[Callable[[], None]] = []
+        self.parts = [Part(name, module) for name, module in denoisers(pipe).items()]
+        # With offloading the weights wait on the CPU, but the pipeline knows where they will run.
+        device = getattr(pipe, "_execution_device", None) or next(self.parts[0].module.parameters()).device
+        self.stopwatch = Stopwatch(device)
+        for part in self.parts:
+            self.check(part)
+        try:
+            for part in self.parts:
+                self._hook(part)
+        except BaseException:
+            self._unhook()
+            raise
+        self.steps = self._steps(pipe)
+
+    def _steps(self, pipe) -> Steps:
+        T = self.schedule.num_inference_steps
+        if getattr(pipe, "scheduler", None) is None:
+            return TimestepSteps(self.parts[0].module, T, self.end_step)
+        return SchedulerSteps(pipe, T, self.end_step, self.check_models)
+
+    def check_models(self) -> None:
+        """Raises ValueError if the pipeline has got another model since the method was enabled."""
+        now = denoisers(self.pipe())
+        for part in self.parts:
+            if now.get(part.name) is not part.module:
+                raise ValueError(
+                    f"pipe.{part.name} has been replaced while a method is enabled on it: call dpcache.disable(pipe), "
+                    "and enable the method again"
+                )
+
+    def check(self, part: Part) -> None:
+        """Raises ValueError where something else is at work on the model."""
+        if hook_on(part.module) is not None:
+            raise ValueError("a method is already enabled on this pipeline: call dpcache.disable(pipe) first")
+        if other := other_cache(part.module):
+            raise ValueError(f"diffusers' own cache ({other}) is enabled on {part}: call its disable_cache() first")
+
+    def hooks(self, part: Part) -> list[tuple[torch.nn.Module, Hook]]:
+        """(module, hook) pairs, in the order in which they are registered."""
+        return [(part.module, RootHook(self, part)), *self.site.hooks(self, part.module)]
+
+    def watching(self, part: Part) -> LayerFlops | None:
+        """What counts the FLOPs of steps that are skipped in parts."""
+        return LayerFlops(part.module) if self.method.partial else None
+
+    def _hook(self, part: Part) -> None:
+        for module, hook in self.hooks(part):
+            add_hook(module, hook)
+            part.hooked.append(module)
+        hooked = set(part.hooked)
+        part.places = [
+            (parent, name, module)
+            for parent in part.module.modules()
+            for name, module in parent.named_children()
+            if module in hooked
+        ]
+        forget_children(part.module)
+        part.watch = self.watching(part)  # last: nothing of it stays where a hook cannot be made
+
+    def _unhook(self) -> None:
+        for part in self.parts:
+            for module in reversed(part.hooked):
+                remove_hook(module)
+            forget_children(part.module)
+            part.hooked.clear()
+            if part.watch is not None:
+                part.watch.remove()
+                part.watch = None
+
+    def detach(self) -> None:
+        """Leave every module and the scheduler as they were, and free the features."""
+        self.final = self.report()
+        self._unhook()
+        self.steps.detach()
+        for undo in self.on_detach:
+            undo()
+        self.branches.clear()
+        self.current = None
+
+    def begin(self) -> None:
+        """A new generation."""
+        for branch in self.branches.values():
+            branch.start()
+        self.order, self.calls, self.computed = [], [], self.fixed
+        self.step, self.thread = 0, threading.get_ident()
+        moved = False
+        for part in self.parts:
+            if other := other_cache(part.module):
+                raise ValueError(
+                    f"diffusers' own cache ({other}) was enabled on {part}, where a caching method is at work: "
+                    "disable one of them"
+                )
+            moved |= any(getattr(parent, name, None) is not module for parent, name, module in part.places)
+        if moved:  # a LoRA was loaded, for one, which puts layers of its own in the place of hooked ones
+            self._unhook()
+            for part in self.parts:
+                self._hook(part)
+
+    def ended(self) -> None:
+        """The pipeline's call is over."""
+        self.steps.ended()
+
+    def _check_thread(self) -> None:
+        if self.thread != threading.get_ident():
+            raise ValueError(
+                "the pipeline is used from two threads at once, but its cache follows one generation after the other"
+            )
+
+    def end_step(self) -> None:
+        """Raises ValueError if the step had other branches than the first one, where no names keep them apart."""
+        self._check_thread()
+        unnamed = [name for name in self.calls if name.startswith("default")]
+        expected = [name for name in self.order if name.startswith("default")]
+        if self.step and unnamed != expected:
+            raise ValueError(
+                f"step {self.step} calls the model {len(unnamed)} times and the first step {len(expected)} times, and "
+                "nothing tells which call is which guidance branch: keep the guidance as it is during a run"
+            )
+        self.calls = []
+
+    def open(self, part: Part, name: str, args: tuple, kwargs: dict) -> Branch:
+        """Begin a call of `part`, in a `cache_context` of that name; whether it is computed is settled here, but for
+        schedules that decide online."""
+        began, step = self.steps.locate(part.module, args, kwargs)
+        if began:
+            self.begin()
+        self._check_thread()
+        self.step = step
+        count = sum(call == name or call.startswith(f"{name} #") for call in self.calls)
+        name = name if count == 0 else f"{name} #{count + 1}"
+        self.calls.append(name)
+        if len(self.calls) > MOST_CALLS:
+            raise ValueError(
+                f"{part} was called {len(self.calls)} times without a step of the scheduler: enable the method on the "
+                "pipeline that is run"
+            )
+        if step == 0:
+            self.order.append(name)
+        branch = self.current = self.branches.setdefault(name, Branch(name))
+        signature = tuple(_shapes(part.input(args, kwargs)))
+        if branch.signature not in (None, signature):
+            raise ValueError(
+                f"the input of {part} changes from {_say_all(branch.signature)} to {_say_all(signature)} at step "
+                f"{step}: batch, resolution and dtype have to stay the same within a generation (guidance that is "
+                "switched off in mid-run changes the batch)"
+            )
+        branch.signature, branch.step, branch.leader = signature, step, self.branches[self.order[0]]
+        branch.seen.clear()
+        if branch.part is not part:
+            if branch.part is not None:
+                self.switches.add(step)
+            branch.enter(part)
+            if self.computed is None:
+                branch.online = self.schedule.start()
+        if self.computed is None:
+            branch.skip = False  # until it is decided
+            return branch
+        if not branch.keys and step not in self.computed:
+            self._compute_instead(branch, part, step)
+        self._settle(branch, step in self.computed)
+        return branch
+
+    def _compute_instead(self, branch: Branch, part: Part, step: int) -> None:
+        """The first step of a pipeline's second model cannot be predicted: it is computed in place of the next one
+        that was to be. Raises ValueError where there is none, or where it is no second model."""
+        if not branch.computed:
+            raise ValueError(
+                f"the guidance branch {branch.name!r} of {part} first appears at step {step}, which the schedule skips"
+            )
+        later = [key for key in self.computed if key > step]
+        if not later:
+            raise ValueError(
+                f"step {step} is the first of {part} and has to be computed, but the schedule computes none from there "
+                "on: raise the budget"
+            )
+        self.computed = self.computed - {min(later)} | {step}
+
+    @torch.compiler.disable
+    def decide(self, block, args, kwargs) -> None:
+        """Where an online schedule looks, it settles the step. Fixed ones have done so in `open`."""
+        if self.computed is None:
+            branch = self.current
+            self._settle(branch, self.schedule.decide(branch, block, args, kwargs) or not branch.keys)
+
+    def _settle(self, branch: Branch, compute: bool) -> None:
+        branch.skip = not compute
+        if compute:
+            branch.keys.append(branch.step)
+            branch.computed.append(branch.step)
+            return
+        weights = self.predicted_weights(tuple(branch.keys[-self.method.predictor.history :]), branch.step)
+        branch.weights = weights if self.computed is not None else self.schedule.scale(branch, weights)
+
+    def left_out(self, module) -> None:
+        """A module that has been called does not run."""
+        watch = self.current.part.watch
+        if watch is not None:
+            watch.forget(module)
+
+    @torch.compiler.disable
+    def keep(self, name: str, feature) -> None:
+        """Keep a computed feature (a tensor or a tuple of tensors) under `name`."""
+        branch = self.current
+        self._once(name)
+        features = feature if isinstance(feature, tuple) else (feature,)
+        histories = branch.histories.get(name)
+        if histories is None:
+            length = self.method.predictor.history
+            histories = branch.histories[name] = [History(length) for _ in features]
+        for history, tensor in zip(histories, features):
+            history.push(tensor)
+        self.learn(name, feature)
+        if self.observe is not None:
+            self.observe(branch.name, branch.step, name, feature)
+
+    @torch.compiler.disable
+    def learn(self, name: str | int, feature) -> None:
+        """An online schedule is told of what a computed step leaves."""
+        if self.computed is None:
+            self.schedule.learn(self.current, name, feature)
+
+    @torch.compiler.disable
+    def predict(self, name: str, seen: torch.Tensor | None = None):
+        """The feature kept under `name`, predicted for the current step, from the model's input too if it is given."""
+        branch = self.current
+        self._once(name)
+        if name not in branch.kept:
+            raise ValueError(f"site={self.site.name}: nothing was kept of {name!r} that step {branch.step} asks for")
+        predicted = tuple(history.combine(branch.weights, seen) for history in branch.histories[name])
+        return predicted if len(predicted) > 1 else predicted[0]
+
+    def _once(self, name: str) -> None:
+        branch = self.current
+        if name in branch.seen:
+            raise ValueError(
+                f"site={self.site.name}: {name!r} of {branch.part} runs twice in one call of the model: choose another "
+                "site"
+            )
+        branch.seen.add(name)
+
+    def check_call(self, branch: Branch) -> None:
+        """Raises ValueError if the call has kept or predicted something else than the branch's first one."""
+        if not branch.skip and len(branch.keys) == 1:
+            branch.kept = frozenset(branch.seen)
+        if branch.seen != branch.kept or not branch.seen:
+            missing = ", ".join(sorted(branch.kept - branch.seen)) or "what it keeps"
+            raise ValueError(
+                f"site={self.site.name}: step {branch.step} of {branch.part} does not pass {missing} (layers that a "
+                "pipeline leaves out now and then cannot be kept): choose another site"
+            )
+
+    def close(self, branch: Branch, start) -> None:
+        """End the call: count and time it."""
+        branch.spans[branch.skip].append((start, self.stopwatch.now()))
+        branch.calls += 1
+        if branch.part.watch is not None and self.partial:
+            branch.work += branch.part.watch.share
+
+    def report(self) -> Report:
+        """What has been computed and predicted so far."""
+        if self.final is not None:
+            return self.final
+        report = Report(switches=sorted(self.switches))
+        for name, branch in self.branches.items():
+            now = [(branch.computed, branch.calls, branch.work)] if branch.calls else []
+            generations = branch.generations + now
+            report.computed[name] = list(generations[-1][0]) if generations else []
+            report.computed_counts[name] = [len(computed) for computed, _, _ in generations]
+            report.predicted_counts[name] = [calls - len(computed) for computed, calls, _ in generations]
+            if self.partial:
+                report.equivalents[name] = [work for _, _, work in generations]
+            report.seconds_computed[name] = self.stopwatch.seconds(branch.spans[False])
+            report.seconds_predicted[name] = self.stopwatch.seconds(branch.spans[True])
+            kept = [b for histories in branch.histories.values() for h in histories for b in h.buffers]
+            report.history_bytes += sum(tensor.nbytes for tensor in kept if tensor is not None)
+            report.history_bytes += max(branch.state_bytes, branch.online_bytes)
+        return report
+
+
+def _shapes(value):
+    """Shape and dtype of every tensor in `value`, a tensor or lists of tensors."""
+    if isinstance(value, torch.Tensor):
+        yield tuple(value.shape), value.dtype
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _shapes(part)
+
+
+def _say(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _say_all(signature: tuple) -> str:
+    return " and ".join(f"{shape} {str(dtype).removeprefix('torch.')}" for shape, dtype in signature)

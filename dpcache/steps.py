@@ -1,0 +1,198 @@
+"""Which call of the model is which step: of a pipeline by its scheduler, of a model alone by its timestep argument.
+
+A step is what lies between two calls of the scheduler's `step`. Its index is its place among the steps that this
+generation really runs, which are fewer than the scheduler's timesteps where a pipeline starts from an image
+(`strength`).
+"""
+
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from dpcache._diffusers import StepListener, watch_steps
+
+
+class Steps(Protocol):
+    """Finds the step of every call."""
+
+    def locate(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[bool, int]:
+        """Whether this call of `module` begins a new generation, and its step. Raises ValueError where the calls do
+        not fit the method's number of steps."""
+
+    def ended(self) -> None:
+        """The pipeline's call is over: the next one begins a new generation. Raises ValueError where steps are
+        missing."""
+
+    def detach(self) -> None:
+        """Leave the scheduler as it was."""
+
+
+class SchedulerSteps(StepListener):
+    """Steps of a pipeline, told by its scheduler. `pipe` needs `scheduler`, with `timesteps` and `step`.
+
+    Args:
+        num_inference_steps: of the method.
+        on_step_end: called at the end of every step.
+        check_model: called at every step of the scheduler, also if the model was not.
+    """
+
+    def __init__(
+        self, pipe, num_inference_steps: int, on_step_end: Callable[[], None], check_model: Callable[[], None]
+    ):
+        self.pipe, self.num_inference_steps = weakref.ref(pipe), num_inference_steps
+        self.on_step_end, self.check_model = on_step_end, check_model
+        self.scheduler = pipe.scheduler
+        self.unwatch = watch_steps(self.scheduler, self)
+        self.timesteps, self.step, self.called = None, 0, False
+
+    def locate(self, module, args, kwargs):
+        pipe = self.pipe()
+        if pipe is None:
+            raise ValueError("the pipeline that the method was enabled on is gone: enable it on the one that is run")
+        if pipe.scheduler is not self.scheduler:
+            self.detach()
+            self.scheduler = pipe.scheduler
+            self.unwatch = watch_steps(self.scheduler, self)
+            self.timesteps = None
+        began = self.timesteps is not self.scheduler.timesteps  # every pipeline call makes a new grid
+        if began:
+            self._check(pipe)
+            self.timesteps, self.step = self.scheduler.timesteps, 0
+        if self.step >= self.num_inference_steps:
+            raise ValueError(
+                f"this {type(pipe).__name__} runs more steps than the num_inference_steps={self.num_inference_steps} "
+                "that the method was made for"
+            )
+        self.called = True
+        return began, self.step
+
+    def after_step(self, scheduler, output):
+        self.check_model()
+        if self.called:  # pipelines may step several schedulers, or copies of one, after one call of the model
+            self.on_step_end()
+            self.step, self.called = self.step + 1, False
+
+    def _check(self, pipe) -> None:
+        asked, made_for = getattr(self.scheduler, "num_inference_steps", None), self.num_inference_steps
+        total, begin = len(self.scheduler.timesteps), getattr(self.scheduler, "begin_index", None)
+        runs = (getattr(pipe, "num_timesteps", None) or total) if begin is None else total - begin
+        if runs == made_for:
+            return
+        if runs == asked:
+            raise ValueError(
+                f"num_inference_steps={asked} in the pipeline call, but the method was made for "
+                f"num_inference_steps={made_for}"
+            )
+        raise ValueError(
+            f"this {type(pipe).__name__} with its {type(self.scheduler).__name__} runs {runs} steps "
+            f"(num_inference_steps={asked}), but the method was made for num_inference_steps={made_for}: it counts the "
+            "steps that are really run"
+        )
+
+    def ended(self):
+        ran, interrupted = self.step + self.called, getattr(self.pipe(), "_interrupt", False)
+        complete = self.timesteps is None or interrupted or ran == self.num_inference_steps
+        stepped = self.step > 0
+        self.timesteps, self.step, self.called = None, 0, False
+        if not complete and not stepped:
+            raise ValueError(
+                "the model was run, but not the scheduler of the pipeline that the method was enabled on: enable the "
+                "method on the pipeline that is run"
+            )
+        if not complete:
+            raise ValueError(
+                f"this {type(self.pipe()).__name__} ran {ran} steps, but the method was made for "
+                f"num_inference_steps={self.num_inference_steps}: it counts the steps that are really run"
+            )
+
+    def detach(self):
+        self.unwatch()
+
+
+class TimestepSteps:
+    """Steps of a model without a pipeline, told by its timestep argument: another value is another step, and the first
+    value again, or a turn of the direction, another generation. On a GPU the host waits for that value at every call,
+    which a pipeline makes unnecessary.
+
+    Args:
+        num_inference_steps: of the method.
+        on_step_end: called at the end of every step.
+    """
+
+    NAMES = ("timestep", "timesteps", "t", "sigma")
+
+    def __init__(self, module: torch.nn.Module, num_inference_steps: int, on_step_end: Callable[[], None]):
+        self.num_inference_steps, self.on_step_end = num_inference_steps, on_step_end
+        names = list(inspect.signature(module.forward).parameters)
+        self.name = next((name for name in self.NAMES if name in names), None)
+        if self.name is None:
+            raise ValueError(
+                f"{type(module).__name__} has no timestep argument that tells its steps: enable the method on the "
+                "pipeline"
+            )
+        self.place = names.index(self.name)
+        self.first = self.last = None
+        self.step, self.direction = 0, 0.0
+
+    def locate(self, module, args, kwargs):
+        time = kwargs[self.name] if self.name in kwargs else args[self.place]
+        time = torch.as_tensor(time).detach().float().flatten().cpu()
+        if self.last is not None and torch.equal(time, self.last):
+            return False, self.step  # another branch
+        began = self.last is None or torch.equal(time, self.first)
+        if not began:
+            move = float(time.mean() - self.last.mean())
+            began = self.num_inference_steps == 1 or move * self.direction < 0
+        if self.last is not None:
+            self.on_step_end()
+        if began:
+            self.first, self.step, self.direction = time, 0, 0.0
+        else:
+            self.step, self.direction = self.step + 1, move
+        if self.step >= self.num_inference_steps:
+            self.first = self.last = None
+            raise ValueError(
+                f"this {type(module).__name__} is called at more steps than the "
+                f"num_inference_steps={self.num_inference_steps} that the method was made for"
+            )
+        self.last = time
+        return began, self.step
+
+    def ended(self):
+        ran, began = self.step + 1, self.last is not None
+        self.first = self.last = None
+        self.step, self.direction = 0, 0.0
+        if began and ran < self.num_inference_steps:
+            raise ValueError(
+                f"the pipeline called the model at {ran} steps, but the method was made for "
+                f"num_inference_steps={self.num_inference_steps}"
+            )
+
+    def detach(self):
+        pass
+
+
+class Loop:
+    """Stands for the pipeline and its scheduler in a sampling loop of one's own: `dpcache.enable(loop, method)`, and
+    `loop.step()` at the end of every step.
+
+    Args:
+        transformer: the model that is called.
+        num_inference_steps: of a generation; after so many steps a new one begins.
+    """
+
+    def __init__(self, transformer: torch.nn.Module, num_inference_steps: int):
+        self.transformer, self.scheduler, self.num_inference_steps = transformer, self, num_inference_steps
+        self.restart()
+
+    def restart(self) -> None:
+        """The next step is the first of a generation."""
+        self.timesteps, self.done = range(self.num_inference_steps), 0
+
+    def step(self) -> None:
+        self.done += 1
+        if self.done == self.num_inference_steps:
+            self.restart()

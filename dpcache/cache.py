@@ -137,23 +137,35 @@ class Contexts(StateManager):
 
 
 class Stopwatch:
-    """Spans on the device's own clock: CUDA events, which do not make the host wait, or the host's clock."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
+    """The host's clock: `now` is taken before and after a span, `seconds` sums pairs of such."""
 
     def now(self):
-        if not self.cuda:
-            return time.perf_counter()
+        return time.perf_counter()
+
+    def seconds(self, spans: list) -> float:
+        return sum(end - start for start, end in spans)
+
+
+class CudaStopwatch(Stopwatch):
+    """The GPU's clock, by events: the host does not wait for them until it asks for the sum."""
+
+    def now(self):
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def seconds(self, spans: list) -> float:
-        if not self.cuda:
-            return sum(end - start for start, end in spans)
+    def seconds(self, spans):
         torch.cuda.synchronize()
         return sum(start.elapsed_time(end) for start, end in spans) / 1000
+
+
+STOPWATCHES = {"cuda": CudaStopwatch}
+"""By type of device; any other takes the host's. To be replaced where there is a device without a clock."""
+
+
+def stopwatch(device: torch.device) -> Stopwatch:
+    """For spans of work on `device`."""
+    return STOPWATCHES.get(device.type, Stopwatch)()
 
 
 class RootHook(ModelHook):
@@ -236,7 +248,7 @@ class StepCache:
         self.schedule, self.contexts = method.schedule, Contexts()
         self.current: Context | None = None
         # With offloading the weights wait on the CPU, but the pipeline knows where they will run.
-        self.stopwatch = Stopwatch(getattr(pipe, "_execution_device", None) or next(transformer.parameters()).device)
+        self.stopwatch = stopwatch(getattr(pipe, "_execution_device", None) or next(transformer.parameters()).device)
         self.scheduler, self.timesteps = getattr(pipe, "scheduler", None), None
         self.final: Report | None = None
         self.partial = method.partial

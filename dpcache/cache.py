@@ -71,7 +71,8 @@ class History:
         low = newest.dtype in (torch.float16, torch.bfloat16)
         each = isinstance(weights, np.ndarray)
         if each:
-            weights = torch.as_tensor(weights, dtype=torch.float32 if low else newest.dtype, device=newest.device)
+            weights = torch.as_tensor(weights, dtype=torch.float32 if low else newest.dtype)
+            weights = weights.to(newest.device, non_blocking=True)  # else the host would wait for a GPU
         elif weights == (1.0,):
             return newest
         if current is not None:

@@ -4,6 +4,9 @@ from diffusers import TaylorSeerCacheConfig
 
 from baselines.library import DiffusersCache
 
+# As in diffusers, and Wan's, which are called attn1 and attn2: there it would cache nothing, without a word.
+ATTENTIONS = [r"(transformer_|single_transformer_|temporal_transformer_)?blocks.*attn\d?"]
+
 
 class DiffusersTaylorSeer(DiffusersCache):
     """Attention outputs are extrapolated between every N-th steps; everything else is computed in every step.
@@ -35,5 +38,6 @@ class DiffusersTaylorSeer(DiffusersCache):
             disable_cache_before_step=self.warmup,
             max_order=self.order,
             taylor_factors_dtype=pipe.transformer.dtype,  # the default, bfloat16, would round a float32 model's
+            cache_identifiers=None if self.lite else ATTENTIONS,
             use_lite_mode=self.lite,
         )

@@ -51,10 +51,14 @@ def gram(features, chunk=1 << 14, device=None) -> np.ndarray:
     flat = [part.reshape(len(part), -1) for part in parts]
     device = torch.device(device or flat[0].device)
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    total = torch.zeros([sum(map(len, flat))] * 2, dtype=torch.float64)
+    # Summed where it is multiplied, since every copy to the CPU would wait for the GPU.
+    total = torch.zeros(
+        [sum(map(len, flat))] * 2, dtype=torch.float64, device="cpu" if device.type == "mps" else device
+    )
     for columns in zip(*(part.split(chunk, dim=1) for part in flat), strict=True):
         x = torch.cat([part.to(device, dtype) for part in columns])
-        total += (x @ x.T).cpu()
+        total += (x @ x.T).to(total.device)
+    total = total.cpu()
     if not total.isfinite().all():
         raise ValueError("features: must be finite")
     return ((total + total.T) / (2 * flat[0].shape[1])).numpy()

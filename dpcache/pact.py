@@ -8,7 +8,9 @@ _ROWS = 4096  # residuals formed at a time: enough to hide the call, few enough 
 
 
 @torch.no_grad()
-def l1_cost(features, predictor, max_lookback=None, chunk=256, cumulative=True, path_aware=True, warmup=1, device=None):
+def l1_cost(
+    features, predictor, max_lookback=None, chunk=None, cumulative=True, path_aware=True, warmup=1, device=None
+):
     """L1 cost of every move between key steps, as the authors calibrate it.
 
     Entry [i, j, k] is the sum over steps j+1..k of mean|predicted - true|, in feature units, where the prediction uses
@@ -24,8 +26,9 @@ def l1_cost(features, predictor, max_lookback=None, chunk=256, cumulative=True, 
         predictor: has ``history``, the number of keys it uses, and ``weights(keys, step)``, its weight for each key,
             newest last. ``Taylor(2)`` is the paper's.
         max_lookback: largest j - i, in steps; None for no limit. The authors use int(0.3 T).
-        chunk: feature elements taken at a time, so that (T+1, chunk) float32 stays in the L2 cache; more on
-            a GPU. The memory needed beyond the features is about 4096 x chunk float32.
+        chunk: feature elements taken at a time. None: 256 on a CPU, so that (T+1, chunk) float32 stays in the L2 cache;
+            16384 elsewhere, where every call costs more than its work. The memory needed beyond the features is about
+            4096 x chunk float32.
         cumulative: False for the error at k alone.
         path_aware: False ignores i and predicts from j and the steps just before it (the paper's 2D ablation).
         warmup: steps 0..warmup-1 are computed anyway, so moves between them cost nothing. With the Taylor order + 1,
@@ -45,6 +48,8 @@ def l1_cost(features, predictor, max_lookback=None, chunk=256, cumulative=True, 
         if value is not None and not 1 <= value <= (top or value):
             raise ValueError(f"{name}={value}: must be at least 1" + (f" and at most {top}" if top else ""))
 
+    device = torch.device(device or features.device)
+    chunk = chunk or (256 if device.type == "cpu" else 1 << 14)
     gap = np.arange(steps) - np.arange(steps)[:, None]
     allowed = (gap >= 1) & (gap <= (max_lookback or steps))
     allowed[0, 0] = True
@@ -54,9 +59,7 @@ def l1_cost(features, predictor, max_lookback=None, chunk=256, cumulative=True, 
 
     errors = np.zeros((histories.shape[1], steps + 1))
     ahead = np.arange(steps + 1) > histories[1][:, None]
-    errors[ahead] = _errors(
-        features.reshape(steps, -1), predictor, histories.T.tolist(), chunk, torch.device(device or features.device)
-    )
+    errors[ahead] = _errors(features.reshape(steps, -1), predictor, histories.T.tolist(), chunk, device)
     if cumulative:
         errors = errors.cumsum(1)
     errors[~ahead] = np.inf
@@ -86,7 +89,7 @@ def _errors(features, predictor, histories, chunk, device):
     ]
     for start in range(0, size, chunk):
         x = features[:, start : start + chunk].to(device, torch.float32)
-        x = torch.cat([x, end[None] @ x[last]])
+        x = torch.cat([x, end[None] @ x[last[0] :]])
         for rows, weights, offsets, total in blocks:
             total += embedding_bag(rows, x, offsets, mode="sum", per_sample_weights=weights).abs_().sum(1)
     if not totals.isfinite().all():

@@ -98,7 +98,8 @@ class History:
         low = newest.dtype in (torch.float16, torch.bfloat16)
         each = isinstance(weights, np.ndarray)
         if each:
-            weights = torch.as_tensor(weights, dtype=torch.float32 if low else newest.dtype, device=newest.device)
+            weights = torch.as_tensor(weights, dtype=torch.float32 if low else newest.dtype)
+            weights = weights.to(newest.device, non_blocking=True)  # else the host would wait for a GPU
         elif weights == (1.0,):
             return newest
         if current is not None:
@@ -176,23 +177,35 @@ class Branch:
 
 
 class Stopwatch:
-    """Spans on the device's own clock: CUDA events, which do not make the host wait, or the host's clock."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
+    """The host's clock: `now` is taken before and after a span, `seconds` sums pairs of such."""
 
     def now(self):
-        if not self.cuda:
-            return time.perf_counter()
+        return time.perf_counter()
+
+    def seconds(self, spans: list) -> float:
+        return sum(end - start for start, end in spans)
+
+
+class CudaStopwatch(Stopwatch):
+    """The GPU's clock, by events: the host does not wait for them until it asks for the sum."""
+
+    def now(self):
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def seconds(self, spans: list) -> float:
-        if not self.cuda:
-            return sum(end - start for start, end in spans)
+    def seconds(self, spans):
         torch.cuda.synchronize()
         return sum(start.elapsed_time(end) for start, end in spans) / 1000
+
+
+STOPWATCHES = {"cuda": CudaStopwatch}
+"""By type of device; any other takes the host's. To be replaced where there is a device without a clock."""
+
+
+def stopwatch(device: torch.device) -> Stopwatch:
+    """For spans of work on `device`."""
+    return STOPWATCHES.get(device.type, Stopwatch)()
 
 
 class Part:
@@ -295,7 +308,7 @@ class Session:
         self.parts = [Part(name, module) for name, module in denoisers(pipe).items()]
         # With offloading the weights wait on the CPU, but the pipeline knows where they will run.
         device = getattr(pipe, "_execution_device", None) or next(self.parts[0].module.parameters()).device
-        self.stopwatch = Stopwatch(device)
+        self.stopwatch = stopwatch(device)
         for part in self.parts:
             self.check(part)
         try:

@@ -1,0 +1,46 @@
+"""How often the host waits for the GPU in every method's steps on every model family, as a table:
+
+python scripts/fake_cuda.py FILE
+
+No GPU is needed, see `tests/helpers/fake_cuda.py`. A cell has the most waits in one call of the transformer at
+computed / skipped / decided steps, a decided one being computed or skipped by what the method has seen of the device's
+results; "-" where there is no such step. Libraries' caches do not tell which steps they decide: theirs are among the
+others, after the first step, at which they also read the scheduler's timesteps and noise levels.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from helpers.fake_cuda import FAMILIES
+from test_fake_cuda import DECISIONS, METHODS, case, run
+
+from baselines.library import LibraryCache
+
+
+def cell(name: str, family: str) -> str:
+    """Waits at computed / skipped / decided steps; or "refused"."""
+    try:
+        method, computed, calls = run(case(family), name)
+    except (ValueError, AssertionError):  # cache-dit refuses by assertions
+        return "refused"
+    library = isinstance(method, LibraryCache)
+    waits = {"computed": [], "skipped": [], "decided": []}
+    for place, (branch, made) in enumerate(calls.items()):
+        decides = DECISIONS.get(name) if place == 0 or name != "easycache" else None
+        for step, call in list(enumerate(made))[library:]:
+            decided = decides is not None and decides(step, computed[branch])
+            kind = "decided" if decided else "computed" if step in computed[branch] else "skipped"
+            waits[kind].append(len(call.waits))
+    return " / ".join(str(max(counts)) if counts else "-" for counts in waits.values())
+
+
+def main(path: str) -> None:
+    rows = [["method", *FAMILIES], ["---"] * (1 + len(FAMILIES))]
+    rows += [[name, *(cell(name, family) for family in FAMILIES)] for name in METHODS]
+    Path(path).write_text("".join(f"| {' | '.join(row)} |\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

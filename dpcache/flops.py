@@ -1,5 +1,7 @@
 """FLOPs by PyTorch's counter, and how much of a full step a call of the transformer computes."""
 
+import functools
+import logging
 import weakref
 from collections.abc import MutableMapping
 from contextlib import contextmanager, nullcontext
@@ -8,15 +10,52 @@ from typing import ClassVar
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+log = logging.getLogger(__name__)
+
+
+def attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
+    """FLOPs of scaled dot-product attention, 4 B H N M D where values are as wide as keys: two products of matrices per
+    head, a multiplication with its addition as two. A mask saves nothing, and heads that share keys count like others.
+
+    Args:
+        query, key, value: the shapes (B, H, N, D), (B, H', M, D) and (B, H', M, E).
+    """
+    *heads, length, width = query
+    return 2 * torch.Size(heads).numel() * length * key[-2] * (width + value[-1])
+
+
+# PyTorch's table leaves some of these out, which ones depends on its version, and in others cannot count shared heads.
+# Attention by plain matrix products is no operation of its own and needs no formula.
+KERNELS = (
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+    "_scaled_dot_product_attention_math_for_mps",
+)
+ATTENTION = {getattr(torch.ops.aten, name): attention_flops for name in KERNELS if hasattr(torch.ops.aten, name)}
+
 
 class FlopCounter(FlopCounterMode):
     """Counts all that is computed within it, for any model: also for one that contains itself, as cache-dit makes them.
     So it does without PyTorch's table of modules, whose tracker looks for the model's root, there until the stack
-    overflows."""
+    overflows. Attention counts the same by every kernel, and a kernel of it without a formula is warned of."""
 
     def __init__(self):
-        super().__init__(display=False)
+        super().__init__(display=False, custom_mapping=ATTENTION)
         self.mod_tracker = _Everything()
+
+    def _count_flops(self, func_packet, out, args, kwargs):
+        name = str(func_packet)
+        if func_packet not in self.flop_registry and ("attention" in name or "attn" in name):
+            _warn_uncounted(name)
+        return super()._count_flops(func_packet, out, args, kwargs)
+
+
+@functools.cache  # once per kernel
+def _warn_uncounted(name: str) -> None:
+    log.warning("FLOPs leave out %s: there is no formula for this kernel of attention", name)
 
 
 class _Everything(nullcontext):

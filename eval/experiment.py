@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -254,10 +255,11 @@ class Experiment:
             measured = rounds[which][1:]
             seconds[name] = {p: float(np.median([phases[p] for phases, *_ in measured])) for p in measured[0][0]}
             peaks[f"peak_{name}"] = measured[-1][2]
-        computed = np.mean([count for _, count, _ in rounds[method]])
-        times = (seconds[name]["transformer"] for name in ("full", "cached"))
-        ratios = timing.efficiency(self.config.num_inference_steps, computed, *times)
-        result |= {name: float(value) for name, value in ratios.items()} | {"phases": seconds}
+        seen = {which: [(phases["transformer"], count) for phases, count, _ in rounds[which][1:]] for which in rounds}
+        computed = float(np.mean([count for _, count in seen[method]]))
+        times = ([inside for inside, _ in seen[which]] for which in (reference, method))
+        result |= timing.efficiency(self.config.num_inference_steps, computed, *times) | {"phases": seconds}
+        result |= timing.reliability(result)
         return result, peaks | {"peak_added": peaks["peak_cached"] - peaks["peak_full"]} if cuda else {}
 
     def _flops(self, method, prompts: list[str]) -> tuple[dict[str, float | None], int]:
@@ -321,16 +323,25 @@ def summary(result: dict, folder: Path) -> str:
     for name, reason in result["metrics_unavailable"].items():
         lines.append(f"  {name:<22} unavailable: {reason}")
     if timed:
-        lines.append(
-            f"  speed-up               {timed['speedup']:.2f}x end to end"
-            f" ({timed['reference_s']:.2f} s -> {timed['cached_s']:.2f} s)"
-        )
-        lines.append(
-            f"  transformer only       {timed['transformer_speedup']:.2f}x of {timed['ideal_speedup']:.2f}x ideal,"
-            f" efficiency {timed['efficiency']:.3f}"
-        )
+        lines += _timed(timed)
     if flops := result.get("flops"):
         ratio = flops["full"] / flops["cached"]
         lines.append(f"  FLOPs per image        {flops['full']:.4g} -> {flops['cached']:.4g}, {ratio:.2f}x fewer")
     lines.append(f"  pictures, images       {folder}")
     return "\n".join(lines)
+
+
+def _timed(timed: dict) -> list[str]:
+    """What a run says of its timing: an efficiency only where the rounds agree on it."""
+    low, high = timed.get("speedup_range", (math.nan, math.nan))
+    seconds = f"{timed['reference_s']:.2f} s -> {timed['cached_s']:.2f} s"
+    lines = [f"  speed-up               {timed['speedup']:.2f}x end to end ({seconds}), {low:.2f}x to {high:.2f}x"]
+    reason = timed.get("unreliable", "measured by an earlier version, which kept no spread")
+    if reason:
+        return [*lines, f"  {'':<22} not reliable: {reason}"]
+    ideal, (low, high) = timed["ideal_speedup"], timed["transformer_speedup_range"]
+    return [
+        *lines,
+        f"  transformer only       {timed['transformer_speedup']:.2f}x of {ideal:.2f}x ideal, efficiency"
+        f" {timed['efficiency']:.2f}, {low / ideal:.2f} to {high / ideal:.2f}",
+    ]

@@ -61,6 +61,7 @@ ORDER = (
 )
 SETTING = ["model", "num_inference_steps"]  # results of different settings never share a table
 PRINTED = ("psnr", "ssim", "speedup", "computed_steps")
+SPEED = ("speedup", "transformer_speedup", "efficiency")  # as timed; runs say where their rounds disagree
 LABELS = {
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",
@@ -76,8 +77,8 @@ def flatten(result: dict) -> dict:
 
     metrics: `psnr`, `psnr_lo`, `psnr_hi`, `psnr_n`; FLOPs: `flops_full`, `flops_cached`, ... and `flops_speedup`, the
     first over the second; timing, memory and
-    versions: their scalars under their own names (`speedup`, `peak_rss`, `torch`); everything else as it is, without
-    the scores of every prompt.
+    versions: their scalars under their own names (`speedup`, `peak_rss`, `torch`); the range of timed rounds as
+    `speedup_lo`, `speedup_hi`; everything else as it is, without the scores of every prompt.
     """
     groups = ("metrics", "timing", "memory", "versions", "per_prompt", "flops")
     row = {key: value for key, value in result.items() if key not in groups}
@@ -88,6 +89,9 @@ def flatten(result: dict) -> dict:
         row["flops_speedup"] = flops["full"] / flops["cached"]
     for group in ("timing", "memory", "versions"):
         row |= {k: v for k, v in result.get(group, {}).items() if not isinstance(v, (list, dict))}
+    for name in SPEED:
+        if found := result.get("timing", {}).get(f"{name}_range"):
+            row[f"{name}_lo"], row[f"{name}_hi"] = found
     return row
 
 
@@ -130,7 +134,8 @@ def _rank(label: str) -> tuple:
 
 
 def _boards(frame: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Per setting, its heading and a frame indexed by label with columns `budget, mean, lo, hi`.
+    """Per setting, its heading and a frame indexed by label with columns `budget, mean, lo, hi, unreliable`, the last
+    one true for a speed whose rounds disagree.
 
     Of runs that repeat a (setting, label, budget, seed) the newest counts. Seeds are averaged, and their interval
     halves combined as independent errors; with one seed these are the run's own mean and interval.
@@ -138,6 +143,8 @@ def _boards(frame: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFram
     if metric not in frame:
         raise ValueError(f"no result has {metric!r}; columns are {sorted(frame.columns)}")
     frame = _newest(frame).assign(mean=pd.to_numeric(frame[metric])).dropna(subset="mean")
+    doubted = metric in SPEED and "unreliable" in frame
+    frame = frame.assign(unreliable=frame["unreliable"].notna() if doubted else False)
     for end in ("lo", "hi"):
         bound = pd.to_numeric(frame[f"{metric}_{end}"]) if f"{metric}_{end}" in frame else np.nan
         frame[end] = (bound - frame["mean"]) ** 2
@@ -146,6 +153,7 @@ def _boards(frame: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFram
             mean=("mean", "mean"),
             lo=("lo", lambda squares: np.sqrt(squares.sum(skipna=False)) / len(squares)),
             hi=("hi", lambda squares: np.sqrt(squares.sum(skipna=False)) / len(squares)),
+            unreliable=("unreliable", "any"),
         )
         board["lo"], board["hi"] = board["mean"] - board["lo"], board["mean"] + board["hi"]
         board = board.reset_index("budget").loc[sorted(part["label"].unique(), key=_rank)]
@@ -153,7 +161,8 @@ def _boards(frame: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFram
 
 
 def table(frame: pd.DataFrame, metric: str = "psnr") -> str:
-    """Markdown tables, one per setting: methods x budgets, mean ± half the width of the 95 % interval.
+    """Markdown tables, one per setting: methods x budgets, mean ± half the width of the 95 % interval, of speeds
+    half the range of the timed rounds, or "not reliable" where these disagree.
 
     Runs in which the metric was unavailable are listed below with their reasons. Raises ValueError for a column that
     no result has.
@@ -162,6 +171,8 @@ def table(frame: pd.DataFrame, metric: str = "psnr") -> str:
     digits = 1 if metric == "computed_steps" else 4 if fine else 2
 
     def cell(row: pd.Series) -> str:
+        if row["unreliable"]:
+            return "not reliable"
         spread = (row["hi"] - row["lo"]) / 2
         return f"{row['mean']:.{digits}f}" + ("" if np.isnan(spread) else f" ± {spread:.{digits}f}")
 
@@ -257,12 +268,16 @@ def _curves(axes, board: pd.DataFrame, title: str) -> None:
 @matplotlib.rc_context(STYLE)
 def pareto(path: str | Path, frame: pd.DataFrame, metric: str = "psnr", gain: str = "speedup") -> Path:
     """Metric over speed-up (or another column `gain` of which more is better), one panel per setting, one line per row
-    of the board; the dashed front goes through the runs that no other run beats in both, and names them.
+    of the board; the dashed front goes through the runs that no other run beats in both, and names them. Runs whose
+    timed rounds disagree have no place on a measured gain.
 
     Raises ValueError for a column that no result has.
     """
     boards = [(heading, _without_full(board, metric)[0]) for heading, board in _boards(frame, metric)]
-    gains = {heading: board.set_index("budget", append=True)["mean"] for heading, board in _boards(frame, gain)}
+    gains = {
+        heading: board[~board["unreliable"]].set_index("budget", append=True)["mean"]
+        for heading, board in _boards(frame, gain)
+    }
     plot = Figure(figsize=(8.5 * len(boards), 5.4))
     plot.set_layout_engine("constrained")
     for axes, (heading, board) in zip(plot.subplots(1, len(boards), squeeze=False)[0], boards):

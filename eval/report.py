@@ -8,7 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
@@ -16,12 +16,11 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from eval.files import write_text
-from eval.leaderboard import LABELS, ORDER, SETTING, TRIVIAL_FOR_FULL, _newest, _rank, table
+from eval.leaderboard import LABELS, ORDER, SETTING, SPEED, TRIVIAL_FOR_FULL, _newest, _rank, table
 from eval.pictures import still
 from eval.sweep import FAILURE
 
 LOWER_IS_BETTER = ("latent_error", "lpips", "fid", "kid")  # beginnings of names
-SPEED = ("speedup", "transformer_speedup", "efficiency")
 MEMORY = {"history": "cache memory", "peak_device": "peak device memory", "peak_rss": "peak RSS"}
 ABBREVIATIONS = {"clip", "fid", "kid", "lpips"}
 VERSIONS = ("processor", "python", "torch", "diffusers", "git")
@@ -143,7 +142,7 @@ def _data(frame: pd.DataFrame, failed: list[dict], prompts: int) -> dict:
     versions = [name for name in VERSIONS if name in frame]
     machines = frame[versions].fillna("unknown").drop_duplicates()
     return {
-        "written": f"{datetime.fromtimestamp(frame['written'].max(), timezone.utc):%Y-%m-%d}",
+        "written": f"{datetime.fromtimestamp(frame['written'].max(), UTC):%Y-%m-%d}",
         "metrics": [{"name": name, "label": _title(name), "lower": name.startswith(LOWER_IS_BETTER)} for name in names],
         "trivial": sorted(TRIVIAL_FOR_FULL),
         "memory": {name: label for name, label in MEMORY.items() if name in frame and frame[name].notna().any()},
@@ -210,6 +209,7 @@ def _run(row, names: list[str]) -> dict:
         },
         "unavailable": unavailable if isinstance(unavailable, dict) else {},
         "speed": {name: _number(getattr(row, name, None)) for name in SPEED},
+        "unreliable": reason if isinstance(reason := getattr(row, "unreliable", None), str) else None,
         "memory": {name: _number(getattr(row, name, None)) for name in MEMORY},
         "schedule": [round(counts.get(step, 0) / len(batches), 3) for step in range(grid)] if counts else [],
     }

@@ -4,7 +4,7 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +16,8 @@ from tqdm.auto import tqdm
 
 from dpcache.flops import FlopCounter
 from dpcache.session import stopwatch
+
+LARGEST_SPREAD = 0.1  # between the ratios of rounds; where they differ by more, no single number describes them
 
 
 def compare(
@@ -30,8 +32,8 @@ def compare(
     Alternating lets slow drift (clocks, temperature, other jobs) hit both alike; `speedup` is the median of the ratios
     within the rounds for the same reason. The device is synchronised before each clock reading.
 
-    Returns medians `reference_s`, `cached_s` and `speedup`, and the raw seconds of every round in `reference_all_s`
-    and `cached_all_s`. Raises ValueError for `repeats` < 1.
+    Returns medians `reference_s`, `cached_s` and `speedup`, the least and the largest of the rounds in `speedup_range`,
+    and the raw seconds of every round in `reference_all_s` and `cached_all_s`. Raises ValueError for `repeats` < 1.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
@@ -49,10 +51,12 @@ def compare(
         pair = seconds(reference), seconds(accelerated)
         if index >= warmup:
             rounds.append(pair)
+    ratios = [full / cached for full, cached in rounds]
     return {
         "reference_s": median(full for full, _ in rounds),
         "cached_s": median(cached for _, cached in rounds),
-        "speedup": median(full / cached for full, cached in rounds),
+        "speedup": median(ratios),
+        "speedup_range": [min(ratios), max(ratios)],
         "reference_all_s": [full for full, _ in rounds],
         "cached_all_s": [cached for _, cached in rounds],
     }
@@ -113,16 +117,44 @@ def flops(models: list[torch.nn.Module], generate: Callable[[], object]) -> tupl
     return counter.get_total_flops(), calls, result
 
 
-def efficiency(num_inference_steps: int, budget: float, full_s: float, cached_s: float) -> dict:
+def efficiency(num_inference_steps: int, budget: float, full_s: Sequence[float], cached_s: Sequence[float]) -> dict:
     """How much of the ideal speed-up the transformer reached.
 
-    `full_s`: seconds in the transformer over a full-step run; `cached_s`: the same over a cached run, predicted steps
-    included. `num_inference_steps`: T; `budget`: K, the computed steps, a mean where they vary between samples.
-    Returns `transformer_speedup` = full_s / cached_s, `ideal_speedup` = T / K (prediction for free) and `efficiency`,
-    the first over the second.
+    Args:
+        num_inference_steps: T.
+        budget: K, the computed steps, a mean where they vary between samples.
+        full_s: seconds in the transformer over the full-step run of each round.
+        cached_s: the same over the cached run of the same rounds, predicted steps included.
+
+    Returns `transformer_speedup`, the median of full_s / cached_s within the rounds, with its least and largest
+    `transformer_speedup_range`; `ideal_speedup` = T / K (prediction for free); and `efficiency`, the first over it.
     """
-    transformer, ideal = full_s / cached_s, num_inference_steps / budget
-    return {"transformer_speedup": transformer, "ideal_speedup": ideal, "efficiency": transformer / ideal}
+    ratios, ideal = [full / cached for full, cached in zip(full_s, cached_s, strict=True)], num_inference_steps / budget
+    return {
+        "transformer_speedup": median(ratios),
+        "transformer_speedup_range": [min(ratios), max(ratios)],
+        "ideal_speedup": ideal,
+        "efficiency": median(ratios) / ideal,
+    }
+
+
+def reliability(timed: dict) -> dict:
+    """Whether the rounds agree, from what `compare` and `efficiency` returned together.
+
+    Returns `spread`, by how much the speed-ups of the rounds differ at most (0.1: the largest is 10 % above the least),
+    and `unreliable`: why the timing describes the method badly, or None.
+    """
+    ranges = timed["speedup_range"], timed["transformer_speedup_range"]
+    spread = max(high / low for low, high in ranges) - 1
+    least = timed["transformer_speedup_range"][0] / timed["ideal_speedup"]
+    reason = None
+    if len(timed["reference_all_s"]) == 1:
+        reason = "a single round has no spread"
+    elif spread > LARGEST_SPREAD:
+        reason = f"the rounds differ by {spread:.0%}"
+    elif least > 1:
+        reason = f"every round is faster than its computed steps allow, by {least - 1:.1%} and more"
+    return {"spread": spread, "unreliable": reason}
 
 
 def memory(device: torch.device | str = "cpu") -> dict[str, int]:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from eval import leaderboard, pictures, statistics, timing, tracking
+from eval import experiment, leaderboard, pictures, statistics, timing, tracking
 
 PROMPTS = ["a red circle", "a small yellow star above a long grey line, seen from far away, oil on canvas", "two cats"]
 
@@ -89,13 +90,64 @@ def test_compare_alternates_and_takes_medians(monkeypatch):
     assert calls == ["full", "cached"] * 4
     assert result["reference_all_s"] == [8, 10, 12] and result["cached_all_s"] == [4, 2, 2]
     assert (result["reference_s"], result["cached_s"], result["speedup"]) == (10, 2, 5)  # ratios 2, 5, 6
+    assert result["speedup_range"] == [2, 6]
     with pytest.raises(ValueError, match="repeats"):
         timing.compare(reference, accelerated, repeats=0)
 
 
+TIMED = {"reference_s": 10.0, "cached_s": 2.5, "speedup": 4.0, "reference_all_s": [10.0] * 3, "ideal_speedup": 5.0}
+
+
+@pytest.mark.parametrize(
+    "rounds, whole, transformer, spread, reason",
+    [
+        (3, [4.0, 4.2], [4.5, 4.9], 4.9 / 4.5 - 1, None),
+        (3, [4.0, 4.2], [4.9, 5.1], 0.05, None),  # above 1, but not beyond the spread
+        (3, [3.0, 4.5], [4.5, 4.9], 0.5, "the rounds differ by 50%"),
+        (3, [4.0, 4.2], [4.5, 8.1], 0.8, "the rounds differ by 80%"),
+        (3, [4.0, 4.2], [5.1, 5.2], 0.05, "every round is faster than its computed steps allow, by 2.0% and more"),
+        (1, [4.0, 4.0], [4.5, 4.5], 0.0, "a single round has no spread"),
+    ],
+)
+def test_an_efficiency_is_printed_only_where_the_rounds_agree_on_it(rounds, whole, transformer, spread, reason):
+    timed = TIMED | {"reference_all_s": [10.0] * rounds, "speedup_range": whole}
+    timed |= {"transformer_speedup": 4.6, "transformer_speedup_range": transformer, "efficiency": 0.92}
+    found = timing.reliability(timed)
+    assert found == {"spread": pytest.approx(spread), "unreliable": reason}
+    run = result("fora", 10, 30.0, timing=timed | found, metrics_unavailable={})
+    text = experiment.summary(run, Path("out"))
+    assert f"4.00x end to end (10.00 s -> 2.50 s), {whole[0]:.2f}x to {whole[1]:.2f}x" in text
+    if reason is None:
+        low, high = (value / 5 for value in transformer)
+        assert f"4.60x of 5.00x ideal, efficiency 0.92, {low:.2f} to {high:.2f}" in text and "not reliable" not in text
+    else:
+        assert "efficiency" not in text and f"not reliable: {reason}" in text
+
+
+def test_an_old_result_without_a_spread_is_not_called_reliable():
+    run = result("fora", 10, 30.0, timing=TIMED | {"efficiency": 1.6}, metrics_unavailable={})
+    text = experiment.summary(run, Path("out"))
+    assert "not reliable" in text and "efficiency" not in text
+
+
+def test_tables_say_which_speeds_are_not_reliable(tmp_path):
+    for method, reason in (("fora", None), ("toca", "the rounds differ by 50%")):
+        timed = {"speedup": 4.0, "speedup_range": [3.9, 4.1], "efficiency": 0.8, "unreliable": reason}
+        (tmp_path / method).mkdir()
+        (tmp_path / method / "result.json").write_text(json.dumps(result(method, 9, 30.0, timing=timed)))
+    frame = leaderboard.collect(tmp_path)
+    assert "| fora | 4.00 ± 0.10 |" in leaderboard.table(frame, "speedup")
+    assert "| fora | 0.80 |" in leaderboard.table(frame, "efficiency")
+    for metric in ("speedup", "efficiency"):
+        assert "| toca | not reliable |" in leaderboard.table(frame, metric)
+    assert "not reliable" not in leaderboard.table(frame, "psnr")
+
+
 def test_efficiency_memory_and_versions():
-    assert timing.efficiency(50, 10, full_s=20.0, cached_s=5.0) == {
+    # Ratios of the same rounds: 2, 4, 5. The medians, 20 and 6, would give 3.3.
+    assert timing.efficiency(50, 10, full_s=[20.0, 12.0, 30.0], cached_s=[10.0, 3.0, 6.0]) == {
         "transformer_speedup": 4.0,
+        "transformer_speedup_range": [2.0, 5.0],
         "ideal_speedup": 5.0,
         "efficiency": 0.8,
     }

@@ -57,6 +57,8 @@ def test_the_run_folder_is_whole(finished):
     timing = result["timing"]
     assert timing["ideal_speedup"] == 1.6
     assert timing["efficiency"] == pytest.approx(timing["transformer_speedup"] / 1.6)
+    assert timing["speedup_range"] == [timing["speedup"]] * 2 and timing["spread"] == 0
+    assert timing["unreliable"] == "a single round has no spread" and f"not reliable: {timing['unreliable']}" in out
     assert timing["speedup"] > 0 and timing["reference_s"] > 0 and timing["cached_s"] > 0
     for run_ in ("full", "cached"):
         phases = timing["phases"][run_]

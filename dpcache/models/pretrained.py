@@ -8,6 +8,8 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
+from dpcache.models import expectation
+
 EMBEDDED = Path(__file__).parent
 
 
@@ -34,7 +36,8 @@ def load(
 
     Raises:
         FileNotFoundError: no such folder, and the hub has no such repository or cannot be reached.
-        ValueError: an unknown dtype or scheduler.
+        ValueError: an unknown dtype or scheduler; an embedded model does not make what it should, see
+            `dpcache.models.expectation`.
     """
     return _load(path, dtype, device, offload, vae_dtype, vae_tiling, tuple(sorted((scheduler or {}).items())))
 
@@ -58,6 +61,7 @@ def _load(path, dtype, device, offload, vae_dtype, vae_tiling, scheduler) -> Dif
             f"{type(error).__name__}). Download it once with `hf download {path}` (gated models: `hf auth login` "
             "first), or set model.path to a local folder in diffusers format, or use model=tiny_flux, which is included"
         ) from error
+    expectation.check(source, functools.partial(expectation.make, pipe))
     settings = dict(scheduler)
     name = settings.pop("name", None) or type(pipe.scheduler).__name__
     if settings or name != type(pipe.scheduler).__name__:

@@ -1,11 +1,14 @@
 """CLIP score: Hessel et al. 2021, "CLIPScore: a reference-free evaluation metric for image captioning"."""
 
+import functools
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from dpcache.models import expectation
 from dpcache.models.pretrained import EMBEDDED
 from eval.metrics.base import Samples, Scorer, Settings, Unavailable, weights
 
@@ -21,7 +24,8 @@ def load(settings: Settings) -> Scorer:
     `settings.clip_model` is an architecture of open_clip, of which `settings.clip_pretrained` is a tag or a file of
     weights; or, with weights of its own, `hf-hub:OWNER/NAME`, a folder in open_clip's format, or `tiny_clip`.
 
-    Raises ValueError for settings that open_clip does not know, Unavailable where the weights cannot be had.
+    Raises ValueError for settings that open_clip does not know and where `tiny_clip` does not make what it should (see
+    `dpcache.models.expectation`), Unavailable where the weights cannot be had.
     """
     import open_clip  # here: it takes seconds, which runs without CLIP need not wait for
 
@@ -45,9 +49,9 @@ def load(settings: Settings) -> Scorer:
         )
     fetch = f'python -c "import open_clip; open_clip.create_model({name!r}, pretrained={pretrained!r})"'
     with weights(f"CLIP weights {name} {pretrained or ''}".strip(), fetch):
-        model, preprocess = open_clip.create_model_from_pretrained(name, pretrained)
-        tokenize = open_clip.get_tokenizer(name)
-    model.eval()
+        parts = model, preprocess, tokenize = open_model(name, pretrained)
+    if found:
+        expectation.check(found[0], functools.partial(embed, *parts))
 
     @torch.no_grad()
     def score(sample: Samples, reference: Samples) -> Tensor:
@@ -64,3 +68,22 @@ def load(settings: Settings) -> Scorer:
         return (100 * torch.cat(cosines)).clamp(min=0).unflatten(0, (-1, count)).mean(1)
 
     return score
+
+
+def open_model(name: str, pretrained: str | None = None) -> tuple:
+    """The model, its preprocessing of an image, and its tokenizer."""
+    import open_clip
+
+    model, preprocess = open_clip.create_model_from_pretrained(name, pretrained)
+    return model.eval(), preprocess, open_clip.get_tokenizer(name)
+
+
+@torch.no_grad()
+def embed(model, preprocess, tokenize, settings: dict) -> dict[str, np.ndarray]:
+    """The embeddings of the prompt in `settings` and of a ramp of colours, for `dpcache.models.expectation`."""
+    rows, columns = np.mgrid[:64, :64] * 4
+    image = Image.fromarray(np.stack([rows, columns, 255 - rows], axis=-1).astype(np.uint8))
+    return {
+        "text": model.encode_text(tokenize([settings["prompt"]]), normalize=True).numpy(),
+        "image": model.encode_image(preprocess(image)[None], normalize=True).numpy(),
+    }

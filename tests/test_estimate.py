@@ -2,15 +2,12 @@
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
-from test_run import ROOT, run
 
-import eval.schema  # noqa: F401  (registers the configuration's types)
 from dpcache import calibrate
 from dpcache.estimate import history_bytes
 from dpcache.models.architectures import PUBLISHED, architecture
 from dpcache.sampler import sample
+from helpers.commands import ROOT, composed, run
 
 GIB = 2**30
 FULL_SIZE = {  # billions of parameters, as their authors count them
@@ -21,12 +18,6 @@ FULL_SIZE = {  # billions of parameters, as their authors count them
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": 16.4,
     "Qwen/Qwen-Image": 20.4,
 }
-
-
-def composed(*overrides):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("config", list(overrides))
-    return config, instantiate(config.method)
 
 
 @pytest.mark.parametrize("path", FULL_SIZE)

@@ -1,32 +1,26 @@
 """Every method on every model family: whole diffusers pipelines with random weights, sampled as run.py samples them."""
 
 import functools
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import HeunDiscreteScheduler
-from families import FAMILIES, Family, wan21_t2v
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from test_cache import state_of
 
 import dpcache
-import eval.schema  # noqa: F401, registers the types of the settings
 from baselines.full import full
 from baselines.taylorseer import taylorseer
 from baselines.uniform_skip import uniform_skip
 from dpcache.models.pretrained import load
-from dpcache.sampler import generate, sample
+from dpcache.sampler import sample
 from dpcache.sites import transformer_blocks
+from helpers.cases import Case, K, T, case, settings
+from helpers.commands import ROOT
+from helpers.families import FAMILIES, wan21_t2v
+from helpers.tracing import calls_of, computed_steps, distance, state_of
 
-ROOT = Path(__file__).parents[1]
-T, K = 8, 5
 METHODS = ("full", "dpcache", "dpcache_lsq", "dpcache_lsq_output", "taylorseer", "teacache", "fora", "uniform_skip")
 GIVEN = {  # what the other methods would have to search for
     "ab_cache": "order=2",
@@ -47,49 +41,6 @@ INSIDE = ("dpcache", "teacache", "taylorseer")  # one for every site inside the 
 GUIDED = [name for name, family in FAMILIES.items() if len(family.branches) > 1]
 
 
-@functools.cache
-def settings(method: str, budget: int, *given: str):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", [f"method={method}", f"budget={budget}", f"num_inference_steps={T}", *given]).method
-
-
-class Case:
-    """A family's pipeline; what many tests need of it is made once."""
-
-    def __init__(self, family: Family):
-        self.family, self.pipe = family, family.make()
-
-    @functools.cached_property
-    def reference(self) -> torch.Tensor:
-        """Latents without any cache."""
-        return self.latents()
-
-    @functools.cache  # noqa: B019, cases live as long as the tests
-    def calibration(self, site: str):
-        prompts, call = self.family.prompts[-2:], self.family.call
-        return dpcache.calibrate(self.pipe, prompts, T, site=site, measure_gains=True, seeds=[8, 9], **call)
-
-    @functools.cache  # noqa: B019
-    def method(self, name: str, budget: int = K):
-        """With the settings of its file, and prepared as run.py does."""
-        method = instantiate(settings(name, budget))
-        site = method.calibration_options.get("site", "stack")
-        method.prepare(self.pipe, self.calibration(site) if method.needs_calibration else None)
-        return method
-
-    def latents(self, method=None, which=(0, 1), **call) -> torch.Tensor:
-        """Of some prompts, each with a seed of its own, in one batch."""
-        prompts, call = [self.family.prompts[i] for i in which], {**self.family.call, "decode": False, **call}
-        if method is None:
-            return generate(self.pipe, prompts, which, T, **call).latents
-        return sample(self.pipe, method, prompts, which, **call).latents
-
-
-@functools.cache
-def case(name: str) -> Case:
-    return Case(FAMILIES[name])
-
-
 @pytest.fixture(params=FAMILIES)
 def family(request) -> Case:
     return case(request.param)
@@ -98,41 +49,6 @@ def family(request) -> Case:
 @pytest.fixture(params=GUIDED)
 def guided(request) -> Case:
     return case(request.param)
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
-def layers(transformer) -> list[torch.nn.Module]:
-    """The linear layers inside the blocks' attentions and feed-forwards."""
-    named = [pair for block in transformer_blocks(transformer) for pair in block.named_modules()]
-    inside = re.compile(r"(attn|ff|img_mlp|txt_mlp).*\.")
-    return [module for name, module in named if isinstance(module, torch.nn.Linear) and inside.match(name)]
-
-
-@contextmanager
-def calls_of(transformer) -> Iterator[list[int]]:
-    """Counts by PyTorch's own hooks: for every call of the transformer, how many of its `layers` ran."""
-    calls = []
-
-    def begin(module, args):
-        calls.append(0)
-
-    def ran(module, args, output):
-        calls[-1] += 1
-
-    handles = [m.register_forward_hook(ran) for m in layers(transformer)]
-    handles.append(transformer.register_forward_pre_hook(begin))
-    yield calls
-    for handle in handles:
-        handle.remove()
-
-
-def computed_steps(transformer, calls: list[int], branches) -> dict[str, list[int]]:
-    assert set(calls) <= {0, len(layers(transformer))}  # a step runs all of them or none
-    count = len(branches)
-    return {branch: [s for s, ran in enumerate(calls[i::count]) if ran] for i, branch in enumerate(branches)}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -1,40 +1,18 @@
 """`run.py` as its users call it: whole runs, sweeps, kills and mistakes."""
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
 from dpcache import Calibration
-
-ROOT = Path(__file__).parents[1]
-TINY = ["num_inference_steps=8", "num_prompts=4", "calibration.num_prompts=2", "batch_size=2", "eval.timing.repeats=0"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def start(*arguments, folder):
-    command = [sys.executable, str(ROOT / "run.py"), *arguments, f"output_dir={folder}"]
-    return subprocess.Popen(
-        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def run(*arguments, folder):
-    process = start(*arguments, folder=folder)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def results(folder):
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("runs/*/result.json"))]
+from helpers.commands import ENVIRONMENT, ROOT, TINY, results, run, start
 
 
 @pytest.fixture(scope="module")

@@ -13,27 +13,20 @@ import psutil
 import pytest
 import torch
 import yaml
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
-from test_run import ENVIRONMENT, ROOT, TINY, results, run, start
 
 from dpcache.sampler import generate
 from eval import prompts, sweep, timing
 from eval.rescore import rescore
 from eval.store import collect, stored
+from helpers.commands import ENVIRONMENT, ROOT, TINY, compose, results, run, start
 
 OFFLINE = {"psnr", "ssim", "latent_error", "clip", "fid_efficientnet_lite0", "kid_efficientnet_lite0"}
 
 
 def folders(output, method):
     return sorted(path.parent for path in output.glob(f"runs/*-{method}-*/result.json"))
-
-
-def compose(*overrides):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return hydra_compose("config", list(overrides))
 
 
 def results_of(output, method):

@@ -6,7 +6,8 @@ import torch
 from hydra.utils import instantiate
 
 import dpcache
-from dpcache.sampler import generate, sample
+from dpcache.cache import Report
+from dpcache.sampler import generate
 from helpers.commands import compose
 from helpers.families import FAMILIES, Family
 
@@ -14,8 +15,8 @@ T, K = 8, 5
 
 
 @functools.cache
-def settings(method: str, budget: int, *given: str):
-    return compose(f"method={method}", f"budget={budget}", f"num_inference_steps={T}", *given).method
+def settings(method: str, budget: int = K):
+    return compose(f"method={method}", f"budget={budget}", f"num_inference_steps={T}").method
 
 
 class Case:
@@ -30,24 +31,28 @@ class Case:
         return self.latents()
 
     @functools.cache  # noqa: B019, cases live as long as the tests
-    def calibration(self, site: str):
-        prompts, call = self.family.prompts[-2:], self.family.call
-        return dpcache.calibrate(self.pipe, prompts, T, site=site, measure_gains=True, seeds=[8, 9], **call)
+    def calibration(self, **options):
+        prompts = self.family.prompts[-2:]
+        return dpcache.calibrate(self.pipe, prompts, T, seeds=[8, 9], **options, **self.family.call)
 
     @functools.cache  # noqa: B019
     def method(self, name: str, budget: int = K):
         """With the settings of its file, and prepared as run.py does."""
         method = instantiate(settings(name, budget))
-        site = method.calibration_options.get("site", "stack")
-        method.prepare(self.pipe, self.calibration(site) if method.needs_calibration else None)
+        calibration = self.calibration(**method.calibration_options) if method.needs_calibration else None
+        method.prepare(self.pipe, calibration)
         return method
 
-    def latents(self, method=None, which=(0, 1), **call) -> torch.Tensor:
+    def latents(self, which=(0, 1), steps: int = T, **call) -> torch.Tensor:
         """Of some prompts, each with a seed of its own, in one batch."""
         prompts, call = [self.family.prompts[i] for i in which], {**self.family.call, "decode": False, **call}
-        if method is None:
-            return generate(self.pipe, prompts, which, T, **call).latents
-        return sample(self.pipe, method, prompts, which, **call).latents
+        return generate(self.pipe, prompts, which, steps, **call).latents
+
+    def run(self, method, which=(0, 1), **call) -> tuple[torch.Tensor, Report]:
+        """The same with `method`, and what it reports of it."""
+        with dpcache.cached(self.pipe, method):
+            latents = self.latents(which, method.num_inference_steps, **call)
+            return latents, dpcache.report(self.pipe)
 
 
 @functools.cache

@@ -42,18 +42,28 @@ def start(*arguments, folder) -> subprocess.Popen:
     )
 
 
-def run(*arguments, folder) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `python run.py` in `folder`.
+def run_alone(*arguments, folder) -> tuple[int, str, str]:
+    """Its exit code, stdout and stderr."""
+    process = start(*arguments, folder=folder)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
 
-    It runs in a fork of a process that has loaded the libraries and nothing of the project: loading them takes longer
-    than most of the tests' runs.
-    """
+
+def fork(*arguments, folder, streams=(os.devnull, os.devnull)) -> multiprocessing.Process:
+    """`python run.py` in `folder`, as a fork of a process that has loaded the libraries and nothing of the project:
+    to load them takes longer than most of the tests' runs. `streams`: files of its stdout and stderr."""
+    arguments = (*arguments, f"output_dir={folder}")
+    process = forks.Process(target=_run, args=(arguments, folder, dict(ENVIRONMENT), streams))
+    with patch.dict(os.environ, ENVIRONMENT):  # also of the process that is forked
+        process.start()
+    return process
+
+
+def run(*arguments, folder) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `fork`."""
     with tempfile.TemporaryDirectory() as said:
         streams = [Path(said, name) for name in ("out", "err")]
-        arguments = (*arguments, f"output_dir={folder}")
-        process = forks.Process(target=_run, args=(arguments, folder, ENVIRONMENT, streams))
-        with patch.dict(os.environ, ENVIRONMENT):  # of the process that is forked, too
-            process.start()
+        process = fork(*arguments, folder=folder, streams=streams)
         process.join(300)
         if process.exitcode is None:
             process.kill()

@@ -58,10 +58,12 @@ def calls_of(transformer) -> Iterator[list[int]]:
         handle.remove()
 
 
-def computed_steps(transformer, calls: list[int], branches) -> dict[str, list[int]]:
-    assert set(calls) <= {0, len(layers(transformer))}  # a step runs all of them or none
-    count = len(branches)
-    return {branch: [s for s, ran in enumerate(calls[i::count]) if ran] for i, branch in enumerate(branches)}
+def computed_steps(transformer, calls: list[int], branches, partial: bool = False) -> dict[str, list[int]]:
+    """Of each of the `branches`, which take turns: the steps that ran all `layers`. The others ran none of them, or
+    with `partial` some."""
+    whole, count = len(layers(transformer)), len(branches)
+    assert all(ran == whole or (0 < ran < whole if partial else ran == 0) for ran in calls)
+    return {branch: [s for s, ran in enumerate(calls[i::count]) if ran == whole] for i, branch in enumerate(branches)}
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:

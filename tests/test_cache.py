@@ -5,7 +5,6 @@ from operator import attrgetter
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from conftest import Rollout
 from torch._dynamo.utils import counters
 
 import dpcache
@@ -20,13 +19,9 @@ from dpcache.predictors import Reuse, Taylor
 from dpcache.sampler import generate, sample
 from dpcache.schedules import EvenlySpaced, Schedule
 from dpcache.sites import EMBEDDERS, SITES, transformer_blocks
-
-CALL = {"height": 64, "width": 64, "max_sequence_length": 12}
-STEPS = [0, 1, 2, 5, 8]
-
-
-def state_of(model):
-    return {name: (vars(m).get("forward"), "_diffusers_hook" in vars(m)) for name, m in model.named_modules()}
+from helpers.embedded import CALL
+from helpers.rollout import STEPS, Rollout
+from helpers.tracing import count_calls, state_of
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -56,22 +51,6 @@ def test_computed_steps_are_those_of_the_schedule_and_generations_are_alike(any_
     assert report.computed == {"default": STEPS}
     assert report.computed_counts == {"default": [5, 5]} and report.predicted_counts == {"default": [5, 5]}
     assert report.seconds_computed["default"] > 0 and report.seconds_predicted["default"] > 0
-
-
-def count_calls(modules, run) -> list[int]:
-    calls = [0] * len(modules)
-
-    def counting(index):
-        def hook(module, args, output):
-            calls[index] += 1
-
-        return hook
-
-    handles = [module.register_forward_hook(counting(i)) for i, module in enumerate(modules)]
-    run()
-    for handle in handles:
-        handle.remove()
-    return calls
 
 
 @pytest.mark.parametrize("site", ["stack", "residual", "modules"])
@@ -121,8 +100,7 @@ def test_half_precision(site, dtype):
     assert out.dtype == dtype and (out.float() - expected).norm() < 0.02 * expected.norm()
 
 
-@pytest.mark.parametrize("compile_first", [True, False])
-@pytest.mark.parametrize("site", ["stack", "residual", "modules"])
+@pytest.mark.parametrize(("site", "compile_first"), [("stack", False), ("residual", True), ("modules", True)])
 def test_compiled_blocks_give_the_same(rollout, site, compile_first):
     method = dpcache.Method(Schedule(STEPS, 10), site, Taylor(2))
     with dpcache.cached(rollout.model, method):

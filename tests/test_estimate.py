@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
-from test_run import ROOT, run
 
-import eval.schema  # noqa: F401  (registers the configuration's types)
 from dpcache import calibrate
 from dpcache.estimate import history_bytes
 from dpcache.models.architectures import PUBLISHED, architecture
 from dpcache.sampler import sample
+from eval import dry_run
+from helpers.commands import ROOT, composed, run
 
 GIB = 2**30
 FULL_SIZE = {  # billions of parameters, as their authors count them
@@ -23,23 +21,30 @@ FULL_SIZE = {  # billions of parameters, as their authors count them
 }
 
 
-def composed(*overrides):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("config", list(overrides))
-    return config, instantiate(config.method)
-
-
 @pytest.mark.parametrize("path", FULL_SIZE)
 def test_published_architectures_have_their_size(path):
     transformer = architecture(path).build()
     assert sum(p.numel() for p in transformer.parameters()) / 1e9 == pytest.approx(FULL_SIZE[path], abs=0.06)
 
 
+MODELS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
+
+
 def test_every_full_size_model_is_known():
-    for file in sorted((ROOT / "conf" / "model").glob("*.yaml")):
-        if not file.stem.startswith("tiny"):
-            path = composed(f"model={file.stem}", "budget=3", "method=uniform_skip")[0].model.path
-            assert path in PUBLISHED, file.stem
+    for name in MODELS:
+        if not name.startswith("tiny"):
+            path = composed(f"model={name}", "budget=3", "method=uniform_skip")[0].model.path
+            assert path in PUBLISHED, name
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("tiny")])
+def test_a_dry_run_describes_the_plan(name):
+    config, method = composed(f"model={name}", "method=uniform_skip")
+    said = dry_run.describe(config, name, "uniform_skip", method, 16, 0)
+    assert said.startswith(f"{name}  uniform_skip  {config.budget} of {config.num_inference_steps} steps (dry run")
+    parameters = sum(p.numel() for p in architecture(config.model.path).build().parameters())
+    assert f"{parameters:,} in {config.model.dtype}" in said
+    assert config.model.path in said and str(method.schedule.steps) in said and "iB" in said
 
 
 FIXED = ["dpcache", "taylorseer", "uniform_skip", "dpcache_lsq", "spectrum", "ertacache"]
@@ -60,11 +65,11 @@ def test_the_estimate_is_what_a_run_keeps(pipe, name):
 
 def test_memory_at_full_size():
     """The paper's 0.36 GB for HunyuanVideo; every module's output instead takes hundreds of times as much."""
-    sizes = {}
+    known, sizes = architecture("hunyuanvideo-community/HunyuanVideo"), {}
+    transformer = known.build()
     for name in ("dpcache", "taylorseer"):
         config, method = composed("model=hunyuan_video", f"method={name}", "budget=9")
-        known = architecture(config.model.path)
-        sizes[name] = history_bytes(known, known.build(), method, config.model.call)
+        sizes[name] = history_bytes(known, transformer, method, config.model.call)
     assert sizes["dpcache"] == 3 * 17 * 30 * 40 * 3072 * 2 == pytest.approx(0.36e9, rel=0.05)
     assert sizes["taylorseer"] > 80 * sizes["dpcache"]
 

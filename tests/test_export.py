@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_run import run
 
 import dpcache
 from baselines.teacache import fit_polynomial, r_squared
 from dpcache import export
 from dpcache.sampler import generate
+from helpers.commands import run
 
 T, K = 12, 5
 CALL = {"height": 64, "width": 64, "max_sequence_length": 12}

@@ -1,93 +1,69 @@
-"""Every method on every model family: whole diffusers pipelines with random weights, sampled as run.py samples them."""
+"""Every site and every method on the model families: whole diffusers pipelines with random weights, sampled as run.py
+samples them.
+
+A site's scenario runs on every family. The methods take the families in turn.
+"""
 
 import functools
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from itertools import cycle
 
 import pytest
 import torch
 from diffusers import HeunDiscreteScheduler
-from families import FAMILIES, Family, wan21_t2v
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from test_cache import state_of
 
 import dpcache
-import eval.schema  # noqa: F401, registers the types of the settings
 from baselines.full import full
+from baselines.profilingdit import ProfilingDiT
 from baselines.taylorseer import taylorseer
+from baselines.teacache import teacache
+from baselines.toca import toca
 from baselines.uniform_skip import uniform_skip
 from dpcache.models.pretrained import load
-from dpcache.sampler import generate, sample
-from dpcache.sites import transformer_blocks
+from dpcache.predictors import LeastSquares, Reuse, Taylor
+from dpcache.sampler import sample
+from dpcache.schedules import EvenlySpaced, Schedule
+from dpcache.sites import SITES, transformer_blocks
+from helpers.cases import Case, K, T, case, settings
+from helpers.commands import ROOT
+from helpers.families import FAMILIES, wan21_t2v
+from helpers.tracing import calls_of, computed_steps, distance, snapshot, state_of
 
-ROOT = Path(__file__).parents[1]
-T, K = 8, 5
-METHODS = ("full", "dpcache", "dpcache_lsq", "dpcache_lsq_output", "taylorseer", "teacache", "fora", "uniform_skip")
-GIVEN = {  # what the other methods would have to search for
-    "ab_cache": "order=2",
-    "zeus": "warmup=3",
-    "easycache": "threshold=1.0",
-    "ertacache": "threshold=null",
-    "hicache": "order=2",
-    "foca": "warmup=3",
-    "speca": "threshold=1e9",
-    "toca": "interval=3",
-    "profilingdit": "interval=3",
-    "spectrum": "warmup=3",
-    "hyca": "clusters=2",
-    "dicache": "threshold=1e9",
-    "bwcache": "threshold=1e9",
-}
-INSIDE = ("dpcache", "teacache", "taylorseer")  # one for every site inside the model
-GUIDED = [name for name, family in FAMILIES.items() if len(family.branches) > 1]
+PLAN = [0, 1, 2, 3, 6]
+INSIDE = ("stack", "residual", "modules")
+PARTIAL = ("tokens", "blocks")  # whose skipped steps compute something
+METHODS = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml"))
+REFUSALS = (  # of a method on a family that it is not made for
+    "has another shape than its prediction|diffusers offers none of its caches|one cache for all guidance branches"
+)
 
 
-@functools.cache
-def settings(method: str, budget: int, *given: str):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", [f"method={method}", f"budget={budget}", f"num_inference_steps={T}", *given]).method
+def at(site: str, case: Case, everything: bool = False):
+    """A method of K steps at `site`, or of all. Where a schedule or weights come from calibration, so do they here."""
+    budget, steps = (T, list(range(T))) if everything else (K, PLAN)
+    if site == "stack":
+        return case.method("dpcache", budget)
+    if site == "residual":
+        return teacache(T, T, threshold=0.0, polynomial=[0.0]) if everything else case.method("teacache")
+    if site == "modules":
+        return taylorseer(budget, T)
+    if site == "tokens":
+        return toca(budget, T, interval=1 if everything else 3, warmup=4, fresh_ratio=0.5)
+    if site == "blocks":
+        return ProfilingDiT(budget, T, blocks=[1], interval=1 if everything else 3, warmup=3)
+    if site == "output":
+        gram = case.calibration(site="output").gram
+        return dpcache.Method(Schedule(steps, T), site, LeastSquares(gram, 2, sees_input=len(gram) == 2 * T))
+    return dpcache.Method(EvenlySpaced(budget, T), site, Taylor(1))
 
 
-class Case:
-    """A family's pipeline; what many tests need of it is made once."""
-
-    def __init__(self, family: Family):
-        self.family, self.pipe = family, family.make()
-
-    @functools.cached_property
-    def reference(self) -> torch.Tensor:
-        """Latents without any cache."""
-        return self.latents()
-
-    @functools.cache  # noqa: B019, cases live as long as the tests
-    def calibration(self, site: str):
-        prompts, call = self.family.prompts[-2:], self.family.call
-        return dpcache.calibrate(self.pipe, prompts, T, site=site, measure_gains=True, seeds=[8, 9], **call)
-
-    @functools.cache  # noqa: B019
-    def method(self, name: str, budget: int = K):
-        """With the settings of its file, and prepared as run.py does."""
-        method = instantiate(settings(name, budget))
-        site = method.calibration_options.get("site", "stack")
-        method.prepare(self.pipe, self.calibration(site) if method.needs_calibration else None)
-        return method
-
-    def latents(self, method=None, which=(0, 1), **call) -> torch.Tensor:
-        """Of some prompts, each with a seed of its own, in one batch."""
-        prompts, call = [self.family.prompts[i] for i in which], {**self.family.call, "decode": False, **call}
-        if method is None:
-            return generate(self.pipe, prompts, which, T, **call).latents
-        return sample(self.pipe, method, prompts, which, **call).latents
-
-
-@functools.cache
-def case(name: str) -> Case:
-    return Case(FAMILIES[name])
+def refused(site: str, case: Case) -> bool:
+    """Whether the family's prediction has another shape than its input, which one site does not take."""
+    config = case.pipe.transformer.config
+    return site == "output_residual" and config.out_channels == 2 * config.in_channels
 
 
 @pytest.fixture(params=FAMILIES)
@@ -95,138 +71,79 @@ def family(request) -> Case:
     return case(request.param)
 
 
-@pytest.fixture(params=GUIDED)
-def guided(request) -> Case:
-    return case(request.param)
+@pytest.mark.parametrize("site", SITES)
+def test_a_site_caches_what_it_says_and_nothing_else_changes(family, site):
+    pipe, branches, reference = family.pipe, family.family.branches, family.reference
+    transformer, before = pipe.transformer, state_of(pipe.transformer)
+    if refused(site, family):
+        with pytest.raises(ValueError, match="has another shape than its prediction"):
+            family.run(at(site, family))
+        assert state_of(transformer) == before and torch.equal(family.latents(), reference)
+        return
 
+    # Every step computed is the plain pipeline, to the bit.
+    latents, report = family.run(at(site, family, everything=True))
+    assert torch.equal(latents, reference)
+    assert report.computed == {branch: list(range(T)) for branch in branches}
 
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
-def layers(transformer) -> list[torch.nn.Module]:
-    """The linear layers inside the blocks' attentions and feed-forwards."""
-    named = [pair for block in transformer_blocks(transformer) for pair in block.named_modules()]
-    inside = re.compile(r"(attn|ff|img_mlp|txt_mlp).*\.")
-    return [module for name, module in named if isinstance(module, torch.nn.Linear) and inside.match(name)]
-
-
-@contextmanager
-def calls_of(transformer) -> Iterator[list[int]]:
-    """Counts by PyTorch's own hooks: for every call of the transformer, how many of its `layers` ran."""
-    calls = []
-
-    def begin(module, args):
-        calls.append(0)
-
-    def ran(module, args, output):
-        calls[-1] += 1
-
-    handles = [m.register_forward_hook(ran) for m in layers(transformer)]
-    handles.append(transformer.register_forward_pre_hook(begin))
-    yield calls
-    for handle in handles:
-        handle.remove()
-
-
-def computed_steps(transformer, calls: list[int], branches) -> dict[str, list[int]]:
-    assert set(calls) <= {0, len(layers(transformer))}  # a step runs all of them or none
-    count = len(branches)
-    return {branch: [s for s, ran in enumerate(calls[i::count]) if ran] for i, branch in enumerate(branches)}
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_step_computed_is_the_plain_pipeline_to_the_bit(family, name):
-    method = family.method(name, T)
-    if name == "teacache":
-        method.schedule.threshold = 0.0
-        method.schedule.polynomial = (0.0,)
-    assert torch.equal(family.latents(method), family.reference)
-    assert method.report().computed == {branch: list(range(T)) for branch in family.family.branches}
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_the_budget_is_spent_in_every_branch_and_generations_are_alike(family, name):
-    method, pipe, branches = family.method(name), family.pipe, family.family.branches
+    method = at(site, family)
+    assert state_of(transformer) == before
     with dpcache.cached(pipe, method):
-        with calls_of(pipe.transformer) as calls:
+        # The budget is spent in every branch, on the steps that are reported.
+        with calls_of(transformer) as calls:
             first = family.latents()
         assert len(calls) == T * len(branches)
-        assert dpcache.report(pipe).computed == computed_steps(pipe.transformer, calls, branches)
-        family.latents(which=(2,))  # another prompt and shape in between
+        computed = dpcache.report(pipe).computed
+        assert computed == computed_steps(transformer, calls, branches, partial=site in PARTIAL)
+        assert first.isfinite().all() and not torch.equal(first, reference)
+
+        # Generations are alike, whatever comes between: other prompts and shapes, and one that broke off.
+        alone = [family.latents(which=(0,)), break_off(family), family.latents(which=(1,))]
         assert torch.equal(family.latents(), first)
+        assert dpcache.report(pipe).computed == computed
         counts = dpcache.report(pipe).computed_counts
-    budget, margin = T if name == "full" else K, name == "teacache"  # which spends its budget on average
-    assert list(counts) == list(branches) and all(len(generations) == 3 for generations in counts.values())
-    assert all(abs(count - budget) <= margin for generations in counts.values() for count in generations)
-    assert first.isfinite().all() and torch.equal(first, family.reference) == (name == "full")
+    margin = 1 if site == "residual" else 0  # it spends its budget on average
+    assert list(counts) == list(branches) and all(len(generations) == 5 for generations in counts.values())
+    whole = [count for generations in counts.values() for count in (*generations[:2], *generations[3:])]
+    assert all(abs(count - K) <= margin for count in whole)
+
+    # It goes without a trace, and comes again.
+    assert state_of(transformer) == before and torch.equal(family.latents(), reference)
+    again, report = family.run(method)
+    assert torch.equal(again, first) and report.computed == computed
+    assert state_of(transformer) == before
+
+    # A batch gives the same samples as one by one: no sample's features reach another's.
+    if site == "residual":  # decides for a whole batch, so the steps have to be given
+        fixed = dpcache.Method(Schedule(PLAN, T), site, Reuse())
+        first, *alone = (family.run(fixed, which)[0] for which in ((0, 1), (0,), (1,)))
+    padded = site == "tokens"  # of a text that the batch makes longer, more tokens are taken
+    assert distance(first, torch.cat([alone[0], alone[-1]])) < (1e-2 if padded else 1e-4)
+    assert distance(alone[0], alone[-1]) > 0.1
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_methods_come_and_go_without_a_trace(family, name):
-    pipe, method = family.pipe, family.method(name)
-    reference, before = family.reference, state_of(pipe.transformer)
-    first = family.latents(method)
-    assert state_of(pipe.transformer) == before and torch.equal(family.latents(), reference)
-    assert torch.equal(family.latents(method), first)
-    assert state_of(pipe.transformer) == before
+def break_off(family: Case) -> None:
+    """Interrupt a generation of two other prompts: between two branches of a step, where there are two."""
+    calls = []
 
-
-@pytest.mark.parametrize("name", GIVEN)
-def test_the_other_methods_run_on_every_family(family, name):
-    pipe, method = family.pipe, instantiate(settings(name, K, f"method.{GIVEN[name]}"))
-    if name == "profilingdit":
-        method.blocks, method.profiled = [1], False
-    channels = pipe.transformer.config.in_channels
-    if name in ("easycache", "ertacache") and pipe.transformer.config.out_channels == 2 * channels:  # with a variance
-        with pytest.raises(ValueError, match="has another shape than its prediction"):
-            method.prepare(pipe, family.calibration("stack"))
-            family.latents(method)
-        return
-    method.prepare(pipe, family.calibration("stack"))
-    reference, before = family.reference, state_of(pipe.transformer)
-    first = family.latents(method)
-    counts = method.report().computed_counts
-    assert list(counts) == list(family.family.branches) and all(2 <= count < T for (count,) in counts.values())
-    assert first.isfinite().all() and not torch.equal(first, reference)
-    assert torch.equal(family.latents(method), first) and state_of(pipe.transformer) == before
-
-
-@pytest.mark.parametrize("name", ["taylorseer", "teacache"])
-def test_a_generation_that_broke_off_leaves_no_trace(family, name):
-    pipe, method, calls = family.pipe, family.method(name), []
-
-    def stop(module, args):  # between two branches of a step, where there are two
+    def stop(module, args):
         calls.append(module)
         if len(calls) == 6:
             raise KeyboardInterrupt
 
-    expected = family.latents(method)
-    with dpcache.cached(pipe, method):
-        handle = pipe.transformer.register_forward_pre_hook(stop)
-        with pytest.raises(KeyboardInterrupt):
-            family.latents(which=(2, 3))
-        handle.remove()
-        assert torch.equal(family.latents(), expected)
+    handle = family.pipe.transformer.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        family.latents(which=(2, 3))
+    handle.remove()
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_batch_gives_the_same_samples_as_one_by_one(family, name):
-    """Noise, also a stochastic scheduler's, comes from each sample's seed, and no sample's features reach another's."""
-    method = family.method(name)
-    if name == "teacache":  # decides for a whole batch, so the steps have to be given
-        method = dpcache.Method(family.method("dpcache").schedule, method.site, method.predictor)
-    together = family.latents(method)
-    alone = [family.latents(method, which=(i,)) for i in (0, 1)]
-    assert distance(together, torch.cat(alone)) < 1e-4
-    assert distance(*alone) > 0.1
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_histories_of_guidance_branches_never_mix(guided, name):
+@pytest.mark.parametrize("kind", [name for name, family in FAMILIES.items() if len(family.branches) > 1])
+@pytest.mark.parametrize("site", SITES)
+def test_histories_of_guidance_branches_never_mix(kind, site):
     """On given latents, where the other branch cannot reach a branch through the sampler: what it computes is what it
     computes without a cache, and what it predicts does not change with the other branch's prompt."""
-    pipe, method, branches = guided.pipe, guided.method(name), guided.family.branches
+    guided = case(kind)
+    pipe, method, branches = guided.pipe, at(site, guided), guided.family.branches
     trajectory = []
 
     def remember(pipe, step, time, tensors):
@@ -236,23 +153,57 @@ def test_histories_of_guidance_branches_never_mix(guided, name):
     def give(pipe, step, time, tensors):
         return {"latents": trajectory[step]}
 
-    def outputs(method, callback, *negative):
-        """Of the transformer in every step, branch by branch."""
+    def outputs(sample, callback, *negative):
+        """Of the transformer in every step, branch by branch; and what `sample` returns."""
         kept = []
         handle = pipe.transformer.register_forward_hook(lambda module, args, output: kept.append(output[0].clone()))
-        guided.latents(method, callback_on_step_end=callback, negative_prompt=list(negative))
+        returned = sample(callback_on_step_end=callback, negative_prompt=list(negative))
         handle.remove()
-        return {branch: torch.stack(kept[i::2]) for i, branch in enumerate(branches)}
+        return {branch: torch.stack(kept[i::2]) for i, branch in enumerate(branches)}, returned
 
-    plain = outputs(None, remember, "a night", "an old city")
-    one = outputs(method, give, "a night", "an old city")
-    computed = method.report().computed
-    other = outputs(method, give, "boats", "snow")
-    for branch, steps in computed.items():
-        assert torch.equal(one[branch][steps], plain[branch][steps])
-        assert torch.equal(one[branch], plain[branch]) == (name == "full")
-    assert torch.equal(other["cond"], one["cond"]) and method.report().computed["cond"] == computed["cond"]
+    def close(a, b):
+        return distance(a, b) < 1e-5 if site == "tokens" else torch.equal(a, b)  # it has its own attention
+
+    cached = functools.partial(guided.run, method)
+    plain, _ = outputs(guided.latents, remember, "a night", "an old city")
+    one, (_, report) = outputs(cached, give, "a night", "an old city")
+    other, (_, again) = outputs(cached, give, "boats", "snow")
+    for branch, steps in report.computed.items():
+        assert close(one[branch][steps], plain[branch][steps])
+        assert not torch.equal(one[branch], plain[branch])
+    assert torch.equal(other["cond"], one["cond"]) and again.computed["cond"] == report.computed["cond"]
     assert (other["uncond"] != one["uncond"]).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("index", range(len(METHODS)), ids=METHODS)
+def test_a_method_spends_its_budget_gives_the_same_twice_and_leaves_no_trace(index, caplog):
+    config = settings(METHODS[index])
+    budget = config.get("budget", T)  # all steps are computed by a method that has none
+    if METHODS[index].startswith("dbcache"):
+        pytest.importorskip("cache_dit")
+    families = [*FAMILIES][index % len(FAMILIES) :] + [*FAMILIES][: index % len(FAMILIES)]
+    for family in map(case, families):
+        reference, before = family.reference, snapshot(family.pipe.transformer)
+        try:
+            method = instantiate(config)
+            options = method.calibration_options if method.needs_calibration else None
+            method.prepare(family.pipe, None if options is None else family.calibration(**options))
+            (first, report), (second, _) = family.run(method), family.run(method)
+        except ValueError as refusal:
+            assert re.search(REFUSALS, str(refusal)) and "\n" not in str(refusal)
+        else:
+            break
+        finally:
+            assert snapshot(family.pipe.transformer) == before and torch.equal(family.latents(), reference)
+    else:
+        pytest.fail("refused by every family")
+    assert first.isfinite().all() and torch.equal(first, second)
+    assert torch.equal(first, reference) == (budget == T)
+    assert list(report.spent) == list(family.family.branches)
+    for branch, (spent,) in report.spent.items():
+        whole = len(report.computed[branch])  # steps; `spent` has the parts of others, too
+        assert report.computed[branch][0] == 0 and report.computed_counts[branch] == [whole]
+        assert min(abs(spent - budget), abs(whole - budget)) <= 1 or "is out of reach" in caplog.text
 
 
 def test_a_scheduler_that_calls_the_model_twice_a_step_is_refused():
@@ -262,38 +213,41 @@ def test_a_scheduler_that_calls_the_model_twice_a_step_is_refused():
         sample(pipe, uniform_skip(K, T), ["7"], [0])
 
 
-@pytest.mark.parametrize("name", INSIDE)
-def test_model_offload_keeps_the_cache(family, name):
+@pytest.mark.parametrize(("kind", "site"), zip(FAMILIES, cycle(SITES)))
+def test_model_offload_keeps_the_cache(kind, site):
     """diffusers' own offload, with the CPU for its accelerator: its hooks come off and on after every call, inside ours
     or around them."""
-    pipe, method = family.pipe, family.method(name)
-    expected, reference, computed = family.latents(method), family.reference, method.report().computed
+    family = case(kind)
+    pipe, method, reference = family.pipe, at(site, family), family.reference
+    expected, report = family.run(method)
     pipe.enable_model_cpu_offload(device="cpu")
     with dpcache.cached(pipe, method):
         assert torch.equal(family.latents(), expected) and torch.equal(family.latents(), expected)
-        assert dpcache.report(pipe).computed == computed
+        assert dpcache.report(pipe).computed == report.computed
     assert torch.equal(family.latents(), reference)
     pipe.remove_all_hooks()
     with dpcache.cached(pipe, method):
         pipe.enable_model_cpu_offload(device="cpu")
         assert torch.equal(family.latents(), expected) and torch.equal(family.latents(), expected)
+        assert dpcache.report(pipe).computed == report.computed
     pipe.remove_all_hooks()
     assert torch.equal(family.latents(), reference)
 
 
-@pytest.mark.parametrize("kind", [name for name in FAMILIES if name not in ("flux", "dit_ddpm")])  # one a transformer
+@pytest.mark.parametrize(
+    ("kind", "site"), zip((kind for kind in FAMILIES if kind not in ("flux", "dit_ddpm")), cycle(INSIDE))
+)  # one family a transformer
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # of diffusers
-def test_compiled_blocks_give_the_same(kind):
+def test_compiled_blocks_give_the_same(kind, site):
     family = case(kind)
-    plain = [(method, family.latents(method), method.report().computed) for method in map(family.method, INSIDE)]
-    reference, blocks = family.reference, transformer_blocks(family.pipe.transformer)
+    method, reference, blocks = at(site, family), family.reference, transformer_blocks(family.pipe.transformer)
+    expected, report = family.run(method)
     torch.compiler.reset()
     for block in blocks:
         block.compile(backend="eager")
-    for method, expected, computed in plain:
-        with dpcache.cached(family.pipe, method):
-            assert distance(family.latents(), expected) < 1e-5 and distance(family.latents(), expected) < 1e-5
-            assert dpcache.report(family.pipe).computed == computed
+    with dpcache.cached(family.pipe, method):
+        assert distance(family.latents(), expected) < 1e-5 and distance(family.latents(), expected) < 1e-5
+        assert dpcache.report(family.pipe).computed == report.computed
     assert distance(family.latents(), reference) < 1e-5
     for block in blocks:
         block._compiled_call_impl = None
@@ -311,7 +265,7 @@ def test_a_saved_pipeline_runs_in_the_precision_of_its_config(kind, tmp_path):
         if hasattr(pipe, name):
             setattr(pipe, name, getattr(family.pipe, name))
     pipe.set_progress_bar_config(disable=True)
-    method = family.method("taylorseer")
+    method = taylorseer(K, T)
     low = sample(pipe, method, family.family.prompts[:2], (0, 1), **family.family.call)
     high = sample(family.pipe, method, family.family.prompts[:2], (0, 1), **family.family.call)
     assert distance(low.latents, high.latents) < 0.05

@@ -15,7 +15,6 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from test_run import ENVIRONMENT, ROOT, TINY, results, run
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.functional.image import (
     learned_perceptual_image_patch_similarity,
@@ -30,6 +29,7 @@ from dpcache.models.pretrained import EMBEDDED
 from dpcache.sampler import generate
 from eval import metrics
 from eval.metrics import Samples, Settings, fid
+from helpers.commands import ENVIRONMENT, ROOT, TINY, results, run
 
 TINY_FLUX = EMBEDDED / "tiny_flux"
 FEATURES = TINY_FLUX / "features_efficientnet_lite0.safetensors"

@@ -1,6 +1,6 @@
 """Methods that decide online from more than the first block: DiCache, SpeCa, EasyCache and BWCache.
 
-As in `test_parity`, each method's equations are written out by hand, and bent a little, which has to show.
+As in `test_parity.py`, each method's equations are written out by hand, and bent a little, which has to show.
 """
 
 from functools import partial
@@ -8,14 +8,9 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
-import test_parity as hand
 import torch
-from conftest import Rollout
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cache import CALL
-from test_parity import T, distance, dit_inputs, euler, flux_inputs, sigma
-from test_peers import snapshot
 
 import dpcache
 from baselines.bwcache import bwcache
@@ -23,8 +18,13 @@ from baselines.dicache import dicache
 from baselines.easycache import easycache
 from baselines.speca import speca
 from eval import timing
+from helpers import by_hand as hand
+from helpers.by_hand import T, distance, dit_inputs, euler, flux_inputs, sigma
+from helpers.embedded import CALL
+from helpers.rollout import Rollout
+from helpers.tracing import snapshot
 
-flux, dit, no_grad = hand.flux, hand.dit, hand.no_grad
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def size(x):

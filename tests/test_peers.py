@@ -5,12 +5,8 @@ import json
 import os
 
 import pytest
-import test_run
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, MagCacheConfig
-from test_cache import CALL, count_calls, state_of
-from test_estimate import composed
-from test_run import TINY, results, run
 
 import baselines.dbcache
 import dpcache
@@ -23,15 +19,14 @@ from baselines.pab import PyramidAttentionBroadcast
 from baselines.search import closest
 from dpcache.sampler import generate, sample
 from eval import timing
+from helpers.commands import ENVIRONMENT, TINY, composed, results, run
+from helpers.embedded import CALL, run_once
+from helpers.tracing import count_calls, snapshot
 
 T, K = 10, 6
 WHOLE = ["diffusers_taylorseer_lite", "magcache", "seacache"]
 FIRST_BLOCK = ["first_block_cache", "dbcache", "dbcache_taylorseer", "dbcache_foca", "dbcache_scm"]
 ATTENTION = ["diffusers_taylorseer", "pab", "fastercache"]
-
-
-def run_once(pipe, steps=T, **call):
-    return generate(pipe, ["dog"], [0], steps, decode=False, **CALL, **call).latents
 
 
 def attentions(pipe):
@@ -41,10 +36,6 @@ def attentions(pipe):
 @pytest.fixture(scope="module")
 def calibration(pipe):
     return dpcache.calibrate(pipe, ["red apple"], T, **CALL)
-
-
-def snapshot(model):
-    return state_of(model), [(name, list(vars(module))) for name, module in model.named_modules()]
 
 
 @pytest.mark.parametrize("name", [*WHOLE, *FIRST_BLOCK, *ATTENTION])
@@ -234,7 +225,7 @@ def test_a_method_of_ones_own_is_one_file_and_its_settings_another(tmp_path, mon
     (tmp_path / "my_methods.py").write_text(PYTHON)
     (tmp_path / "conf" / "method" / "squares.yaml").write_text(YAML)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    monkeypatch.setitem(test_run.ENVIRONMENT, "PYTHONPATH", path)
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", path)
     own = [f"hydra.searchpath=[file://{tmp_path}/conf]", "method=squares", "budget=3"]
     code, _, err = run(*own, *TINY, folder=tmp_path)
     assert code == 0, err

@@ -5,16 +5,17 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import Rollout
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cache import CALL, state_of
 
 import dpcache
 from baselines.ertacache import ERTACache, rectification, refreshed
 from baselines.full import full
 from baselines.profilingdit import ProfilingDiT, profile
 from dpcache.sites import runs, transformer_blocks
+from helpers.embedded import CALL
+from helpers.rollout import Rollout
+from helpers.tracing import state_of
 
 T = 10
 

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,8 +17,9 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from eval import leaderboard, report
+from helpers.commands import ROOT
+from helpers.commands import run as command
 
-ROOT = Path(__file__).parents[1]
 SMALL = ["num_inference_steps=8", "num_prompts=2", "batch_size=1"]
 PROMPTS = ["red <b>apple</b> </script>", "door & {{script}}", "tram", "wrench"]
 ERROR = "ValueError: budget=9 </script><img src=x onerror=alert(1)>\n  at step 3 & on"
@@ -27,9 +27,8 @@ ERROR = "ValueError: budget=9 </script><img src=x onerror=alert(1)>\n  at step 3
 
 def sweep(folder: Path, *arguments: str) -> None:
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    command = [sys.executable, ROOT / "run.py", "-m", *SMALL, *arguments, f"prompts={folder / 'prompts.txt'}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    subprocess.run([*command, f"output_dir={folder}"], check=True, cwd=folder, env=environment, capture_output=True)
+    code, _, err = command("-m", *SMALL, *arguments, f"prompts={folder / 'prompts.txt'}", folder=folder)
+    assert code == 0, err
 
 
 @pytest.fixture(scope="module")

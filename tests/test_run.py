@@ -1,47 +1,25 @@
 """`run.py` as its users call it: whole runs, sweeps, kills and mistakes."""
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
 from dpcache import Calibration
-
-ROOT = Path(__file__).parents[1]
-TINY = ["num_inference_steps=8", "num_prompts=4", "calibration.num_prompts=2", "batch_size=2", "eval.timing.repeats=0"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def start(*arguments, folder):
-    command = [sys.executable, str(ROOT / "run.py"), *arguments, f"output_dir={folder}"]
-    return subprocess.Popen(
-        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def run(*arguments, folder):
-    process = start(*arguments, folder=folder)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def results(folder):
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("runs/*/result.json"))]
+from helpers.commands import ENVIRONMENT, ROOT, TINY, fork, results, run, run_alone
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One whole run of dpcache, with timing."""
     folder = tmp_path_factory.mktemp("outputs")
-    code, out, err = run("budget=5", *TINY[:-1], "eval.timing.repeats=1", folder=folder)
+    code, out, err = run_alone("budget=5", *TINY[:-1], "eval.timing.repeats=1", folder=folder)
     assert code == 0, err
     return folder, out
 
@@ -124,7 +102,7 @@ def test_calibration_prompts_of_another_file(tmp_path):
 
 def test_parallel_sweep(tmp_path):
     parallel = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    code, _, err = run("-m", "method=fora,uniform_skip", "budget=4", *TINY, *parallel, folder=tmp_path)
+    code, _, err = run_alone("-m", "method=fora,uniform_skip", "budget=4", *TINY, *parallel, folder=tmp_path)
     assert code == 0, err
     assert len(results(tmp_path)) == 2 and len(list(tmp_path.glob("references/*"))) == 1
 
@@ -134,13 +112,13 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     kept.mkdir(), killed.mkdir()
     command = ["method=taylorseer", "budget=4", *TINY, "batch_size=1"]
     for stage in ("references/*/batch_0001.safetensors", "runs/*/samples/batch_0000.safetensors"):
-        process = start(*command, folder=killed)
-        deadline = time.time() + 120
+        process, deadline = fork(*command, folder=killed), time.time() + 120
         while not list(killed.glob(stage)):
-            assert process.poll() is None and time.time() < deadline
+            assert process.is_alive() and time.time() < deadline
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     assert results(killed) == []
     assert run(*command, folder=kept)[0] == 0 and run(*command, folder=killed)[0] == 0
     for path in sorted(kept.glob("runs/*/images/*.png")):
@@ -224,7 +202,7 @@ def test_mistakes_end_in_one_clear_line(answers, index):
 
 
 def test_a_mistake_as_a_command(tmp_path):
-    code, _, err = run("budget=2", folder=tmp_path)
+    code, _, err = run_alone("budget=2", folder=tmp_path)
     assert code == 1 and "error: budget=2 must be between warmup=3" in err and "Traceback" not in err
 
 

@@ -13,27 +13,20 @@ import psutil
 import pytest
 import torch
 import yaml
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
-from test_run import ENVIRONMENT, ROOT, TINY, results, run, start
 
 from dpcache.sampler import generate
 from eval import prompts, sweep, timing
 from eval.rescore import rescore
 from eval.store import collect, stored
+from helpers.commands import ENVIRONMENT, ROOT, TINY, compose, results, run, run_alone, start
 
 OFFLINE = {"psnr", "ssim", "latent_error", "clip", "fid_efficientnet_lite0", "kid_efficientnet_lite0"}
 
 
 def folders(output, method):
     return sorted(path.parent for path in output.glob(f"runs/*-{method}-*/result.json"))
-
-
-def compose(*overrides):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return hydra_compose("config", list(overrides))
 
 
 def results_of(output, method):
@@ -260,8 +253,8 @@ def test_ray_gives_the_same_numbers_and_a_killed_worker_takes_nothing_with_it(se
     assert "WorkerCrashedError" in json.loads((tmp_path / "runs" / name / "error.json").read_text())["error"]
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/result.json")}
     assert len(written) == 2
-    # The same command again: only what is missing.
-    code, _, err = run(*command, folder=tmp_path)
+    # The same jobs again, without Ray: only what is missing.
+    code, _, err = run(*command[:-2], folder=tmp_path)
     assert code == 0, err
     assert scores_of(tmp_path) == expected and begun[0].stat().st_mtime_ns == first
     assert all(path.stat().st_mtime_ns == then for path, then in written.items())
@@ -404,7 +397,7 @@ def logged(folder):
 
 def test_wandb_holds_config_metrics_pictures_and_all_images(tmp_path, monkeypatch):
     monkeypatch.setitem(ENVIRONMENT, "WANDB_DATA_DIR", str(tmp_path / "data"))
-    code, _, err = run("-m", "method=fora", "budget=4,5", *TINY, "logger=wandb", folder=tmp_path)
+    code, _, err = run_alone("-m", "method=fora", "budget=4,5", *TINY, "logger=wandb", folder=tmp_path)
     assert code == 0, err
     runs = list(logged(tmp_path))
     assert len(runs) == 2 and len({run["run"]["run_group"] for run in runs}) == 1

@@ -4,13 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import test_parity
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
-from test_cache import CALL, STEPS, count_calls
-from test_families import case
-from test_parity import T, attached, distance, dit_by_hand, dit_inputs, euler, flux_end, flux_stack, flux_start
-from test_peers import run_once, snapshot
 
 import dpcache
 from baselines.full import full
@@ -20,9 +15,25 @@ from dpcache.sampler import sample
 from dpcache.schedules import EvenlySpaced, Schedule
 from dpcache.tokens import attend
 from eval import timing
+from helpers.by_hand import (
+    T,
+    attached,
+    distance,
+    dit_by_hand,
+    dit_inputs,
+    euler,
+    flux_end,
+    flux_inputs,
+    flux_stack,
+    flux_start,
+)
+from helpers.cases import case
+from helpers.embedded import CALL, run_once
+from helpers.rollout import STEPS
+from helpers.tracing import count_calls, snapshot
 
 DIT, DOUBLE, SINGLE = "BasicTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"
-no_grad, flux, dit = test_parity.no_grad, test_parity.flux, test_parity.dit
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def received(attn, image, text=None, image_rotary_emb=None):
@@ -107,7 +118,7 @@ def every(interval, warmup=3):
 
 
 def flux_by_hand(model, interval, ratio, **bent):
-    x, condition = test_parity.flux_inputs(6, 12)
+    x, condition = flux_inputs(6, 12)
     filled = ByToken(every(interval), interval, ratio, **bent)
 
     def velocity(x, step):
@@ -134,7 +145,7 @@ BENT = [{"age": 0.0}, {"attention": -1.0}, {"stay": False}]
 
 @pytest.mark.parametrize(("interval", "ratio"), [(4, 0.3), (7, 0.5)])
 def test_flux_is_the_rule_by_hand(flux, interval, ratio):
-    v, steps = attached(flux, toca(9, T, interval=interval, fresh_ratio=ratio), test_parity.flux_inputs(6, 12))
+    v, steps = attached(flux, toca(9, T, interval=interval, fresh_ratio=ratio), flux_inputs(6, 12))
     assert steps == every(interval)
     assert distance(v, flux_by_hand(flux, interval, ratio)) < 1e-5
     for bent in BENT:

@@ -1,0 +1,365 @@
+"""Every model family as a whole pipeline of diffusers: the real classes, tiny, with random weights.
+
+Nothing can be downloaded for tests, so text and image encoders, VAEs and transformers are made from small configs and
+the tokenizers from a list of words. What a family's config in `conf/model` sets (guidance, scheduler, learned variance,
+starting image) is the same here.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+PROMPTS = ("a red fox in the snow", "two boats", "a city at night", "an old clock")  # of different lengths
+IMAGE = Path(__file__).parents[2] / "dpcache/models/tiny_flux/grid.png"
+TEMPLATE = "describe this picture : {}"
+TEMPLATE_TOKENS = 5  # of the tokens before the prompt: <s> and four words
+WIDTH = 16
+
+
+def tokenizer(length: int) -> PreTrainedTokenizerFast:
+    """One token per word, between begin and end."""
+    words = ["<pad>", "<unk>", "<s>", "</s>", *sorted({w for text in [*PROMPTS, TEMPLATE] for w in text.split()})]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[(name, vocabulary[name]) for name in ("<s>", "</s>")]
+    )
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=length, **special)
+
+
+_VOCABULARY = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+
+
+def clip_text(kind=CLIPTextModel, length: int = 12):
+    config = CLIPTextConfig(
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=length,
+        **_VOCABULARY,
+    )
+    return kind(config)
+
+
+def t5(kind=T5EncoderModel, config=T5Config, width: int = WIDTH):
+    return kind(
+        config(d_model=width, d_kv=8, d_ff=2 * width, num_layers=1, num_heads=2, dropout_rate=0.0, **_VOCABULARY)
+    )
+
+
+def image_vae(channels: int = 4) -> AutoencoderKL:
+    """Halves the resolution."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4),
+        norm_num_groups=2,
+        latent_channels=channels,
+        sample_size=16,
+        shift_factor=0.1,
+        scaling_factor=0.5,
+    )
+
+
+def wan_vae() -> AutoencoderKLWan:
+    return AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+
+
+def flux(guidance_embeds: bool = True) -> FluxPipeline:
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=image_vae(),
+        text_encoder=clip_text(),
+        tokenizer=tokenizer(12),
+        text_encoder_2=t5(),
+        tokenizer_2=tokenizer(12),
+        transformer=FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            pooled_projection_dim=WIDTH,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(4, 6, 6),
+        ),
+    )
+
+
+def dit(scheduler) -> DiTPipeline:
+    names = {index: f"class {index}, number {index}" for index in range(1000)}
+    return DiTPipeline(
+        transformer=DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=8,  # noise and variance
+            num_layers=2,
+            sample_size=8,
+            num_embeds_ada_norm=1000,
+        ),
+        vae=image_vae(),
+        scheduler=scheduler(clip_sample=False),
+        id2label=names,
+    )
+
+
+def hunyuan_video() -> HunyuanVideoPipeline:
+    llama = LlamaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        **_VOCABULARY,
+    )
+    return HunyuanVideoPipeline(
+        text_encoder=LlamaModel(llama),
+        tokenizer=tokenizer(64),
+        text_encoder_2=clip_text(length=77),
+        tokenizer_2=tokenizer(77),
+        transformer=HunyuanVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=1,
+            num_single_layers=2,
+            num_refiner_layers=1,
+            guidance_embeds=True,
+            text_embed_dim=WIDTH,
+            pooled_projection_dim=WIDTH,
+            rope_axes_dim=(4, 6, 6),
+        ),
+        vae=AutoencoderKLHunyuanVideo(
+            latent_channels=4,
+            block_out_channels=(4, 4, 4, 4),
+            layers_per_block=1,
+            norm_num_groups=2,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+    )
+
+
+def wan_transformer(**other) -> WanTransformer3DModel:
+    sizes = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": WIDTH,
+        "freq_dim": 32,
+        "ffn_dim": 32,
+        "num_layers": 2,
+        "rope_max_seq_len": 32,
+    }
+    return WanTransformer3DModel(**sizes | other)
+
+
+def wan_scheduler() -> UniPCMultistepScheduler:
+    return UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+
+
+def wan21_t2v(two: bool = False) -> WanPipeline:
+    """With `two` transformers as Wan2.2, the first of which runs the noisier steps."""
+    return WanPipeline(
+        tokenizer=tokenizer(512),
+        text_encoder=t5(UMT5EncoderModel, UMT5Config),
+        vae=wan_vae(),
+        scheduler=wan_scheduler(),
+        transformer=wan_transformer(),
+        transformer_2=wan_transformer() if two else None,
+        boundary_ratio=0.875 if two else None,
+    )
+
+
+def wan21_i2v() -> WanImageToVideoPipeline:
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    return WanImageToVideoPipeline(
+        tokenizer=tokenizer(512),
+        text_encoder=t5(UMT5EncoderModel, UMT5Config),
+        image_encoder=CLIPVisionModel(vision),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
+        vae=wan_vae(),
+        scheduler=wan_scheduler(),
+        transformer=wan_transformer(in_channels=36, image_dim=WIDTH, added_kv_proj_dim=24),
+    )
+
+
+def qwen_image() -> QwenImagePipeline:
+    layers = {"intermediate_size": 2 * WIDTH, "hidden_size": WIDTH}
+    text = layers | {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+    }
+    vision = layers | {"depth": 1, "num_heads": 2, "out_hidden_size": WIDTH}
+    pipe = QwenImagePipeline(
+        text_encoder=Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text | _VOCABULARY, vision_config=vision)
+        ),
+        tokenizer=tokenizer(64),
+        transformer=QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        vae=AutoencoderKLQwenImage(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True],
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    )
+    pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = TEMPLATE, TEMPLATE_TOKENS
+    return pipe
+
+
+def sd3() -> StableDiffusion3Pipeline:
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            caption_projection_dim=32,
+            joint_attention_dim=2 * WIDTH,
+            pooled_projection_dim=2 * WIDTH,
+            out_channels=4,
+            pos_embed_max_size=8,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=image_vae(),
+        text_encoder=clip_text(CLIPTextModelWithProjection),
+        tokenizer=tokenizer(12),
+        text_encoder_2=clip_text(CLIPTextModelWithProjection),
+        tokenizer_2=tokenizer(12),
+        text_encoder_3=t5(width=2 * WIDTH),
+        tokenizer_3=tokenizer(12),
+    )
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to make a pipeline and call it.
+
+    Attributes:
+        branches: its guidance branches, in the order in which it calls the transformer; those of one batch are one.
+        config: the family's file in conf/model.
+    """
+
+    build: Callable[[], DiffusionPipeline]
+    call: Mapping
+    branches: tuple[str, ...] = ("cond",)
+    prompts: tuple[str, ...] = PROMPTS
+    config: str | None = None
+
+    def make(self) -> DiffusionPipeline:
+        """The same weights each time."""
+        torch.manual_seed(0)
+        pipe = self.build()
+        pipe.set_progress_bar_config(disable=True)
+        for component in pipe.components.values():
+            if isinstance(component, torch.nn.Module):
+                component.eval()
+        return pipe
+
+
+_BOTH = ("cond", "uncond")
+_CLASS = {"guidance_scale": 4.0}
+_IMAGE = {"height": 16, "width": 16, "max_sequence_length": 12}
+_VIDEO = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 12}
+_NEGATIVE = {"negative_prompt": "an old clock at night"}
+_TEMPLATE = {"prompt_template": {"template": TEMPLATE, "crop_start": TEMPLATE_TOKENS}}
+_CLASSES = ("7", "class 2", "999", "number 31")
+
+FAMILIES = {
+    "flux": Family(flux, _IMAGE | {"guidance_scale": 3.5}, config="flux"),
+    "flux_true_cfg": Family(
+        functools.partial(flux, guidance_embeds=False), _IMAGE | _NEGATIVE | {"true_cfg_scale": 3.0}, _BOTH
+    ),
+    "dit_ddim": Family(functools.partial(dit, DDIMScheduler), _CLASS, ("default",), _CLASSES, "dit"),
+    "dit_ddpm": Family(functools.partial(dit, DDPMScheduler), _CLASS, ("default",), _CLASSES),
+    "hunyuan_video": Family(hunyuan_video, _VIDEO | _TEMPLATE | {"guidance_scale": 6.0}, config="hunyuan_video"),
+    "wan21_t2v": Family(wan21_t2v, _VIDEO | _NEGATIVE | {"guidance_scale": 6.0}, _BOTH, config="wan21_t2v"),
+    # Its attention takes all but the last 512 tokens for the image's.
+    "wan21_i2v": Family(
+        wan21_i2v,
+        _VIDEO | _NEGATIVE | {"guidance_scale": 5.0, "image": str(IMAGE), "max_sequence_length": 512},
+        _BOTH,
+        config="wan21_i2v",
+    ),
+    "qwen_image": Family(qwen_image, _IMAGE | _NEGATIVE | {"true_cfg_scale": 4.0}, _BOTH, config="qwen_image"),
+    "sd3": Family(sd3, _IMAGE | _NEGATIVE | {"guidance_scale": 5.0}, ("default",)),
+}

@@ -1,0 +1,72 @@
+"""Every file in `conf/` composes and makes its method, alone and with every value that a recorded sweep gives it."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, IntervalSweep, RangeSweep
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from helpers.commands import ROOT, run
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session():
+    """One session of Hydra for all."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        yield
+
+
+def made(*overrides: str):
+    """The composed settings, all references resolved, and their method."""
+    config = compose("config", list(overrides))
+    OmegaConf.to_container(config, resolve=True)
+    if "dbcache" in config.method._target_:
+        pytest.importorskip("cache_dit")
+    return config, instantiate(config.method)
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [(group, name) for group in ("model", "method", "eval", "logger") for name in names(group)]
+)
+def test_a_choice_composes_with_the_others_defaults(group, name):
+    config, method = made(f"{group}={name}")
+    fewer = name in ("fewer_steps", "dpm_solver", "unipc")
+    assert method.num_inference_steps == (config.budget if fewer else config.num_inference_steps)
+
+
+def values(key: str, swept: str) -> list[str]:
+    """Overrides that give `key` every value of a sweep; of a range or an interval, the ends."""
+    override = OverridesParser.create().parse_override(f"{key}={swept}")
+    value = override.value()
+    if not override.is_sweep_override():
+        return [f"{key}={swept}"]
+    if isinstance(value, IntervalSweep):
+        return [f"{key}={end}" for end in (value.start, value.end)]
+    if isinstance(value, Glob):
+        return [f"{key}={name}" for name in names(key.lstrip("+"))]
+    every = [f"{key}={one}" for one in override.sweep_string_iterator()]
+    return [every[0], every[-1]] if isinstance(value, RangeSweep) else every
+
+
+@pytest.mark.parametrize("name", names("experiment"))
+def test_a_recorded_setting_composes_with_every_value_that_it_sweeps(name):
+    config = compose("config", [f"experiment={name}"], return_hydra_config=True)
+    params = config.hydra.sweeper.get("params") or {}
+    every = [values(key, str(swept)) for key, swept in params.items()]
+    first = [options[0] for options in every]
+    made(f"experiment={name}", *first)
+    for index, options in enumerate(every):
+        for option in options[1:]:
+            made(f"experiment={name}", *first[:index], option, *first[index + 1 :])
+    assert bool(params) == (config.hydra.sweep.dir == f"outputs/{name}")  # a sweep has a folder of its own
+
+
+def test_the_published_schedule_is_planned_without_a_calibration(tmp_path):
+    code, out, err = run("experiment=flux_published", "+dry_run=true", folder=tmp_path)
+    assert code == 0, err
+    assert "[0, 1, 2, 4, 7, 10, 14, 19, 23, 28, 34, 40, 45]" in out and "FLUX.1-dev" in out

@@ -13,10 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from baselines.library import LibraryCache
 from helpers.fake_cuda import FAMILIES
 from test_fake_cuda import DECISIONS, METHODS, case, run
-
-from baselines.library import LibraryCache
 
 
 def cell(name: str, family: str) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.fake_cuda import DTYPE, FAMILIES, Host, make
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
@@ -22,6 +21,7 @@ from dpcache.pact import l1_cost
 from dpcache.predictors import Reuse, Taylor
 from dpcache.sampler import generate, sample
 from dpcache.schedules import EvenlySpaced
+from helpers.fake_cuda import DTYPE, FAMILIES, Host, make
 
 ROOT = Path(__file__).parents[1]
 T, K = 6, 4

@@ -18,7 +18,6 @@ from diffusers import (
     FluxPipeline,
 )
 from diffusers.callbacks import SD3CFGCutoffCallback
-from families import FAMILIES, flux, wan21_t2v
 from PIL import Image
 
 import dpcache
@@ -27,6 +26,7 @@ from dpcache.predictors import Reuse, Taylor
 from dpcache.sampler import generate, sample
 from dpcache.schedules import EvenlySpaced, Schedule
 from dpcache.steps import Loop
+from helpers.families import FAMILIES, flux, wan21_t2v
 
 T, STEPS = 10, [0, 3, 6]
 SIZE = {"height": 16, "width": 16, "max_sequence_length": 12}

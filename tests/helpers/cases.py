@@ -6,8 +6,8 @@ import torch
 from hydra.utils import instantiate
 
 import dpcache
-from dpcache.cache import Report
 from dpcache.sampler import generate
+from dpcache.session import Report
 from helpers.commands import compose
 from helpers.families import FAMILIES, Family
 

@@ -15,13 +15,13 @@ from unittest.mock import patch
 import diffusers
 import numpy as np
 import torch
-from families import IMAGE, image_vae, wan_vae
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from dpcache.models.architectures import PUBLISHED, Architecture
 from dpcache.session import STOPWATCHES, Stopwatch
+from helpers.families import IMAGE, image_vae, wan_vae
 
 DTYPE = torch.bfloat16
 WIDE = {"height": 256, "width": 256}

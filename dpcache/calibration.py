@@ -205,24 +205,20 @@ def record(pipe, method, prompts, seeds, **call) -> tuple[Batch, dict[str, dict[
 
 
 class _InputChanges(OnlineSchedule):
-    """Computes every step of one generation and records the changes of the first branch's modulated input."""
+    """Computes every step of one generation and records the changes of the modulated input, branch by branch."""
 
     def __init__(self, num_inference_steps: int):
         super().__init__(num_inference_steps)
-        self.states: list[dict] = []
-
-    def start(self):
-        self.states.append({"previous": None, "input_change": []})
-        return self.states[-1]
+        self.changes: dict[str, list[float]] = {}
 
     def decide(self, context, block, args, kwargs):
         try:
             current = modulated_input(block, args, kwargs)
         except ValueError:  # not known for this model: a calibration without it
             return True
-        state = context.online
-        previous, state["previous"] = state["previous"], current
-        state["input_change"].append(0.0 if previous is None else relative_change(current, previous).item())
+        previous, context.online["previous"] = context.online.get("previous"), current
+        change = 0.0 if previous is None else relative_change(current, previous).item()
+        self.changes.setdefault(context.name, []).append(change)
         return True
 
 
@@ -285,8 +281,8 @@ def calibrate(
         latents.append(batch.latents)
         features = next(iter(kept.values()))[site]
         output_change.append([0.0, *(relative_change(b.float(), a.float()).item() for a, b in pairwise(features))])
-        if stack and schedule.states[0]["input_change"]:
-            input_change.append(schedule.states[0]["input_change"])
+        if stack and schedule.changes:
+            input_change.append(next(iter(schedule.changes.values())))
         for branch in kept.values():
             cost = cost + share / len(kept) * l1_cost(
                 branch[site], predictor or Taylor(2), path_aware=path_aware, cumulative=cumulative, device=device

@@ -146,6 +146,11 @@ class BlockHook(StreamHook):
     def entered(self, branch, image: torch.Tensor) -> torch.Tensor:
         """The first block's input, with the text before it where the last one has both in one stream."""
         before, text = branch.stack_input, branch.run_input
+        if before is None:
+            raise ValueError(
+                f"site=residual: step {branch.step} of {branch.part} does not pass the first block (a pipeline may leave "
+                "layers out now and then): choose another site"
+            )
         if before.shape == image.shape:
             return before
         kind = type(unwrap_module(self.fn_owner)).__name__

@@ -391,5 +391,3 @@ def outcomes(record: Record, sites: tuple[str, ...] = SITES) -> Iterator[tuple[s
             continue
         for site in sites:
             yield case, site, judge(subject, site)
-
-

@@ -26,9 +26,7 @@ def controlnet(kind):
 
 def controlnet_inpaint(kind):
     """Its ControlNet sees the mask as one more channel, in each of a patch's four places."""
-    net = diffusers.QwenImageControlNetModel(
-        **_SIZES | {"num_layers": 1}, out_channels=4, extra_condition_channels=4
-    )
+    net = diffusers.QwenImageControlNetModel(**_SIZES | {"num_layers": 1}, out_channels=4, extra_condition_channels=4)
     return qwen(kind, controlnet=net)
 
 
@@ -69,4 +67,9 @@ _add(
     controlnet_inpaint,
     _SIZE | {"control_image": image(16), "control_mask": mask(16)},
 )
-_add("QwenImageLayeredPipeline", layered, {"image": image(32), "layers": 2, "prompt": "two boats", "output_type": "pt"}, _SMALL_PLUS)
+_add(
+    "QwenImageLayeredPipeline",
+    layered,
+    {"image": image(32), "layers": 2, "prompt": "two boats", "output_type": "pt"},
+    _SMALL_PLUS,
+)

@@ -40,14 +40,12 @@ class Record:
         builder: makes a tiny pipeline of the class that it is given.
         cases: ways to call it, by name: "plain" without guidance, "guided" with a negative prompt, and others.
         patches: what stands in for names of the class's module during a call, where these ask for large pictures.
-        group: the module of this package that added it.
     """
 
     name: str
     builder: Callable[[type], diffusers.DiffusionPipeline]
     cases: Mapping[str, Case]
     patches: Mapping[str, object]
-    group: str
 
     def build(self) -> diffusers.DiffusionPipeline:
         """The same weights each time, none of them zero."""
@@ -80,7 +78,7 @@ def pipeline(name: str, builder: Callable, patches: Mapping[str, object] | None 
     """Add the pipeline class `name`, see `Record`. Raises ValueError if it is there already."""
     if name in PIPELINES or name in UNBUILT:
         raise ValueError(f"{name} has two records")
-    PIPELINES[name] = Record(name, builder, cases, patches or {}, builder.__module__.rpartition(".")[2])
+    PIPELINES[name] = Record(name, builder, cases, patches or {})
 
 
 def unbuilt(name: str, reason: str) -> None:

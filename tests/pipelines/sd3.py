@@ -39,9 +39,7 @@ def controlnet(kind):
 
 def controlnet_inpainting(kind):
     """Its ControlNet sees the mask as one more channel."""
-    net = diffusers.SD3ControlNetModel(
-        **_SIZES | {"num_layers": 1, "in_channels": 4}, extra_conditioning_channels=1
-    )
+    net = diffusers.SD3ControlNetModel(**_SIZES | {"num_layers": 1, "in_channels": 4}, extra_conditioning_channels=1)
     return sd3(kind, controlnet=net)
 
 

@@ -88,9 +88,9 @@ def table(rows: dict[str, Rows], sites: tuple[str, ...]) -> str:
     """Markdown: one line for each pipeline and way to call it, then the words."""
     words: dict[str, int] = {}
     lines = [f"| pipeline | call | {' | '.join(sites)} |", f"|---|---|{'---|' * len(sites)}"]
-    for name, outcomes in rows.items():
-        for case in dict.fromkeys(case for case, _, _ in outcomes):
-            found = {site: outcome for other, site, outcome in outcomes if other == case}
+    for name, mine in rows.items():
+        for case in dict.fromkeys(case for case, _, _ in mine):
+            found = {site: outcome for other, site, outcome in mine if other == case}
             cells = []
             for site in sites:
                 outcome = found.get(site, found.get("", ""))
@@ -119,16 +119,21 @@ def main() -> None:
 
     torch.set_num_threads(1)
     here, sites = classes(), tuple(arguments.sites)
-    names = [n for n in here if n in PIPELINES and (not arguments.names or any(a in n for a in arguments.names))]
+    names = sorted(
+        name
+        for name, record in PIPELINES.items()
+        if record.kind in here and (not arguments.names or any(part in name for part in arguments.names))
+    )
     if not names:
         parser.error(f"no pipeline has one of {', '.join(arguments.names)} in its name")
     rows = examine_all(names, sites, arguments.workers, arguments.limit)
-    everything = [outcome for outcomes in rows.values() for outcome in outcomes]
-    head = f"{len(names)} of the {len(here)} pipelines with a transformer in diffusers {diffusers.__version__}: "
+    everything = [outcome for mine in rows.values() for outcome in mine]
+    built = {PIPELINES[name].kind for name in names}
+    head = f"{len(built)} of the {len(here)} pipelines with a transformer in diffusers {diffusers.__version__}: "
     text = [head + summary(everything), "", table(rows, sites)]
     if not arguments.names:
         text += ["", "| not built | why |", "|---|---|"]
-        text += [f"| {name} | {UNBUILT.get(name, '?')} |" for name in here if name not in PIPELINES]
+        text += [f"| {name} | {UNBUILT.get(name, '?')} |" for name in here if name not in built]
     arguments.file.write_text("\n".join(text) + "\n")
     print(text[0])
     sys.exit(any(kind(outcome) in ("wrong", "broken") for _, _, outcome in everything))

@@ -81,14 +81,14 @@ def predict(kind):
 
 
 def transfer(kind):
-    context = {"img_context_dim_in": WIDTH, "img_context_num_tokens": 4, "img_context_dim_out": WIDTH}
+    features = {"img_context_dim_in": WIDTH, "img_context_dim_out": 32}
     embedding = {"rope_scale": (2.0, 1.0, 1.0), "extra_pos_embed_type": "learnable"}
     controlnet = diffusers.CosmosControlNetModel(
-        n_controlnet_blocks=2, in_channels=18, latent_channels=18, model_channels=32, **_SIZES, **embedding
+        n_controlnet_blocks=2, in_channels=18, latent_channels=18, model_channels=32, **_SIZES, **embedding, **features
     )
     return assemble(
         kind,
-        transformer=_transformer(17, 16, controlnet_block_every_n=1, **embedding, **context),
+        transformer=_transformer(17, 16, controlnet_block_every_n=1, **embedding, **features, img_context_num_tokens=4),
         vae=wan_vae(),
         controlnet=controlnet,
         scheduler=wan_scheduler(),

@@ -22,7 +22,7 @@ class Case:
 
     Attributes:
         arguments: of the call, besides `generator`, `num_inference_steps` and `output_type`, which `Record.call` adds
-            where they are not given. None as a value leaves the argument out.
+            where the pipeline takes them and they are not given.
         calls: how often a step calls a transformer, all of the pipeline's transformers together; None: not every step
             alike.
     """
@@ -36,7 +36,7 @@ class Record:
     """A pipeline class of diffusers.
 
     Attributes:
-        name: of the class.
+        name: of the class; after a comma, which of several records of the class.
         builder: makes a tiny pipeline of the class that it is given.
         cases: ways to call it, by name: "plain" without guidance, "guided" with a negative prompt, and others.
         patches: what stands in for names of the class's module during a call, where these ask for large pictures.
@@ -47,10 +47,15 @@ class Record:
     cases: Mapping[str, Case]
     patches: Mapping[str, object]
 
+    @property
+    def kind(self) -> str:
+        """The name of the class."""
+        return self.name.partition(",")[0]
+
     def build(self) -> diffusers.DiffusionPipeline:
         """The same weights each time, none of them zero."""
         torch.manual_seed(0)
-        pipe = self.builder(getattr(diffusers, self.name))
+        pipe = self.builder(getattr(diffusers, self.kind))
         pipe.set_progress_bar_config(disable=True)
         for name, component in pipe.components.items():
             if isinstance(component, torch.nn.Module):
@@ -62,12 +67,14 @@ class Record:
     def call(self, pipe, case: str):
         """The pipeline's output, from the same noise each time."""
         arguments = {"num_inference_steps": STEPS, "output_type": "latent", "generator": torch.Generator()}
+        known = inspect.signature(type(pipe).__call__).parameters
+        arguments = {name: value for name, value in arguments.items() if name in known}
         arguments |= copy.deepcopy(dict(self.cases[case].arguments))
-        if arguments["generator"] is not None:
-            arguments["generator"].manual_seed(0)
         torch.manual_seed(0)
-        with torch.no_grad(), mock.patch.dict(sys.modules[type(pipe).__module__].__dict__, self.patches):
-            return pipe(**{name: value for name, value in arguments.items() if value is not None})
+        if isinstance(arguments.get("generator"), torch.Generator):
+            arguments["generator"].manual_seed(0)
+        with torch.no_grad(), mock.patch.dict(vars(sys.modules[type(pipe).__module__]), self.patches):
+            return pipe(**arguments)
 
 
 PIPELINES: dict[str, Record] = {}

@@ -94,3 +94,4 @@ _add(
     sky,
     _FORCING | {"video": video(5, 32), "num_frames": 9, "overlap_history": 5, "base_num_frames": 9},
 )
+_add("WanPipeline, two transformers", two_experts, _VIDEO)

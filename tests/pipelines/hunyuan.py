@@ -2,7 +2,6 @@
 
 import diffusers
 import families
-
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from pipelines.parts import MASKED, NEGATIVE_MASKED, flow, image, ones, randn

@@ -138,7 +138,7 @@ def keyframes(kind):
 pipeline(
     "LTX2DFRPipeline",
     keyframes,
-    plain=Case(_VIDEO | {"use_cross_timestep": False, "sigmas": [1.0, 0.9, 0.7, 0.4, 0.2, 0.0]}, 1),
+    plain=Case(_VIDEO | {"use_cross_timestep": False, "sigmas": [1.0, 0.9, 0.7, 0.4, 0.2]}, 1),
 )
 _HDR = {name: value for name, value in (_VIDEO | _NO_GUIDANCE).items() if "audio" not in name}
 _HDR |= {"reference_conditions": LTX2HDRReferenceCondition(frames=video(5, 32), strength=1.0)}

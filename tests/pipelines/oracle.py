@@ -21,7 +21,9 @@ KEYS = (0, 2, 3)  # computed steps
 TRANSFORMERS = ("transformer", "transformer_2", "unconditional_transformer")
 _SKIPPED_WHOLE = ("stack", "residual", "blocks", "output", "output_residual")  # all blocks of a skipped step
 _SUMS = ("residual", "blocks", "output_residual")  # a difference is added to what it was taken from: rounding
-_NO_BLOCKS = re.compile("refiner|embed|norm|context|text|vace|control|caption|proj|out|approximator|connector|cond")
+_NO_BLOCKS = re.compile(
+    "refiner|adapter|embed|norm|context|text|vace|control|caption|proj|out|approximator|connector|cond"
+)
 _NO_BRANCH = re.compile("norm|mod|ada|scale_shift")
 
 
@@ -126,7 +128,7 @@ class Watch:
         self.replay = None if replay is None else first_of(replay)
         self.calls: list[Call] = []
         self.current: Call | None = None
-        self.generation, self.step, self.number = 0, 0, 0
+        self.generation, self.step, self.number, self.stepped = 0, 0, 0, 0
         self.transformers = [getattr(pipe, n) for n in TRANSFORMERS if getattr(pipe, n, None) is not None]
 
     @contextmanager
@@ -158,7 +160,7 @@ class Watch:
             if method == "set_timesteps" and (self.number or self.step):
                 self.generation, self.step, self.number = self.generation + 1, 0, 0
             if method == "step" and self.number:
-                self.step, self.number = self.step + 1, 0
+                self.step, self.number, self.stepped = self.step + 1, 0, self.stepped + 1
             return original(scheduler, *args, **kwargs)
 
         counted.__wrapped__ = original  # pipelines look at the signature
@@ -223,8 +225,8 @@ class Subject:
         with Watch(self.pipe)() as watch:
             self.plain = copied(tensors(record.call(self.pipe, case)))
         self.calls = watch.calls
-        if not self.calls or not watch.step:
-            raise Broken(f"{len(self.calls)} transformer calls and {watch.step} scheduler steps were seen")
+        if not self.calls or not watch.stepped:
+            raise Broken(f"{len(self.calls)} transformer calls and {watch.stepped} scheduler steps were seen")
         self.steps = 1 + max(call.step for call in self.calls)
         self.generations = {call.generation for call in self.calls}
         self.clean = attributes(self.pipe)

@@ -56,9 +56,7 @@ def controlnet(kind):
 
 
 def sprint(kind):
-    return sana(
-        kind, diffusers.SCMScheduler(), {"qk_norm": "rms_norm_across_heads", "guidance_embeds": True}
-    )
+    return sana(kind, diffusers.SCMScheduler(), {"qk_norm": "rms_norm_across_heads", "guidance_embeds": True})
 
 
 def video(kind):

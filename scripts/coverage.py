@@ -21,10 +21,10 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path[:] = [str(Path(__file__).parents[1] / "tests"), *sys.path[1:]]  # this file's name is also a library's
 
-import diffusers
-import torch
-from pipelines import PIPELINES, UNBUILT, classes
-from pipelines.oracle import SITES, outcomes
+import diffusers  # noqa: E402
+import torch  # noqa: E402
+from pipelines import PIPELINES, UNBUILT, classes  # noqa: E402
+from pipelines.oracle import SITES, outcomes  # noqa: E402
 
 Rows = list[tuple[str, str, str]]  # case, site, outcome
 

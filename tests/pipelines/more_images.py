@@ -5,7 +5,7 @@ import families
 from families import clip_text, image_vae, t5, tokenizer
 
 from pipelines.parts import NEGATIVE, TEXT, WIDTH, flow, image, ones, randn
-from pipelines.records import Case, assemble, pipeline, unbuilt
+from pipelines.records import Case, assemble, pipeline
 
 _JOINT = {
     "patch_size": 1,
@@ -130,7 +130,6 @@ def _add(name, builder, call, negative, calls=2, off=_OFF):
 _add("OvisImagePipeline", ovis, TEXT | _SIZE, NEGATIVE | {"negative_prompt": None})
 _LONGCAT = _SIZE | {"prompt": "two boats", "enable_prompt_rewrite": False}
 _add("LongCatImagePipeline", longcat, _LONGCAT, {"negative_prompt": "an old clock at night"})
-unbuilt("LongCatImageEditPipeline", "a processor for text and pictures that only a download gives")
 _LAYERS = {"prompt_embeds": randn(1, 7, 3, WIDTH), "prompt_embeds_mask": ones(1, 7).bool()} | _SIZE
 _LAYERS_NEGATIVE = {"negative_prompt_embeds": randn(1, 7, 3, WIDTH, seed=6)}
 _LAYERS_NEGATIVE |= {"negative_prompt_embeds_mask": ones(1, 7).bool()}

@@ -4,3 +4,8 @@
 `pictures` draws, `leaderboard` collects `result.json` files, `report` makes a page of them, `tracking` logs
 to W&B. Nothing here knows how a method works.
 """
+
+import os
+
+# Read when PyTorch is loaded. Threads that spin while they wait starve others where something else runs, too.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -3,12 +3,14 @@
 Imported by every command, so torch and pandas wait until they are needed.
 """
 
+import errno
 import json
 import os
 import sys
 import time
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -52,9 +54,27 @@ def group(hydra: DictConfig) -> str | None:
     return hydra.runtime.choices.get("experiment") or Path(hydra.sweep.dir).name
 
 
+def _writable(*folders: str) -> None:
+    """Make the folders, or end the command with one line: Hydra would end it with a traceback."""
+    for folder in map(Path, folders):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            sys.exit(
+                f"error: the folder {folder} cannot be made or written to ({error.strerror}): set another one by "
+                "output_dir, or by hydra.run.dir or hydra.sweep.dir where these are set"
+            )
+
+
 class Board(Callback):
-    """Hydra's callback around a sweep: ends it with the PSNR table of its folder, printed, and there the whole board as
-    `leaderboard.csv`, `.md`, `.png` and `report.html`; then its failed jobs, for which the exit code is 1.
+    """Hydra's callback around every run and sweep.
+
+    Before it, makes their folders, and leaves one thread to each job of a launcher that starts all jobs at once, unless
+    OMP_NUM_THREADS says otherwise; jobs on joblib and Ray are given their share of the cores by these. After a sweep,
+    prints the PSNR table of its folder and leaves the whole board there as `leaderboard.csv`, `.md`, `.png` and
+    `report.html`; then names its failed jobs, for which the exit code is 1.
 
     Args:
         against: a row of the board to which the others are compared in pairs.
@@ -62,6 +82,15 @@ class Board(Callback):
 
     def __init__(self, against: str | None = None):
         self.against, self.began = against, time.time()
+
+    def on_run_start(self, config: DictConfig, **kwargs) -> None:
+        HydraConfig.instance().set_config(config)  # which the names of run folders depend on
+        _writable(config.output_dir, config.hydra.run.dir)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
+        _writable(config.output_dir, config.hydra.sweep.dir)
+        if config.hydra.launcher._target_.endswith("LocalLauncher"):  # of submitit, which starts all jobs at once
+            os.environ.setdefault("OMP_NUM_THREADS", str(config.hydra.launcher.cpus_per_task or 1))
 
     def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
         if not main_process():

@@ -1,0 +1,15 @@
+"""Tiny pipelines of diffusers with random weights, and what a cache must do on each (`oracle.py`).
+
+Every module here that begins with a model's name adds its pipelines to `records.PIPELINES`; a new module is found by
+itself.
+"""
+
+import importlib
+import pkgutil
+
+from pipelines.records import PIPELINES, UNBUILT, classes
+
+for module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{module.name}")
+
+__all__ = ["PIPELINES", "UNBUILT", "classes"]

@@ -148,8 +148,8 @@ class BlockHook(StreamHook):
         before, text = branch.stack_input, branch.run_input
         if before is None:
             raise ValueError(
-                f"site=residual: step {branch.step} of {branch.part} does not pass the first block (a pipeline may leave "
-                "layers out now and then): choose another site"
+                f"site=residual: step {branch.step} of {branch.part} does not pass the first block (pipelines may "
+                "leave layers out now and then): choose another site"
             )
         if before.shape == image.shape:
             return before

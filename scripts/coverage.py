@@ -23,6 +23,7 @@ sys.path[:] = [str(Path(__file__).parents[1] / "tests"), *sys.path[1:]]  # this 
 
 import diffusers  # noqa: E402
 import torch  # noqa: E402
+
 from pipelines import PIPELINES, UNBUILT, classes  # noqa: E402
 from pipelines.oracle import SITES, outcomes  # noqa: E402
 

@@ -1,6 +1,7 @@
 """Right or refused on every pipeline of diffusers that has a transformer; `scripts/coverage.py` writes the table."""
 
 import pytest
+
 from pipelines import PIPELINES, UNBUILT, classes
 from pipelines.oracle import outcomes
 

@@ -2,8 +2,8 @@
 
 import diffusers
 import torch
-from families import image_vae
 
+from helpers.families import image_vae
 from pipelines.parts import NEGATIVE, TEXT, flow, image, mask
 from pipelines.records import Case, assemble, pipeline
 

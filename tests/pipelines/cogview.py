@@ -1,8 +1,8 @@
 """CogView 3 and 4."""
 
 import diffusers
-from families import image_vae
 
+from helpers.families import image_vae
 from pipelines.parts import WIDTH, flow, image, randn
 from pipelines.records import Case, assemble, pipeline
 

@@ -1,8 +1,8 @@
 """Cosmos."""
 
 import diffusers
-from families import wan_scheduler, wan_vae
 
+from helpers.families import wan_scheduler, wan_vae
 from pipelines.parts import NEGATIVE, TEXT, WIDTH, flow, image
 from pipelines.records import Case, assemble, pipeline
 

@@ -2,8 +2,8 @@
 
 import diffusers
 import families
-from families import image_vae
 
+from helpers.families import image_vae
 from pipelines.parts import MASKED, NEGATIVE, NEGATIVE_MASKED, TEXT, WIDTH, image, ones, randn
 from pipelines.records import Case, assemble, pipeline
 

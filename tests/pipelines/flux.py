@@ -1,8 +1,8 @@
 """FLUX.1."""
 
 import diffusers
-from families import clip_text, image_vae, t5, tokenizer
 
+from helpers.families import clip_text, image_vae, t5, tokenizer
 from pipelines.parts import flow, image, mask
 from pipelines.records import Case, assemble, pipeline
 

@@ -1,8 +1,8 @@
 """LTX-Video."""
 
 import diffusers
-from families import t5, tokenizer
 
+from helpers.families import t5, tokenizer
 from pipelines.parts import MASKED, NEGATIVE_MASKED, flow, image
 from pipelines.records import Case, assemble, pipeline
 

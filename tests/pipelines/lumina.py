@@ -1,8 +1,8 @@
 """Lumina, Lumina 2 and AuraFlow."""
 
 import diffusers
-from families import image_vae
 
+from helpers.families import image_vae
 from pipelines.parts import MASKED, NEGATIVE_MASKED, WIDTH, flow
 from pipelines.records import Case, assemble, pipeline
 

@@ -2,8 +2,8 @@
 
 import diffusers
 import families
-from families import clip_text, image_vae, t5, tokenizer
 
+from helpers.families import clip_text, image_vae, t5, tokenizer
 from pipelines.parts import NEGATIVE, TEXT, WIDTH, flow, image, ones, randn
 from pipelines.records import Case, assemble, pipeline
 

@@ -1,8 +1,8 @@
 """Sana."""
 
 import diffusers
-from families import wan_vae
 
+from helpers.families import wan_vae
 from pipelines.parts import MASKED, NEGATIVE_MASKED, WIDTH, flow, image
 from pipelines.records import Case, assemble, pipeline
 

@@ -1,8 +1,8 @@
 """Z-Image."""
 
 import diffusers
-from families import image_vae
 
+from helpers.families import image_vae
 from pipelines.parts import WIDTH, flow, image, mask, randn
 from pipelines.records import Case, assemble, pipeline
 

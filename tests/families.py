@@ -1,3 +1,0 @@
-"""Stands for `helpers.families` until nothing imports it from here."""
-
-from helpers.families import *  # noqa: F403

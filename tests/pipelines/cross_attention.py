@@ -1,8 +1,8 @@
 """Models that read the text by cross-attention and predict the noise: PixArt, Latte, Allegro, Hunyuan-DiT; and DiT."""
 
 import diffusers
-import families
 
+from helpers import families
 from helpers.families import image_vae
 from pipelines.parts import MASKED, NEGATIVE, NEGATIVE_MASKED, TEXT, WIDTH, image, ones, randn
 from pipelines.records import Case, assemble, pipeline

@@ -1,9 +1,9 @@
 """HunyuanVideo."""
 
 import diffusers
-import families
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
+from helpers import families
 from pipelines.parts import MASKED, NEGATIVE_MASKED, flow, image, ones, randn
 from pipelines.records import Case, assemble, pipeline
 

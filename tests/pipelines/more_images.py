@@ -1,8 +1,8 @@
 """Other models for images: Ovis, LongCat, Krea 2, JoyImage, Nucleus, Bria, VisualCloze, Qwen-Image 2.1."""
 
 import diffusers
-import families
 
+from helpers import families
 from helpers.families import clip_text, image_vae, t5, tokenizer
 from pipelines.parts import NEGATIVE, TEXT, WIDTH, flow, image, ones, randn
 from pipelines.records import Case, assemble, pipeline

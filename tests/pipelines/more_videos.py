@@ -1,9 +1,9 @@
 """Other models for video: EasyAnimate, Motif, WanAnimate, ChronoEdit; and HunyuanVideo 1.5 from a picture."""
 
 import diffusers
-import families
 import torch
 
+from helpers import families
 from pipelines.parts import MASKED, NEGATIVE_MASKED, WIDTH, flow, image, video
 from pipelines.records import Case, assemble, pipeline, unbuilt
 

@@ -3,8 +3,8 @@
 from functools import partial
 
 import diffusers
-import families
 
+from helpers import families
 from pipelines.parts import NEGATIVE, TEXT, WIDTH, flow, randn
 from pipelines.records import Case, assemble, pipeline
 

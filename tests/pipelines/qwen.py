@@ -1,8 +1,8 @@
 """Qwen-Image."""
 
 import diffusers
-import families
 
+from helpers import families
 from pipelines.parts import NEGATIVE, TEXT, image, mask, ones
 from pipelines.records import Case, assemble, pipeline
 

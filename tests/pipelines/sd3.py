@@ -1,8 +1,8 @@
 """Stable Diffusion 3."""
 
 import diffusers
-import families
 
+from helpers import families
 from pipelines.parts import flow, image, mask
 from pipelines.records import Case, assemble, pipeline
 

@@ -1,8 +1,8 @@
 """Wan and what is made of it."""
 
 import diffusers
-import families
 
+from helpers import families
 from pipelines.parts import image, video
 from pipelines.records import Case, assemble, pipeline
 

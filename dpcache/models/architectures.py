@@ -74,6 +74,7 @@ PUBLISHED = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _WAN | {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": _WAN,
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": _WAN | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _WAN,
     "Qwen/Qwen-Image": _QWEN_IMAGE,
 }
 """Configurations of transformers on the hub, as diffusers takes them."""

@@ -96,13 +96,14 @@ def difference(one, other) -> float:
 
 
 def linears(transformer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """The linear layers of the transformer's main blocks, by name."""
+    """The linear layers of the transformer's main blocks, by name, without embedders in them: DiT's output layer uses
+    that of the first block."""
     return {
         f"{name}.{inner}": module
         for name, blocks in transformer.named_children()
         if isinstance(blocks, torch.nn.ModuleList) and not _NO_BLOCKS.search(name)
         for inner, module in blocks.named_modules()
-        if isinstance(module, torch.nn.Linear)
+        if isinstance(module, torch.nn.Linear) and "embedder" not in inner
     }
 
 

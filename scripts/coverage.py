@@ -19,7 +19,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path[:] = [str(Path(__file__).parents[1] / "tests"), *sys.path[1:]]  # this file's name is also a library's
+# This file's name is also a library's: its folder must not be searched.
+sys.path = [str(Path(__file__).parents[1] / "tests"), *(p for p in sys.path if Path(p) != Path(__file__).parent)]
 
 import diffusers  # noqa: E402
 import torch  # noqa: E402

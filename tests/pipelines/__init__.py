@@ -1,7 +1,6 @@
 """Tiny pipelines of diffusers with random weights, and what a cache must do on each (`oracle.py`).
 
-Every module here that begins with a model's name adds its pipelines to `records.PIPELINES`; a new module is found by
-itself.
+The modules of models add their pipelines to `records.PIPELINES`; a new one is found by itself.
 """
 
 import importlib

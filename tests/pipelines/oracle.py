@@ -3,12 +3,14 @@ the transformer's blocks, and by the scheduler's `step`."""
 
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
+import diffusers
+import numpy as np
 import torch
 
 import dpcache
@@ -64,8 +66,6 @@ def tensors(value) -> list[torch.Tensor]:
     if isinstance(value, (list, tuple)):
         return [tensor for each in value for tensor in tensors(each)]
     if hasattr(value, "__array__") or hasattr(value, "__array_interface__"):
-        import numpy as np
-
         return [torch.as_tensor(np.array(value))]
     if hasattr(value, "__dataclass_fields__"):
         return tensors([getattr(value, name) for name in value.__dataclass_fields__])
@@ -96,13 +96,14 @@ def difference(one, other) -> float:
 
 
 def linears(transformer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """The linear layers of the transformer's main blocks, by name."""
+    """The linear layers of the transformer's main blocks, by name, without embedders in them: DiT's output layer uses
+    that of the first block."""
     return {
         f"{name}.{inner}": module
         for name, blocks in transformer.named_children()
         if isinstance(blocks, torch.nn.ModuleList) and not _NO_BLOCKS.search(name)
         for inner, module in blocks.named_modules()
-        if isinstance(module, torch.nn.Linear)
+        if isinstance(module, torch.nn.Linear) and "embedder" not in inner
     }
 
 
@@ -200,18 +201,21 @@ def attributes(pipe) -> dict:
     return found
 
 
+def inside(frame: traceback.FrameSummary, package) -> bool:
+    return Path(package.__file__).parent in Path(frame.filename).parents
+
+
 def ours(error: ValueError) -> bool:
     """Whether it was raised in dpcache."""
-    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent.name == "dpcache"
+    return inside(traceback.extract_tb(error.__traceback__)[-1], dpcache)
 
 
 def where(error: BaseException) -> str:
     """The last place in dpcache, else in diffusers, that an error came through."""
     frames = traceback.extract_tb(error.__traceback__)
-    for package in ("dpcache", "diffusers"):
-        inside = [frame for frame in frames if f"/{package}/" in frame.filename]
-        if inside:
-            return f"{Path(inside[-1].filename).name}:{inside[-1].lineno}"
+    for package in (dpcache, diffusers):
+        if found := [frame for frame in frames if inside(frame, package)]:
+            return f"{Path(found[-1].filename).name}:{found[-1].lineno}"
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
 
 
@@ -378,14 +382,18 @@ def plain_again(subject: Subject) -> None:
         raise Wrong(f"the result is off by {off:.1e}")
 
 
-def outcomes(record: Record, sites: tuple[str, ...] = SITES) -> Iterator[tuple[str, str, str]]:
-    """(case, site, outcome) of a pipeline; "broken: WHY" where its record is not right."""
-    for case in record.cases:
+def outcomes(
+    record: Record, sites: Sequence[str] = SITES, cases: Sequence[str] | None = None
+) -> Iterator[tuple[str, str, str]]:
+    """(case, site, outcome) of a pipeline, for all its cases or these; "broken: WHY" where its record is not right."""
+    for case in record.cases if cases is None else cases:
         try:
             subject = Subject(record, case)
+        except Broken as error:
+            yield case, "", f"broken: {error}"
+            continue
         except Exception as error:
-            text = f"{type(error).__name__} at {where(error)}: " if not isinstance(error, Broken) else ""
-            yield case, "", f"broken: {text}{' '.join(str(error).split())[:300]}"
+            yield case, "", f"broken: {type(error).__name__} at {where(error)}: {' '.join(str(error).split())[:200]}"
             continue
         for site in sites:
             yield case, site, judge(subject, site)

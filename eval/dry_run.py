@@ -24,8 +24,8 @@ def describe(config: DictConfig, model: str, name: str, method: Method, prompts:
     call, dtype = OmegaConf.to_container(config.model.call), float_type("dtype", config.model.dtype)
     batch_size = _batch_size(config, prompts)
     transformer = known.build("meta", dtype)
-    weights = sum(p.numel() * p.element_size() for p in transformer.parameters())
-    count, branches = sum(p.numel() for p in transformer.parameters()), known.branches(call)
+    weights = known.count * sum(p.numel() * p.element_size() for p in transformer.parameters())
+    count, branches = known.count * sum(p.numel() for p in transformer.parameters()), known.branches(call)
     memory = [f"transformer {_size(weights)}", _cache_memory(config, method, prompts, known, transformer)]
     schedule = method.schedule.steps
     if method.needs_calibration and config.calibration.path and type(method) is Method:
@@ -43,7 +43,7 @@ def describe(config: DictConfig, model: str, name: str, method: Method, prompts:
     return "\n".join(
         [
             f"{model}  {name}  {config.budget} of {config.num_inference_steps} steps (dry run, no weights)",
-            f"  model                  {config.model.path}, {type(transformer).__name__}",
+            f"  model                  {config.model.path}, {known.count} {type(transformer).__name__}",
             f"  parameters             {count:,} in {config.model.dtype}",
             f"  call                   {settings}",
             f"  samples                {prompts} in batches of {batch_size}, guidance branches: {', '.join(branches)}",

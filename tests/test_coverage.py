@@ -8,7 +8,6 @@ import pytest
 from pipelines import PIPELINES, UNBUILT, classes
 from pipelines.oracle import outcomes
 from pipelines.records import Case, Record
-
 from scripts.coverage import examine_all, table
 
 # Ways to call pipelines that differ in kind, for the normal run.

@@ -26,6 +26,7 @@ from dpcache.predictors import Reuse, Taylor
 from dpcache.sampler import generate, sample
 from dpcache.schedules import EvenlySpaced, Schedule
 from dpcache.steps import Loop
+from helpers.commands import results, run
 from helpers.families import FAMILIES, flux, wan21_t2v
 
 T, STEPS = 10, [0, 3, 6]
@@ -540,3 +541,20 @@ def test_every_step_has_to_be_there():
     refused = pytest.raises(ValueError, match="num_inference_steps=10 in the pipeline call")
     with dpcache.cached(pipe, dpcache.Method(EvenlySpaced(3, 20), "stack", Reuse())), refused:
         latents(pipe, **PROMPT)
+
+
+def test_two_transformers_from_the_command_line(video, tmp_path):
+    video.pipe.save_pretrained(tmp_path / "model")
+    size = [f"+model.call.{name}={value}" for name, value in VIDEO.items() if name not in ("height", "width")]
+    size = [item.replace("+model.call.num_frames", "model.call.num_frames") for item in size if "guidance" not in item]
+    common = [f"num_inference_steps={T}", "num_prompts=1", "calibration.num_prompts=1", "eval.timing.repeats=0"]
+    common += [f"model.path={tmp_path / 'model'}", "model=wan22_t2v", "model.dtype=float32", "eval.metrics=[psnr]"]
+    common += ["model.call.height=32", "model.call.width=32", *size]
+    for name in ("dpcache", "teacache"):
+        code, out, err = run(*common, f"method={name}", "budget=5", folder=tmp_path)
+        assert code == 0, err
+    made = results(tmp_path)
+    assert sorted(result["method"] for result in made) == ["dpcache", "teacache"]
+    assert {len(result["schedules"][0]) for result in made if result["method"] == "dpcache"} == {5}
+    code, out, err = run(*common, "method=fora", "budget=4", "+dry_run=true", folder=tmp_path)
+    assert code == 0 and "2 WanTransformer3DModel" in out

@@ -74,19 +74,23 @@ PUBLISHED = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _WAN | {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": _WAN,
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": _WAN | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
-    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _WAN,
     "Qwen/Qwen-Image": _QWEN_IMAGE,
 }
 """Configurations of transformers on the hub, as diffusers takes them."""
 
+EXPERTS = {"Wan-AI/Wan2.2-T2V-A14B-Diffusers": (_WAN, 2)}
+"""Of pipelines with so many transformers alike, for a range of steps each."""
+
 
 @dataclass(frozen=True)
 class Architecture:
-    """A transformer's configuration (with its `_class_name`), and how many pixels and frames a latent stands for."""
+    """A transformer's configuration (with its `_class_name`), how many pixels and frames a latent stands for, and how
+    many such transformers the pipeline has."""
 
     config: Mapping
     spatial: int = 8
     temporal: int = 4
+    count: int = 1
 
     def build(self, device: str = "meta", dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
         """The transformer, with random weights, or on the device "meta" without any. Raises ValueError for a class
@@ -178,9 +182,11 @@ def architecture(path: str) -> Architecture:
             spatial = vae.get("scale_factor_spatial") or vae.get("spatial_compression_ratio")
             spatial = spatial or 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
             temporal = vae.get("scale_factor_temporal") or vae.get("temporal_compression_ratio") or 4
-            return Architecture(config, spatial, temporal)
+            return Architecture(config, spatial, temporal, 1 + (folder / "transformer_2" / "config.json").is_file())
     if path in PUBLISHED:
         return Architecture(PUBLISHED[path])
-    raise ValueError(
-        f"model.path={path}: neither a folder in diffusers format nor one of the known {', '.join(PUBLISHED)}"
-    )
+    if path in EXPERTS:
+        config, count = EXPERTS[path]
+        return Architecture(config, count=count)
+    known = ", ".join([*PUBLISHED, *EXPERTS])
+    raise ValueError(f"model.path={path}: neither a folder in diffusers format nor one of the known {known}")

@@ -8,7 +8,7 @@ from helpers.commands import ROOT
 SHORT = "num_inference_steps=6 num_prompts=2 calibration.num_prompts=2 batch_size=2 budget=4"
 FEWER = {  # of what an experiment sweeps
     "ablation_predictor": ["method.predictors=[taylor2],[lsq2]", "method.planners=[even],[gram]"],
-    "ablation_warmup": ["method.predictors=[lsq3]"],
+    "ablation_warmup": ["method.warmups=[1],[3]"],
     "ablation_calibration_prompts": ["method=dpcache"],
     "frontier": ["method=dpcache,dpcache_lsq,dpcache_lsq_output"],
 }

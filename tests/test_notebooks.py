@@ -17,11 +17,11 @@ import types
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from helpers.commands import run as forked
 
-def shorter(command, **options):
+def shorter(command, cwd, **options):
     python, script, *arguments = command
     name = next(argument.partition("=")[2] for argument in arguments if argument.startswith("experiment="))
     arguments = [argument for argument in arguments if not argument.startswith("output_dir=")]
-    code, out, err = forked(*arguments, *{FEWER!r}.get(name, []), folder=OUTPUTS)
+    code, out, err = forked(*arguments, *{FEWER!r}.get(name, []), folder=OUTPUTS, cwd=cwd)
     return types.SimpleNamespace(returncode=code, stderr=err)
 
 subprocess = types.SimpleNamespace(run=shorter)

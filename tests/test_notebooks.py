@@ -8,7 +8,7 @@ from helpers.commands import ROOT
 SHORT = "num_inference_steps=6 num_prompts=2 calibration.num_prompts=2 batch_size=2 budget=4"
 FEWER = {  # of what an experiment sweeps
     "ablation_predictor": ["method.predictors=[taylor2],[lsq2]", "method.planners=[even],[gram]"],
-    "ablation_warmup": ["method.predictors=[lsq3]"],
+    "ablation_warmup": ["method.warmups=[1],[3]"],
     "ablation_calibration_prompts": ["method=dpcache"],
     "frontier": ["method=dpcache,dpcache_lsq,dpcache_lsq_output"],
 }
@@ -17,11 +17,11 @@ import types
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from helpers.commands import run as forked
 
-def shorter(command, **options):
+def shorter(command, cwd, **options):
     python, script, *arguments = command
     name = next(argument.partition("=")[2] for argument in arguments if argument.startswith("experiment="))
     arguments = [argument for argument in arguments if not argument.startswith("output_dir=")]
-    code, out, err = forked(*arguments, *{FEWER!r}.get(name, []), folder=OUTPUTS)
+    code, out, err = forked(*arguments, *{FEWER!r}.get(name, []), folder=OUTPUTS, cwd=cwd)
     return types.SimpleNamespace(returncode=code, stderr=err)
 
 subprocess = types.SimpleNamespace(run=shorter)

@@ -49,21 +49,21 @@ def run_alone(*arguments, folder) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def fork(*arguments, folder, streams=(os.devnull, os.devnull)) -> multiprocessing.Process:
-    """`python run.py` in `folder`, as a fork of a process that has loaded the libraries and nothing of the project:
-    to load them takes longer than most of the tests' runs. `streams`: files of its stdout and stderr."""
+def fork(*arguments, folder, cwd=None, streams=(os.devnull, os.devnull)) -> multiprocessing.Process:
+    """`python run.py` in `folder` (or `cwd`), as a fork of a process that has loaded the libraries and nothing of the
+    project: to load them takes longer than most of the tests' runs. `streams`: files of its stdout and stderr."""
     arguments = (*arguments, f"output_dir={folder}")
-    process = forks.Process(target=_run, args=(arguments, folder, dict(ENVIRONMENT), streams))
+    process = forks.Process(target=_run, args=(arguments, cwd or folder, dict(ENVIRONMENT), streams))
     with patch.dict(os.environ, ENVIRONMENT):  # also of the process that is forked
         process.start()
     return process
 
 
-def run(*arguments, folder) -> tuple[int, str, str]:
+def run(*arguments, folder, cwd=None) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of `fork`."""
     with tempfile.TemporaryDirectory() as said:
         streams = [Path(said, name) for name in ("out", "err")]
-        process = fork(*arguments, folder=folder, streams=streams)
+        process = fork(*arguments, folder=folder, cwd=cwd, streams=streams)
         process.join(300)
         if process.exitcode is None:
             process.kill()
@@ -71,10 +71,10 @@ def run(*arguments, folder) -> tuple[int, str, str]:
         return process.exitcode, *(stream.read_text() for stream in streams)
 
 
-def _run(arguments, folder, environment, streams):
+def _run(arguments, cwd, environment, streams):
     for descriptor, stream in enumerate(streams, 1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), descriptor)
-    os.chdir(folder)
+    os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
     sys.path[:0] = [str(ROOT), *environment.get("PYTHONPATH", "").split(os.pathsep)]

@@ -17,6 +17,7 @@ from baselines.bwcache import bwcache
 from baselines.dicache import dicache
 from baselines.easycache import easycache
 from baselines.speca import speca
+from dpcache.steps import Loop
 from eval import timing
 from helpers import by_hand as hand
 from helpers.by_hand import T, distance, dit_inputs, euler, flux_inputs, sigma
@@ -299,7 +300,7 @@ def spent_by_flops(rollout, method):
     rollout.steps = 20
     with dpcache.cached(rollout.model, method):
         rollout()
-        calls = timing.flops(rollout.model, rollout)[1]
+        calls = timing.flops([rollout.model], rollout)[1]
         report = dpcache.report(rollout.model)
     first, spent = report.spent["default"]
     assert first == pytest.approx(spent, rel=1e-6) and spent == pytest.approx(sum(calls) / max(calls), rel=1e-6)
@@ -357,11 +358,12 @@ def test_samplers_may_work_in_place(rollout, name):
 @pytest.mark.parametrize("name", ONLINE)
 def test_a_model_at_rest_stays_there(rollout, name):
     """Nothing changes, so every ratio of changes is 0 / 0."""
-    with dpcache.cached(rollout.model, ONLINE[name]()), torch.no_grad():
-        outputs = [
-            rollout.model(rollout.start, timestep=torch.ones(2), return_dict=False, **rollout.fixed)[0]
-            for _ in range(20)
-        ]
+    loop, outputs = Loop(rollout.model, 20), []
+    with dpcache.cached(loop, ONLINE[name]()), torch.no_grad():
+        for _ in range(20):
+            call = {"timestep": torch.ones(2), "return_dict": False, **rollout.fixed}
+            outputs.append(rollout.model(rollout.start, **call)[0])
+            loop.step()
     assert all(torch.allclose(output, outputs[0], atol=1e-5) for output in outputs)
 
 

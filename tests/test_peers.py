@@ -68,7 +68,7 @@ def test_a_peer_spends_its_budget_and_leaves_no_trace(pipe, calibration, name):
     if method.partial:
         calls = []
         sample_flops = timing.flops(
-            pipe.transformer, lambda: calls.append(sample(pipe, method, ["dog"], [0], decode=False, **CALL))
+            [pipe.transformer], lambda: calls.append(sample(pipe, method, ["dog"], [0], decode=False, **CALL))
         )[1]
         assert spent == pytest.approx(sum(sample_flops) / max(sample_flops), rel=1e-6)
 

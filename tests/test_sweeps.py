@@ -310,8 +310,8 @@ def test_two_processes_share_a_run_and_make_the_same_images(tmp_path):
 
 def test_flops_are_counted_per_call(pipe):
     layer = torch.nn.Linear(8, 16)
-    total, calls = timing.flops(
-        layer, lambda: [layer(torch.ones(n, 8)) for n in (4, 6)] + [torch.ones(3, 5) @ torch.ones(5, 7)]
+    total, calls, _ = timing.flops(
+        [layer], lambda: [layer(torch.ones(n, 8)) for n in (4, 6)] + [torch.ones(3, 5) @ torch.ones(5, 7)]
     )
     assert calls == [2 * 4 * 8 * 16, 2 * 6 * 8 * 16] and total == sum(calls) + 2 * 3 * 5 * 7
     assert not layer._forward_hooks and not layer._forward_pre_hooks

@@ -286,7 +286,9 @@ def test_the_budget_is_spent_in_full_step_equivalents(pipe, calibration, budget)
     assert spent == method.settled["spent"] and abs(spent - budget) <= 0.5
 
     def flops(method):
-        return sum(timing.flops(pipe.transformer, lambda: sample(pipe, method, ["dog"], [0], decode=False, **CALL))[1])
+        return sum(
+            timing.flops([pipe.transformer], lambda: sample(pipe, method, ["dog"], [0], decode=False, **CALL))[1]
+        )
 
     assert spent == pytest.approx(10 * flops(method) / flops(full(10)), rel=0.01)
 

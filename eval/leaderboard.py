@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from eval.metrics import METRICS, Column
 from eval.pictures import STYLE, save
 from eval.statistics import paired_difference
 
@@ -60,16 +61,18 @@ ORDER = (
     "dpcache_lsq_output",
 )
 SETTING = ["model", "num_inference_steps"]  # results of different settings never share a table
-PRINTED = ("psnr", "ssim", "speedup", "computed_steps")
 SPEED = ("speedup", "transformer_speedup", "efficiency")  # as timed; runs say where their rounds disagree
-LABELS = {
-    "psnr": "PSNR (dB)",
-    "ssim": "SSIM",
-    "speedup": "speed-up",
-    "flops_speedup": "speed-up by FLOPs",
-    "computed_steps": "computed steps",
+MEASURED = {
+    column.name: column
+    for column in (
+        Column(name="speedup", label="speed-up", higher_is_better=True),
+        Column(name="transformer_speedup", label="transformer speed-up", higher_is_better=True),
+        Column(name="efficiency", label="efficiency", higher_is_better=True),
+        Column(name="flops_speedup", label="speed-up by FLOPs", higher_is_better=True),
+        Column(name="computed_steps", label="computed steps", digits=1, higher_is_better=False),
+    )
 }
-TRIVIAL_FOR_FULL = {"psnr", "ssim", "lpips", "latent_error"}  # distances to the full-step reference itself
+LEVEL = 0.01  # gains that differ by less are level: no machine measures them closer
 
 
 def flatten(result: dict) -> dict:
@@ -123,6 +126,36 @@ def collect(folder: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def column(name: str) -> Column:
+    """What is known of a metric, of what a run measures, or of neither, as in results of other versions."""
+    return METRICS.get(name) or MEASURED.get(name) or Column(name=name, label=name, higher_is_better=None)
+
+
+def metrics(frame: pd.DataFrame) -> list[str]:
+    """The metrics that a run of the frame has, or could not have, in the order of `METRICS`; unknown ones last."""
+    names = [name[:-2] for name in frame if name.endswith("_n") and f"{name[:-2]}_lo" in frame]
+    for reasons in frame.get("metrics_unavailable", ()):
+        names += reasons if isinstance(reasons, dict) else ()
+    known = [name for name in METRICS if name in names]
+    return known + sorted(set(names) - set(known))
+
+
+def _against_full(name: str) -> bool:
+    return name in METRICS and METRICS[name].against_full
+
+
+def front(gains: np.ndarray, values: np.ndarray, higher_is_better: bool) -> np.ndarray:
+    """Which of N points (gain, value) lie on the Pareto front, as booleans (N,). More gain is better.
+
+    A point is beaten by one with a better value that is no slower, to within `LEVEL`, and by one with the same value
+    that is faster.
+    """
+    gains, values = np.asarray(gains, dtype=float), np.asarray(values, dtype=float) * (1 if higher_is_better else -1)
+    better, same = values[:, None] > values, values[:, None] == values  # [i, j]: i than j
+    beats = (better & (gains[:, None] >= gains * (1 - LEVEL))) | (same & (gains[:, None] > gains))
+    return ~beats.any(axis=0)
+
+
 def _newest(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.sort_values("written").drop_duplicates([*SETTING, "label", "budget", "seed"], keep="last")
 
@@ -167,8 +200,7 @@ def table(frame: pd.DataFrame, metric: str = "psnr") -> str:
     Runs in which the metric was unavailable are listed below with their reasons. Raises ValueError for a column that
     no result has.
     """
-    fine = metric in ("ssim", "latent_error", "lpips") or metric.startswith("kid")
-    digits = 1 if metric == "computed_steps" else 4 if fine else 2
+    digits = column(metric).digits
 
     def cell(row: pd.Series) -> str:
         if row["unreliable"]:
@@ -188,7 +220,7 @@ def table(frame: pd.DataFrame, metric: str = "psnr") -> str:
             cells = {row["budget"]: cell(row) for _, row in board.loc[[label]].iterrows()}
             lines.append([label, *(cells.get(budget, "–") for budget in budgets)])
         parts.append(
-            f"### {LABELS.get(metric, metric)}: {heading}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            f"### {column(metric).title}: {heading}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
         )
     parts += [
         f"- {metric} unavailable: {r.label}, K = {r.budget}, seed {r.seed}: {r.reason}" for r in lost.itertuples()
@@ -202,7 +234,7 @@ def paired_table(frame: pd.DataFrame, against: str, metric: str = "psnr") -> str
     frame = _newest(frame)
     if against not in set(frame["label"]):
         raise ValueError(f"no result of {against!r}; the board has {sorted(set(frame['label']))}")
-    lines = [f"### {LABELS.get(metric, metric)} against {against}, same prompts", ""]
+    lines = [f"### {column(metric).title} against {against}, same prompts", ""]
     lines += ["| setting | K | method | difference | 95 % interval |", "|---|---:|---|---:|---|"]
     for (model, total, budget, _), part in frame.groupby([*SETTING, "budget", "seed"]):
         scores = {row.label: row.scores for row in part.itertuples()}
@@ -232,7 +264,7 @@ def figure(path: str | Path, frame: pd.DataFrame, metric: str = "psnr") -> Path:
     plot = Figure(figsize=(5.2 * len(boards) + any(lists), max(3.2 * (not all(lists)), 0.8 + 0.25 * rows)))
     plot.set_layout_engine("constrained")
     for axes, short, (heading, (board, level)) in zip(plot.subplots(1, len(boards), squeeze=False)[0], lists, boards):
-        (_list if short else _curves)(axes, board, LABELS.get(metric, metric))
+        (_list if short else _curves)(axes, board, column(metric).title)
         if level is not None:
             (axes.axvline if short else axes.axhline)(level, color="0.4", ls="--", lw=1, label="full")
         axes.set_title(heading)
@@ -246,7 +278,7 @@ def figure(path: str | Path, frame: pd.DataFrame, metric: str = "psnr") -> Path:
 def _without_full(board: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, float | None]:
     """The board without `full`, and the level of `full` where that says something."""
     full = board[board.index == "full"]["mean"]
-    return board[board.index != "full"], None if metric in TRIVIAL_FOR_FULL or full.empty else full.mean()
+    return board[board.index != "full"], None if _against_full(metric) or full.empty else full.mean()
 
 
 def _styles(labels: Iterable[str]) -> dict[str, dict]:
@@ -271,8 +303,10 @@ def pareto(path: str | Path, frame: pd.DataFrame, metric: str = "psnr", gain: st
     of the board; the dashed front goes through the runs that no other run beats in both, and names them. Runs whose
     timed rounds disagree have no place on a measured gain.
 
-    Raises ValueError for a column that no result has.
+    Raises ValueError for a column that no result has, and for a metric of which nobody knows whether higher is better.
     """
+    if (higher := column(metric).higher_is_better) is None:
+        raise ValueError(f"metric={metric} has no Pareto front: whether higher is better is not known")
     boards = [(heading, _without_full(board, metric)[0]) for heading, board in _boards(frame, metric)]
     gains = {
         heading: board[~board["unreliable"]].set_index("budget", append=True)["mean"]
@@ -286,15 +320,13 @@ def pareto(path: str | Path, frame: pd.DataFrame, metric: str = "psnr", gain: st
         for label, style in _styles(points.index).items():
             line = points.loc[[label]].sort_values("gain")
             axes.plot(line["gain"], line["mean"], "-", ms=4, lw=0.6, label=label, **style)
-        # Gains within a twentieth are level: no machine measures them closer.
-        front = points.assign(level=points["gain"].round(1)).sort_values(["level", "mean"], ascending=False)
-        front = front[front["mean"] > front["mean"].cummax().shift(fill_value=-np.inf)]
-        axes.plot(front["gain"], front["mean"], "k--", lw=0.8, zorder=0)
-        for label, row in front.iterrows():
+        best = points[front(points["gain"], points["mean"], higher)].sort_values("gain", ascending=False)
+        axes.plot(best["gain"], best["mean"], "k--", lw=0.8, zorder=0)
+        for label, row in best.iterrows():
             right, at = row["gain"] > points["gain"].mean(), (row["gain"], row["mean"])
             where = {"xytext": (-4 if right else 4, 4), "ha": "right" if right else "left"}
             axes.annotate(f"{label} {row['budget']:.0f}", at, textcoords="offset points", **where)
-        axes.set(xlabel=LABELS.get(gain, gain), ylabel=LABELS.get(metric, metric), title=heading)
+        axes.set(xlabel=column(gain).title, ylabel=column(metric).title, title=heading)
         axes.grid(color="0.9", lw=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
@@ -319,7 +351,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="folder below which result.json files are collected")
-    parser.add_argument("--metric", help="print this column only; default: PSNR, SSIM, speed-up and computed steps")
+    parser.add_argument("--metric", help="print this column only; default: what compares with full steps, and speed")
     parser.add_argument("--against", metavar="METHOD", help="also print paired differences to this method")
     parser.add_argument("--figure", type=Path, help="also draw the metric (default: PSNR) over the budget")
     parser.add_argument("--pareto", type=Path, help="also draw the metric (default: PSNR) over the --gain")
@@ -330,7 +362,8 @@ def main() -> None:
     frame = collect(arguments.folder)
     if frame.empty:
         parser.exit(1, f"no result.json below {arguments.folder}\n")
-    for metric in [arguments.metric] if arguments.metric else PRINTED:
+    printed = [*filter(_against_full, metrics(frame)), "speedup", "computed_steps"]
+    for metric in [arguments.metric] if arguments.metric else printed:
         try:
             text = table(frame, metric)
         except ValueError as error:

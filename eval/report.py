@@ -16,13 +16,11 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from eval.files import write_text
-from eval.leaderboard import LABELS, ORDER, SETTING, SPEED, TRIVIAL_FOR_FULL, _newest, _rank, table
+from eval.leaderboard import LEVEL, ORDER, SETTING, SPEED, _against_full, _newest, _rank, column, metrics, table
 from eval.pictures import still
 from eval.sweep import FAILURE
 
-LOWER_IS_BETTER = ("latent_error", "lpips", "fid", "kid")  # beginnings of names
 MEMORY = {"history": "cache memory", "peak_device": "peak device memory", "peak_rss": "peak RSS"}
-ABBREVIATIONS = {"clip", "fid", "kid", "lpips"}
 VERSIONS = ("processor", "python", "torch", "diffusers", "git")
 OWN_GRID = {"fewer_steps", "dpm_solver", "unipc"}  # their steps are not among the T steps of the others
 LARGEST = 512  # pixels on the longer side; larger images would make a page of hundreds of megabytes
@@ -85,12 +83,6 @@ def _order(frame: pd.DataFrame, first: list[str]) -> list:
     return sorted(rows, key=rows.get)
 
 
-def metrics(frame: pd.DataFrame) -> list[str]:
-    """The frame's columns that came from metrics, the ones with a label first."""
-    names = [name[:-2] for name in frame if name.endswith("_n") and f"{name[:-2]}_lo" in frame]
-    return sorted(names, key=lambda name: list(LABELS).index(name) if name in LABELS else len(LABELS))
-
-
 def csv(frame: pd.DataFrame, folder: str | Path) -> str:
     """One line per row with every number as it stands in `result.json`; `path` is relative to `folder`."""
     first = ["model", "num_inference_steps", "method", "label", "budget", "computed_steps", "equal_compute", "seed"]
@@ -102,7 +94,7 @@ def csv(frame: pd.DataFrame, folder: str | Path) -> str:
 
 def markdown(frame: pd.DataFrame, failed: list[dict]) -> str:
     """A table for every metric and speed, then what readers must know: unequal compute and failed runs."""
-    wanted = [name for name in (*metrics(frame), *SPEED, "computed_steps") if name in frame]
+    wanted = [*metrics(frame), *(name for name in (*SPEED, "computed_steps") if name in frame)]
     parts = ["# Leaderboard", *(table(frame, name) for name in wanted)]
     if unequal := [
         f"- {r.label}, K = {r.budget}: {r.computed_steps:g} steps computed, not at equal compute"
@@ -130,7 +122,7 @@ def page(frame: pd.DataFrame, failed: list[dict], prompts: int) -> str:
 
 
 def _data(frame: pd.DataFrame, failed: list[dict], prompts: int) -> dict:
-    names, images, walls, runs = metrics(frame), {}, [], {}
+    names, images, walls, runs = [name for name in metrics(frame) if name in frame], {}, [], {}
 
     def embed(image: Image.Image | None) -> int | None:
         return None if image is None else images.setdefault(_uri(image), len(images))
@@ -143,8 +135,8 @@ def _data(frame: pd.DataFrame, failed: list[dict], prompts: int) -> dict:
     machines = frame[versions].fillna("unknown").drop_duplicates()
     return {
         "written": f"{datetime.fromtimestamp(frame['written'].max(), UTC):%Y-%m-%d}",
-        "metrics": [{"name": name, "label": _title(name), "lower": name.startswith(LOWER_IS_BETTER)} for name in names],
-        "trivial": sorted(TRIVIAL_FOR_FULL),
+        "metrics": [_metric(name) for name in names],
+        "level": LEVEL,
         "memory": {name: label for name, label in MEMORY.items() if name in frame and frame[name].notna().any()},
         "methods": _colors(frame),
         "machines": sorted(", ".join(f"{n} {row[n]}" for n in versions) for row in machines.to_dict("records")),
@@ -215,10 +207,10 @@ def _run(row, names: list[str]) -> dict:
     }
 
 
-def _title(name: str) -> str:
-    words = [word.upper() if word in ABBREVIATIONS else word for word in name.split("_")]
-    title = LABELS.get(name, " ".join(words))
-    return title[:1].upper() + title[1:]
+def _metric(name: str) -> dict:
+    """What the page must know about a metric; "higher": whether that is better, None where nobody knows."""
+    title, higher = column(name).title, column(name).higher_is_better
+    return {"name": name, "label": title[:1].upper() + title[1:], "higher": higher, "trivial": _against_full(name)}
 
 
 def _colors(frame: pd.DataFrame) -> dict[str, int]:

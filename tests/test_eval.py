@@ -344,6 +344,64 @@ def test_figure(runs, tmp_path, metric):
     assert Image.open(path).size[0] == 2280 and Image.open(path).size[1] < 640
 
 
+def beaten_by_hand(points: list[tuple[float, float]], higher: bool) -> set[int]:
+    """Indices of (gain, value) that another point beats: better at no less than 99 % of the gain, or as good and
+    faster."""
+    beaten = set()
+    for i, (gain, value) in enumerate(points):
+        for other_gain, other in points:
+            better = other > value if higher else other < value
+            if (better and other_gain >= 0.99 * gain) or (other == value and other_gain > gain):
+                beaten.add(i)
+    return beaten
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(2, 12), st.integers(-3, 3)), min_size=1, max_size=12), st.booleans())
+def test_the_front_is_what_no_other_run_beats_whichever_direction_is_better(points, higher):
+    gains, values = np.array(points, dtype=float).T
+    on = leaderboard.front(gains, values, higher)
+    assert set(np.flatnonzero(~on)) == beaten_by_hand(points, higher)
+    best = values.max() if higher else values.min()
+    assert on.any() and best in values[on] and gains.max() in gains[on]
+    along = values[on][np.argsort(gains[on], kind="stable")]
+    assert (np.diff(along) <= 0).all() if higher else (np.diff(along) >= 0).all()  # faster costs quality
+
+
+def test_gains_that_no_machine_tells_apart_are_level():
+    assert leaderboard.front([4.02, 4.0, 3.0], [20.0, 30.0, 30.0], True).tolist() == [False, True, False]
+    assert leaderboard.front([4.1, 4.0, 3.0], [20.0, 30.0, 30.0], True).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("metric", "front"), [("psnr", ["fora 9", "toca 9"]), ("lpips", ["fora 9", "dicache 9"]), ("clip", ["fora 9"])]
+)
+def test_pareto_pictures_know_the_direction_of_their_metric(tmp_path, monkeypatch, metric, front):
+    scored = {  # speed-up, PSNR, LPIPS, CLIP
+        "fora": (4.0, 30.0, 0.3, 30.0),
+        "toca": (3.0, 31.0, 0.4, 20.0),
+        "dicache": (2.0, 29.0, 0.2, 30.0),
+    }
+    for name, (speedup, *values) in scored.items():
+        (tmp_path / name).mkdir()
+        means = {m: {"mean": v, "ci95": [None, None], "n": 1} for m, v in zip(("psnr", "lpips", "clip"), values)}
+        run = result(name, 9, 0.0, timing={"speedup": speedup}, metrics=means)
+        (tmp_path / name / "result.json").write_text(json.dumps(run))
+    drawn = []
+    monkeypatch.setattr(leaderboard, "save", lambda plot, path: drawn.append(plot) or path)
+    leaderboard.pareto(tmp_path / "pareto.png", leaderboard.collect(tmp_path), metric)
+    assert [text.get_text() for text in drawn[0].axes[0].texts] == front
+
+
+def test_a_metric_of_another_version_is_listed_but_has_no_front(tmp_path):
+    old = {"psnr": {"mean": 30.0, "ci95": [29.0, 31.0], "n": 8}, "beauty": {"mean": 0.5, "ci95": [0.4, 0.6], "n": 8}}
+    (tmp_path / "result.json").write_text(json.dumps(result("fora", 9, 30.0, metrics=old)))
+    frame = leaderboard.collect(tmp_path)
+    assert leaderboard.metrics(frame) == ["psnr", "beauty"] and "### beauty: tiny" in leaderboard.table(frame, "beauty")
+    with pytest.raises(ValueError, match="metric=beauty has no Pareto front"):
+        leaderboard.pareto(tmp_path / "pareto.png", frame, "beauty")
+
+
 def test_pareto_front_names_the_runs_that_none_beats(tmp_path, monkeypatch):
     for name, budget, psnr, speedup in (("fora", 9, 30, 4.0), ("toca", 9, 31, 3.0), ("teacache", 9, 30, 3.5)):
         folder = tmp_path / name

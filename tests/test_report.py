@@ -86,7 +86,7 @@ def test_markdown_holds_the_numbers_of_the_results(outputs):
             if line.startswith(f"| {result['method']} |")
         ]
         assert f" {result['metrics']['psnr']['mean']:.2f} ± " in line
-    assert all(f"### {title}" in text for title in ("latent_error", "speed-up", "efficiency", "Failed"))
+    assert all(f"### {title}" in text for title in ("latent error", "speed-up", "efficiency", "Failed"))
     assert "| not reliable |" in text[text.index("### efficiency") :]  # a single round has no spread
     assert {run["unreliable"] for run in embedded(outputs)["runs"]} == {"a single round has no spread"}
     assert f"- fora-K9: `{' '.join(ERROR.split())}`" in text and "- fora-K3: unfinished" in text

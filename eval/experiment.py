@@ -24,7 +24,7 @@ from dpcache.session import denoisers
 from eval import metrics, pictures, timing
 from eval.metrics import Samples, Scorer, evaluate
 from eval.prompts import read
-from eval.statistics import summarise
+from eval.statistics import doubt, summarise
 from eval.store import collect, locked
 
 __all__ = [
@@ -336,8 +336,7 @@ def _timed(timed: dict) -> list[str]:
     low, high = timed.get("speedup_range", (math.nan, math.nan))
     seconds = f"{timed['reference_s']:.2f} s -> {timed['cached_s']:.2f} s"
     lines = [f"  speed-up               {timed['speedup']:.2f}x end to end ({seconds}), {low:.2f}x to {high:.2f}x"]
-    reason = timed.get("unreliable", "measured by an earlier version, which kept no spread")
-    if reason:
+    if reason := doubt(timed):
         return [*lines, f"  {'':<22} not reliable: {reason}"]
     ideal, (low, high) = timed["ideal_speedup"], timed["transformer_speedup_range"]
     return [

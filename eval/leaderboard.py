@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from eval.metrics import METRICS, Column
 from eval.pictures import STYLE, save
-from eval.statistics import paired_difference
+from eval.statistics import doubt, paired_difference
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,8 @@ def flatten(result: dict) -> dict:
         row["flops_speedup"] = flops["full"] / flops["cached"]
     for group in ("timing", "memory", "versions"):
         row |= {k: v for k, v in result.get(group, {}).items() if not isinstance(v, (list, dict))}
+    if "efficiency" in row:
+        row["unreliable"] = doubt(result["timing"])
     for name in SPEED:
         if found := result.get("timing", {}).get(f"{name}_range"):
             row[f"{name}_lo"], row[f"{name}_hi"] = found

@@ -36,3 +36,8 @@ def paired_difference(a: Sequence[float], b: Sequence[float], seed: int = 0) -> 
     if len(a) != len(b):
         raise ValueError(f"paired values need equal lengths, got {len(a)} and {len(b)}")
     return summarise(np.subtract(a, b, dtype=np.float64), seed)
+
+
+def doubt(timed: dict) -> str | None:
+    """Why the `timing` of a result is not reliable, or None."""
+    return timed.get("unreliable", "measured by an earlier version, which kept no spread")

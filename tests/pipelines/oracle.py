@@ -233,6 +233,7 @@ class Subject:
             raise Broken(f"{len(self.calls)} transformer calls and {watch.stepped} scheduler steps were seen")
         self.steps = 1 + max(call.step for call in self.calls)
         self.generations = {call.generation for call in self.calls}
+        self.latest: list[Call] = []
         self.clean = attributes(self.pipe)
         self.check()
 
@@ -259,8 +260,9 @@ class Subject:
                     raise Broken(f"{one} and {other} return the same: a mixture of them could not be seen")
 
     def run(self, method, **options) -> tuple[list[torch.Tensor], list[Call]]:
-        """The result with a method, and the transformer calls."""
+        """The result with a method, and the transformer calls, which stay in `latest` if it is refused."""
         with Watch(self.pipe, **options)() as watch:
+            self.latest = watch.calls
             dpcache.enable(self.pipe, method)
             try:
                 result = copied(tensors(self.record.call(self.pipe, self.case)))
@@ -285,10 +287,12 @@ def judge(subject: Subject, site: str) -> str:
         words = " ".join(str(error).split())
         if not ours(error):
             outcome = f"wrong: {type(error).__name__} at {where(error)}: {words}"
-        elif names_something(words, subject.pipe):
-            outcome = f"refused: {words}"
-        else:
+        elif not names_something(words, subject.pipe):
             outcome = f"wrong: refused without naming the pipeline, the model or a setting: {words}"
+        elif late := too_late(subject, site):
+            outcome = f"wrong: {late}, then refused: {words}"
+        else:
+            outcome = f"refused: {words}"
     except Wrong as error:
         outcome = f"wrong: {error}"
     except Exception as error:
@@ -353,15 +357,30 @@ def pattern(calls: list[Call]) -> str:
 
 def same_input_every_step(subject: Subject, site: str) -> None:
     """Where each call of a step gets the same at every step, and something else than its siblings, it returns the
-    same at every step, computed or predicted: no branch is predicted from another one's history."""
+    same at every step, computed or predicted: no branch is predicted from another one's history. So, too, before a
+    refusal."""
     first = first_of(subject.calls)
     method = dpcache.Method(Schedule(keys(subject.steps), subject.steps), site, Reuse())
-    _, calls = subject.run(method, replay=subject.calls)
-    for call in calls:
-        off = difference(call.output, first[call.generation, call.number].output)
-        if off > (1e-4 if site in _SUMS else 0):
-            kind = "computed" if call.ran else "predicted"
-            raise Wrong(f"with the same input at every step, {call} ({kind}) is off by {off:.1e}")
+    try:
+        subject.run(method, replay=subject.calls)
+    finally:
+        for call in subject.latest:
+            off = difference(call.output, first[call.generation, call.number].output)
+            if off > (1e-4 if site in _SUMS else 0):
+                kind = "computed" if call.ran else "predicted"
+                raise Wrong(f"with the same input at every step, {call} ({kind}) is off by {off:.1e}")
+
+
+def too_late(subject: Subject, site: str) -> str | None:
+    """What was wrong of the calls that had returned before a refusal."""
+    if subject.latest:
+        try:
+            same_input_every_step(subject, site)
+        except Wrong as error:
+            return str(error)
+        except ValueError:  # the refusal itself
+            return None
+    return None
 
 
 def branches_named(subject: Subject, site: str, result: list[torch.Tensor]) -> None:

@@ -101,7 +101,7 @@ def run(config: DictConfig, folder: Path) -> dict:
     method = instantiate(config.method)
     name = label(config, choices.method, method.needs_calibration, HydraConfig.get().overrides.task)
     experiment.check(config)
-    experiment.warn_few_steps(config, choices.method)
+    experiment.warn_few_steps(config)
     prompts, calibration_prompts = experiment.read_prompts(config, method.needs_calibration)
     main = sweep.main_process()
     if config.dry_run:

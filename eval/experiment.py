@@ -24,6 +24,7 @@ from dpcache.session import denoisers
 from eval import metrics, pictures, timing
 from eval.metrics import Samples, Scorer, evaluate
 from eval.prompts import read
+from eval.schema import Group
 from eval.statistics import doubt, summarise
 from eval.store import collect, locked
 
@@ -58,9 +59,9 @@ def check(config: DictConfig) -> None:
         raise ValueError(f"eval.timing.repeats={config.eval.timing.repeats} must be at least 0")
 
 
-def warn_few_steps(config: DictConfig, method: str) -> None:
+def warn_few_steps(config: DictConfig) -> None:
     """A word to whoever caches a model that was distilled to a few steps."""
-    if config.num_inference_steps < 10 and method not in ("full", "fewer_steps"):
+    if config.num_inference_steps < 10 and config.about.group is not Group.plain:
         log.warning(
             "num_inference_steps=%s: the steps of so short a run have little in common, so caching gains next to "
             "nothing; method=fewer_steps is the plain alternative",

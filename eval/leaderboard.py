@@ -6,9 +6,8 @@ The command also writes the board into the folder: `leaderboard.csv`, `leaderboa
 import argparse
 import json
 import logging
-import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
@@ -16,50 +15,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from eval.methods import FULL, order, styles
 from eval.metrics import METRICS, Column
 from eval.pictures import STYLE, save
 from eval.statistics import doubt, paired_difference
 
 log = logging.getLogger(__name__)
 
-ORDER = (
-    "full",
-    "fewer_steps",
-    "dpm_solver",
-    "unipc",
-    "uniform_skip",
-    "ab_cache",
-    "zeus",
-    "easycache",
-    "ertacache",
-    "fora",
-    "taylorseer",
-    "taylorseer_lite",
-    "hicache",
-    "foca",
-    "speca",
-    "toca",
-    "profilingdit",
-    "spectrum",
-    "hyca",
-    "teacache",
-    "dicache",
-    "bwcache",
-    "diffusers_taylorseer",
-    "diffusers_taylorseer_lite",
-    "magcache",
-    "seacache",
-    "first_block_cache",
-    "pab",
-    "fastercache",
-    "dbcache",
-    "dbcache_taylorseer",
-    "dbcache_foca",
-    "dbcache_scm",
-    "dpcache",
-    "dpcache_lsq",
-    "dpcache_lsq_output",
-)
 SETTING = ["model", "num_inference_steps"]  # results of different settings never share a table
 SPEED = ("speedup", "transformer_speedup", "efficiency")  # as timed; runs say where their rounds disagree
 MEASURED = {
@@ -72,6 +34,7 @@ MEASURED = {
         Column(name="computed_steps", label="computed steps", digits=1, higher_is_better=False),
     )
 }
+MARKERS = "osD^vPX"
 LEVEL = 0.01  # gains that differ by less are level: no machine measures them closer
 
 
@@ -89,7 +52,7 @@ def flatten(result: dict) -> dict:
         row[name], (row[f"{name}_lo"], row[f"{name}_hi"]), row[f"{name}_n"] = value["mean"], value["ci95"], value["n"]
     if flops := result.get("flops"):
         row |= {f"flops_{name}": value for name, value in flops.items()}
-        row["flops_speedup"] = flops["full"] / flops["cached"]
+        row["flops_speedup"] = flops[FULL] / flops["cached"]
     for group in ("timing", "memory", "versions"):
         row |= {k: v for k, v in result.get(group, {}).items() if not isinstance(v, (list, dict))}
     if "efficiency" in row:
@@ -162,12 +125,6 @@ def _newest(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.sort_values("written").drop_duplicates([*SETTING, "label", "budget", "seed"], keep="last")
 
 
-def _rank(label: str) -> tuple:
-    method, words = label.split()[0], re.split(r"(\d+)", label)  # numbers in the order of numbers
-    natural = [int(word) if index % 2 else word for index, word in enumerate(words)]
-    return ORDER.index(method) if method in ORDER else len(ORDER), natural
-
-
 def _boards(frame: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFrame]]:
     """Per setting, its heading and a frame indexed by label with columns `budget, mean, lo, hi, unreliable`, the last
     one true for a speed whose rounds disagree.
@@ -191,7 +148,7 @@ def _boards(frame: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFram
             unreliable=("unreliable", "any"),
         )
         board["lo"], board["hi"] = board["mean"] - board["lo"], board["mean"] + board["hi"]
-        board = board.reset_index("budget").loc[sorted(part["label"].unique(), key=_rank)]
+        board = board.reset_index("budget").loc[sorted(part["label"].unique(), key=order)]
         yield f"{model}, {total} steps", board
 
 
@@ -241,9 +198,9 @@ def paired_table(frame: pd.DataFrame, against: str, metric: str = "psnr") -> str
     for (model, total, budget, _), part in frame.groupby([*SETTING, "budget", "seed"]):
         scores = {row.label: row.scores for row in part.itertuples()}
         base = scores.pop(against, {})
-        for method in sorted(scores, key=_rank):
+        for method in sorted(scores, key=order):
             ours = scores[method]
-            if metric in base and metric in ours and base["prompts"] == ours["prompts"] and method != "full":
+            if metric in base and metric in ours and base["prompts"] == ours["prompts"] and method != FULL:
                 d = paired_difference(ours[metric], base[metric])
                 low, high = d["ci95"] if d["n"] > 1 else (np.nan, np.nan)
                 lines.append(
@@ -279,22 +236,17 @@ def figure(path: str | Path, frame: pd.DataFrame, metric: str = "psnr") -> Path:
 
 def _without_full(board: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, float | None]:
     """The board without `full`, and the level of `full` where that says something."""
-    full = board[board.index == "full"]["mean"]
-    return board[board.index != "full"], None if _against_full(metric) or full.empty else full.mean()
-
-
-def _styles(labels: Iterable[str]) -> dict[str, dict]:
-    """Colour and marker of each row: of a plain method always the same."""
-    colors, others = matplotlib.color_sequences["tab20"], iter(matplotlib.color_sequences["Dark2"] * 8)
-    known = {name: {"color": colors[i % 20], "marker": "osD"[i // 20]} for i, name in enumerate(ORDER)}
-    return {label: known.get(label) or {"color": next(others), "marker": "o"} for label in dict.fromkeys(labels)}
+    full = board[board.index == FULL]["mean"]
+    return board[board.index != FULL], None if _against_full(metric) or full.empty else full.mean()
 
 
 def _curves(axes, board: pd.DataFrame, title: str) -> None:
-    for label, style in _styles(board.index).items():
+    for label, style in styles(board.index).items():
         line = board.loc[[label]].sort_values("budget")
-        axes.plot(line["budget"], line["mean"], "-", ms=3, lw=1.2, label=label, **style)
-        axes.fill_between(line["budget"], line["lo"], line["hi"], color=style["color"], alpha=0.15, lw=0)
+        axes.plot(
+            line["budget"], line["mean"], ms=3, lw=1.2, label=label, color=style.light, marker=MARKERS[style.shape]
+        )
+        axes.fill_between(line["budget"], line["lo"], line["hi"], color=style.light, alpha=0.15, lw=0)
     axes.set(xlabel="budget K (computed steps)", ylabel=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
 
@@ -319,9 +271,10 @@ def pareto(path: str | Path, frame: pd.DataFrame, metric: str = "psnr", gain: st
     for axes, (heading, board) in zip(plot.subplots(1, len(boards), squeeze=False)[0], boards):
         points = board.set_index("budget", append=True)
         points = points.assign(gain=gains[heading].reindex(points.index)).dropna(subset="gain").reset_index("budget")
-        for label, style in _styles(points.index).items():
+        for label, style in styles(points.index).items():
             line = points.loc[[label]].sort_values("gain")
-            axes.plot(line["gain"], line["mean"], "-", ms=4, lw=0.6, label=label, **style)
+            look = {"color": style.light, "marker": MARKERS[style.shape]}
+            axes.plot(line["gain"], line["mean"], ms=4, lw=0.6, label=label, **look)
         best = points[front(points["gain"], points["mean"], higher)].sort_values("gain", ascending=False)
         axes.plot(best["gain"], best["mean"], "k--", lw=0.8, zorder=0)
         for label, row in best.iterrows():

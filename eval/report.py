@@ -16,13 +16,13 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from eval.files import write_text
-from eval.leaderboard import LEVEL, ORDER, SETTING, SPEED, _against_full, _newest, _rank, column, metrics, table
+from eval.leaderboard import LEVEL, SETTING, SPEED, _against_full, _newest, column, metrics, table
+from eval.methods import FULL, about, order, styles
 from eval.pictures import still
 from eval.sweep import FAILURE
 
 MEMORY = {"history": "cache memory", "peak_device": "peak device memory", "peak_rss": "peak RSS"}
 VERSIONS = ("processor", "python", "torch", "diffusers", "git")
-OWN_GRID = {"fewer_steps", "dpm_solver", "unipc"}  # their steps are not among the T steps of the others
 LARGEST = 512  # pixels on the longer side; larger images would make a page of hundreds of megabytes
 
 
@@ -71,7 +71,7 @@ def board(frame: pd.DataFrame) -> pd.DataFrame:
 
     `full` has no budget: it is one row per setting and seed, with all T steps as its budget.
     """
-    full = frame["method"] == "full"
+    full = frame["method"] == FULL
     frame = _newest(frame.assign(budget=frame["budget"].where(~full, frame["num_inference_steps"])))
     frame = frame.assign(equal_compute=(frame["computed_steps"] - frame["budget"]).abs() <= 0.5)
     return frame.loc[_order(frame, [*SETTING, "budget"])]
@@ -79,7 +79,7 @@ def board(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _order(frame: pd.DataFrame, first: list[str]) -> list:
     """The frame's index sorted by the columns `first`, then by method."""
-    rows = {r.Index: (*(getattr(r, c) for c in first), _rank(r.label), r.seed) for r in frame.itertuples()}
+    rows = {r.Index: (*(getattr(r, c) for c in first), order(r.label), r.seed) for r in frame.itertuples()}
     return sorted(rows, key=rows.get)
 
 
@@ -138,7 +138,7 @@ def _data(frame: pd.DataFrame, failed: list[dict], prompts: int) -> dict:
         "metrics": [_metric(name) for name in names],
         "level": LEVEL,
         "memory": {name: label for name, label in MEMORY.items() if name in frame and frame[name].notna().any()},
-        "methods": _colors(frame),
+        "methods": _styles(frame),
         "machines": sorted(", ".join(f"{n} {row[n]}" for n in versions) for row in machines.to_dict("records")),
         "processors": len(set(machines.get("processor", []))),
         "walls": walls,
@@ -163,7 +163,7 @@ def _wall(part: pd.DataFrame, embed: Callable, prompts: int) -> tuple[dict, dict
         for index in places.values():
             if (name, index) not in stored:
                 stored[name, index] = embed(_reference(folder, name, index))
-        against = images if row.method == "full" else {p: stored[name, index] for p, index in places.items()}
+        against = images if row.method == FULL else {p: stored[name, index] for p, index in places.items()}
         for place, image in against.items():
             reference[place] = image if reference[place] is None else reference[place]
         shown[row.Index] = {
@@ -183,14 +183,14 @@ def _run(row, names: list[str]) -> dict:
     total = int(row.num_inference_steps)
     unavailable = getattr(row, "metrics_unavailable", None)
     batches = getattr(row, "schedules", None)
-    grid = int(row.budget) if row.method in OWN_GRID else total
+    grid = int(row.budget) if about(row.method).own_grid else total
     counts = Counter(step for batch in batches for step in batch) if isinstance(batches, list) else {}
     return {
         "model": row.model,
         "steps": total,
         "method": row.method,
         "label": row.label,
-        "full": row.method == "full",
+        "full": row.method == FULL,
         "budget": int(row.budget),
         "computed": _number(row.computed_steps),
         "equal": bool(row.equal_compute),
@@ -213,11 +213,14 @@ def _metric(name: str) -> dict:
     return {"name": name, "label": title[:1].upper() + title[1:], "higher": higher, "trivial": _against_full(name)}
 
 
-def _colors(frame: pd.DataFrame) -> dict[str, int]:
-    """A number for every label, in the order of the board; a method known to it has the same one on every page."""
-    labels = list(dict.fromkeys(frame.loc[_order(frame, []), "label"]))
-    others = [label for label in labels if label not in ORDER]
-    return {label: ORDER.index(label) if label in ORDER else len(ORDER) + others.index(label) for label in labels}
+def _styles(frame: pd.DataFrame) -> dict[str, dict]:
+    """Of every label, in the order of the board: its colours, its shape, and what its method is."""
+    found = {}
+    for label, style in styles(frame["label"]).items():
+        known = about(label)
+        says = [str(part) for part in (known.title, known.year, known.paper) if part]
+        found[label] = style._asdict() | {"about": ", ".join(says)}
+    return found
 
 
 def _number(value) -> float | None:

@@ -413,7 +413,7 @@ def test_pareto_front_names_the_runs_that_none_beats(tmp_path, monkeypatch):
     leaderboard.pareto(tmp_path / "pareto.png", leaderboard.collect(tmp_path))
     (axes,) = drawn[0].axes
     assert [text.get_text() for text in axes.texts] == ["fora 9", "toca 9"]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["fora", "toca", "teacache"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["fora", "teacache", "toca"]
 
 
 # --- tracking

@@ -15,11 +15,13 @@ import pandas as pd
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from eval.failures import unfinished
 from eval.files import write_text
-from eval.leaderboard import LEVEL, SETTING, SPEED, _against_full, _newest, column, metrics, table
 from eval.methods import FULL, about, order, styles
 from eval.pictures import still
-from eval.sweep import FAILURE
+from eval.results import SETTING, SPEED, against_full, column, metric_names, newest
+from eval.statistics import LEVEL
+from eval.tables import table
 
 MEMORY = {"history": "cache memory", "peak_device": "peak device memory", "peak_rss": "peak RSS"}
 VERSIONS = ("processor", "python", "torch", "diffusers", "git")
@@ -31,10 +33,10 @@ def write(folder: str | Path, out: str | Path, frame: pd.DataFrame, prompts: int
 
     Args:
         folder: where the runs are; runs that failed are looked for here.
-        frame: `leaderboard.collect(folder)`.
+        frame: `eval.results.collect(folder)`.
         prompts: rows of the image wall, which make up most of the page's size.
     """
-    out, failed, frame = Path(out), failures(folder), board(frame)
+    out, failed, frame = Path(out), unfinished(folder), board(frame)
     out.mkdir(parents=True, exist_ok=True)
     files = {
         "leaderboard.csv": csv(frame, folder),
@@ -46,25 +48,6 @@ def write(folder: str | Path, out: str | Path, frame: pd.DataFrame, prompts: int
     return [out / name for name in files]
 
 
-def failures(folder: str | Path) -> list[dict]:
-    """`{"run", "error"}` of every run folder without a result: the error is what `eval.sweep.fail` left there, or None
-    where there is nothing, which is a run that was killed or still goes on."""
-    found = {}
-    for name in (".hydra", FAILURE):  # Hydra makes the first one before anything can fail
-        for path in Path(folder).rglob(name):
-            if not (path.parent / "result.json").exists():
-                found[path.parent] = None if name == ".hydra" else _error(path)
-    return [{"run": run.name, "error": error} for run, error in sorted(found.items())]
-
-
-def _error(path: Path) -> str:
-    text = path.read_text(errors="replace")
-    try:
-        return str(json.loads(text)["error"]).strip()
-    except (ValueError, KeyError, TypeError):
-        return text.strip()
-
-
 def board(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of the board: of repeated runs the newest, with `equal_compute`, false where the computed steps are not
     the budget.
@@ -72,7 +55,7 @@ def board(frame: pd.DataFrame) -> pd.DataFrame:
     `full` has no budget: it is one row per setting and seed, with all T steps as its budget.
     """
     full = frame["method"] == FULL
-    frame = _newest(frame.assign(budget=frame["budget"].where(~full, frame["num_inference_steps"])))
+    frame = newest(frame.assign(budget=frame["budget"].where(~full, frame["num_inference_steps"])))
     frame = frame.assign(equal_compute=(frame["computed_steps"] - frame["budget"]).abs() <= 0.5)
     return frame.loc[_order(frame, [*SETTING, "budget"])]
 
@@ -94,7 +77,7 @@ def csv(frame: pd.DataFrame, folder: str | Path) -> str:
 
 def markdown(frame: pd.DataFrame, failed: list[dict]) -> str:
     """A table for every metric and speed, then what readers must know: unequal compute and failed runs."""
-    wanted = [*metrics(frame), *(name for name in (*SPEED, "computed_steps") if name in frame)]
+    wanted = [*metric_names(frame), *(name for name in (*SPEED, "computed_steps") if name in frame)]
     parts = ["# Leaderboard", *(table(frame, name) for name in wanted)]
     if unequal := [
         f"- {r.label}, K = {r.budget}: {r.computed_steps:g} steps computed, not at equal compute"
@@ -122,7 +105,7 @@ def page(frame: pd.DataFrame, failed: list[dict], prompts: int) -> str:
 
 
 def _data(frame: pd.DataFrame, failed: list[dict], prompts: int) -> dict:
-    names, images, walls, runs = [name for name in metrics(frame) if name in frame], {}, [], {}
+    names, images, walls, runs = [name for name in metric_names(frame) if name in frame], {}, [], {}
 
     def embed(image: Image.Image | None) -> int | None:
         return None if image is None else images.setdefault(_uri(image), len(images))
@@ -210,7 +193,7 @@ def _run(row, names: list[str]) -> dict:
 def _metric(name: str) -> dict:
     """What the page must know about a metric; "higher": whether that is better, None where nobody knows."""
     title, higher = column(name).title, column(name).higher_is_better
-    return {"name": name, "label": title[:1].upper() + title[1:], "higher": higher, "trivial": _against_full(name)}
+    return {"name": name, "label": title[:1].upper() + title[1:], "higher": higher, "trivial": against_full(name)}
 
 
 def _styles(frame: pd.DataFrame) -> dict[str, dict]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from eval.experiment import load_metrics, scores, summary
 from eval.files import write_text
 from eval.metrics import Scorer, check
+from eval.runs import load_metrics, scores, summary
 from eval.store import locked, stored
 
 log = logging.getLogger("run")

@@ -27,8 +27,9 @@ from torchvision.models import alexnet
 
 from dpcache.models.pretrained import EMBEDDED
 from dpcache.sampler import generate
-from eval import leaderboard, metrics
+from eval import metrics
 from eval.metrics import Samples, Settings, fid
+from eval.results import column
 from helpers.commands import ENVIRONMENT, ROOT, TINY, results, run
 
 TINY_FLUX = EMBEDDED / "tiny_flux"
@@ -167,7 +168,7 @@ def test_a_new_metric_is_one_file(tmp_path, monkeypatch):
     assert found.keys() - metrics.METRICS.keys() == {"brightness"}
     monkeypatch.setitem(metrics.METRICS, "brightness", found["brightness"])
     assert score("brightness", samples(0), samples(1)) == pytest.approx(images(0).mean((1, 2, 3)).tolist())
-    assert leaderboard.column("brightness").title == "Brightness (levels)"
+    assert column("brightness").title == "Brightness (levels)"
 
 
 # --- LPIPS

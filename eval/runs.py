@@ -26,20 +26,7 @@ from eval.metrics import Samples, Scorer, evaluate
 from eval.prompts import read
 from eval.schema import Group
 from eval.statistics import doubt, summarise
-from eval.store import collect, locked
-
-__all__ = [
-    "Experiment",
-    "check",
-    "load_metrics",
-    "load_pipeline",
-    "locked",
-    "read_prompts",
-    "scores",
-    "summary",
-    "wait_for_all",
-    "warn_few_steps",
-]
+from eval.store import load_or_make, locked
 
 log = logging.getLogger("run")
 
@@ -101,11 +88,6 @@ def load_pipeline(config: DictConfig):
     return get_method(config.model.loader)(device=device, **{name: settings[name] for name in LOADING})
 
 
-def wait_for_all() -> None:
-    """Wait until all processes of `accelerate launch` are here."""
-    PartialState().wait_for_everyone()
-
-
 def load_metrics(config: DictConfig) -> dict[str, Scorer | Exception]:
     """The run's metrics with all that they need, before anything is sampled. Raises as `eval.metrics.load`."""
     device = default_device() if config.model.device == "auto" else config.model.device
@@ -126,12 +108,12 @@ def scores(scorers: dict[str, Scorer | Exception], samples: Samples, reference: 
 
 
 def stored(batch: Batch) -> tuple:
-    """A batch as `eval.store.collect` takes it."""
+    """A batch as `eval.store.load_or_make` takes it."""
     spent = float(np.mean([generations[-1] for generations in batch.report.spent.values()]))
     return batch.images, batch.latents, {"steps": list(batch.report.computed.values()), "spent": spent}
 
 
-class Experiment:
+class Run:
     """One run's settings, pipeline and folder."""
 
     def __init__(self, config: DictConfig, pipe, folder: Path):
@@ -181,7 +163,7 @@ class Experiment:
         def make(chunk: slice):
             return stored(self._sample(method, prompts, chunk))
 
-        return collect(folder, prompts, self.batch_size, make, "full-step reference")[0]
+        return load_or_make(folder, prompts, self.batch_size, make, "full-step reference")[0]
 
     def samples(self, method, prompts: list[str]) -> tuple[Samples, list[dict]]:
         """The method's samples and, of every batch, the computed "steps" of each guidance branch and how many full
@@ -199,7 +181,7 @@ class Experiment:
                     iio.imwrite(path.with_suffix(".mp4"), image, **options)
             return stored(batch)
 
-        return collect(self.folder / "samples", prompts, self.batch_size, make, "samples")
+        return load_or_make(self.folder / "samples", prompts, self.batch_size, make, "samples")
 
     def evaluate(
         self,

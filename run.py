@@ -6,7 +6,9 @@ launch run.py ...` starts share the batches of a run; the main one does everythi
 
 import json
 import logging
+import os
 import shutil
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -33,6 +35,8 @@ class RunError(CompactHydraException):
 def main(config: DictConfig) -> float | None:
     """Returns what a tuning sweep maximises, see `eval.results.objective`."""
     folder = Path(HydraConfig.get().runtime.output_dir)
+    if not (sys.stderr.isatty() and main_process()):  # bars are for one who watches; read when tqdm is loaded
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         if config.stage is Stage.eval:
             score(config)
@@ -100,7 +104,8 @@ def run(config: DictConfig, folder: Path) -> dict:
     from hydra.utils import instantiate  # here: a wrong command is answered before torch is loaded
 
     from eval import dry_run, runs
-    from eval.results import objective
+    from eval.console import phase, summary
+    from eval.results import objective, plain_runs
     from eval.store import locked
 
     choices = HydraConfig.get().runtime.choices
@@ -121,7 +126,8 @@ def run(config: DictConfig, folder: Path) -> dict:
                 result["label"] = name
                 write_text(folder / "result.json", json.dumps(result, indent=1))
             if main:
-                print(runs.summary(result, folder), "(finished earlier; overwrite=true runs it again)", sep="\n")
+                table = summary(result, folder, plain_runs(folder, result))
+                print(table, "(finished earlier; overwrite=true runs it again)", sep="\n")
             return result
         if config.overwrite:
             if main:
@@ -132,13 +138,20 @@ def run(config: DictConfig, folder: Path) -> dict:
             group = sweep.group(HydraConfig.get()) or choices.model
             logger.start(OmegaConf.to_container(config, resolve=True), folder.name, group, folder)
             print(f"{choices.model}  {choices.method}  {dry_run.announce(config, method, len(prompts))}")
-        scorers = runs.load_metrics(config) if main else {}
-        pipe = runs.load_pipeline(config)
-        one = runs.Run(config, pipe, folder)
-        calibration = one.calibration(method, calibration_prompts)[0] if method.needs_calibration else None
-        method.prepare(one.pipe, calibration)
-        reference = one.reference(prompts)
-        samples, computed = one.samples(method, prompts)
+        with phase("metrics loaded"):
+            scorers = runs.load_metrics(config) if main else {}
+        with phase("model loaded"):
+            one = runs.Run(config, runs.load_pipeline(config), folder)
+        calibration = None
+        if method.needs_calibration:
+            with phase("calibration"):
+                calibration, _ = one.calibration(method, calibration_prompts)
+        with phase("method prepared"):
+            method.prepare(one.pipe, calibration)
+        with phase("full-step reference"):
+            reference = one.reference(prompts)
+        with phase("samples"):
+            samples, computed = one.samples(method, prompts)
         if not main:
             return {}
         result = {
@@ -152,11 +165,12 @@ def run(config: DictConfig, folder: Path) -> dict:
             "calibration_prompts": len(calibration.made_from["prompts"]) if calibration else 0,
             **one.evaluate(method, samples, reference, computed, scorers),
         }
-        pictures = one.pictures(method, samples, reference, result)
+        with phase("pictures"):
+            pictures = one.pictures(method, samples, reference, result)
         write_text(folder / "result.json", json.dumps(result, indent=1))
         logger.log(result | {"objective": objective(result)}, pictures, one.rows(samples, reference, result))
         logger.finish()
-        print(runs.summary(result, folder))
+        print(summary(result, folder, plain_runs(folder, result)))
         return result
 
 

@@ -19,6 +19,13 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="also draw the metric (default: PSNR) over the budget")
     parser.add_argument("--pareto", type=Path, help="also draw the metric (default: PSNR) over the --gain")
     parser.add_argument("--gain", default="speedup", help="speedup, or flops_speedup, which no other job disturbs")
+    parser.add_argument(
+        "--highlight",
+        nargs="+",
+        default=[],
+        metavar="METHOD",
+        help="rows to colour and name in --pareto, with the front",
+    )
     parser.add_argument("--out", type=Path, help="where the board is written; default: the folder itself")
     parser.add_argument("--prompts", type=int, default=8, help="prompts on the report's image wall; default: 8")
     arguments = parser.parse_args()
@@ -33,12 +40,15 @@ def main() -> None:
             text = str(error)
         print(text, end="\n\n")
     metric = arguments.metric or "psnr"
-    if arguments.against:
-        print(tables.paired_table(frame, arguments.against, metric))
-    if arguments.figure:
-        charts.figure(arguments.figure, frame, metric)
-    if arguments.pareto:
-        charts.pareto(arguments.pareto, frame, metric, arguments.gain)
+    try:
+        if arguments.against:
+            print(tables.paired_table(frame, arguments.against, metric))
+        if arguments.figure:
+            charts.figure(arguments.figure, frame, metric)
+        if arguments.pareto:
+            charts.pareto(arguments.pareto, frame, metric, arguments.gain, arguments.highlight)
+    except ValueError as error:
+        parser.exit(1, f"error: {error}\n")
     for path in report.write(arguments.folder, arguments.out or arguments.folder, frame, arguments.prompts):
         print(path)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from eval.methods import order
+from eval.methods import FULL, order, records
 from eval.metrics import METRICS, Column
+from eval.schema import Group
 from eval.statistics import doubt
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,23 @@ def collect(folder: str | Path) -> pd.DataFrame:
         for row in same:
             row["label"] = " ".join(word for word in row["label"].split() if word not in shared)
     return pd.DataFrame(rows)
+
+
+def plain_runs(folder: Path, result: dict) -> list[dict]:
+    """Finished runs beside a run's `folder` that made the same samples without a cache: with all steps, and with other
+    grids of as many steps as its budget."""
+    found = {}
+    for name in (name for name, known in records().items() if known.group is Group.plain and name != result["method"]):
+        for path in sorted(folder.parent.glob(f"{result['model']}-{name}-*/result.json")):
+            try:
+                other = json.loads(path.read_text())
+                same = ("model", "method", "num_inference_steps", "reference")
+                alike = [other[key] for key in same] == [result["model"], name, *(result[key] for key in same[2:])]
+                if alike and (name == FULL or other["budget"] == result["budget"]) and other["metrics"]:
+                    found[name] = other
+            except (OSError, ValueError, KeyError, TypeError):  # not a result, or of an older version
+                continue
+    return [found[name] for name in sorted(found, key=order)]
 
 
 def column(name: str) -> Column:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import time
 from pathlib import Path
 
@@ -13,10 +14,10 @@ import torch
 import wandb
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image
 
-from eval import charts, leaderboard, pictures, results, statistics, tables, timing, tracking
-from eval.runs import summary
+from eval import charts, console, leaderboard, methods, pictures, results, statistics, tables, timing, tracking
 
 PROMPTS = ["a red circle", "a small yellow star above a long grey line, seen from far away, oil on canvas", "two cats"]
 
@@ -116,7 +117,7 @@ def test_an_efficiency_is_printed_only_where_the_rounds_agree_on_it(rounds, whol
     found = timing.reliability(timed)
     assert found == {"spread": pytest.approx(spread), "unreliable": reason}
     run = result("fora", 10, 30.0, timing=timed | found, metrics_unavailable={})
-    text = summary(run, Path("out"))
+    text = console.summary(run, Path("out"))
     assert f"4.00x end to end (10.00 s -> 2.50 s), {whole[0]:.2f}x to {whole[1]:.2f}x" in text
     if reason is None:
         low, high = (value / 5 for value in transformer)
@@ -127,7 +128,7 @@ def test_an_efficiency_is_printed_only_where_the_rounds_agree_on_it(rounds, whol
 
 def test_an_old_result_without_a_spread_is_not_called_reliable():
     run = result("fora", 10, 30.0, timing=TIMED | {"efficiency": 1.6}, metrics_unavailable={})
-    text = summary(run, Path("out"))
+    text = console.summary(run, Path("out"))
     assert "not reliable" in text and "efficiency" not in text
 
 
@@ -411,10 +412,84 @@ def test_pareto_front_names_the_runs_that_none_beats(tmp_path, monkeypatch):
         (folder / "result.json").write_text(json.dumps(result(name, budget, psnr, timing=timing)))
     drawn = []
     monkeypatch.setattr(charts, "save", lambda plot, path: drawn.append(plot) or path)
-    charts.pareto(tmp_path / "pareto.png", results.collect(tmp_path))
-    (axes,) = drawn[0].axes
+    frame = results.collect(tmp_path)
+    charts.pareto(tmp_path / "pareto.png", frame)
+    (axes,), (legend,) = drawn[0].axes, drawn[0].legends
     assert [text.get_text() for text in axes.texts] == ["fora 9", "toca 9"]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["fora", "teacache", "toca"]
+    assert [text.get_text() for text in legend.get_texts()] == ["reuse", "partial", "others", "Pareto front"]
+    colors = [line.get_color() for line in axes.lines]
+    light = {label: style.light for label, style in methods.styles(["fora", "toca", "teacache"]).items()}
+    assert colors == [light["fora"], "0.8", light["toca"], "k"]
+    # The reader's choice has its name and colour, too.
+    charts.pareto(tmp_path / "pareto.png", frame, chosen=["teacache"])
+    assert [text.get_text() for text in drawn[1].axes[0].texts] == ["fora 9", "toca 9", "teacache 9"]
+    assert drawn[1].axes[0].lines[1].get_color() == light["teacache"]
+    with pytest.raises(ValueError, match="no result of easycache; the board has"):
+        charts.pareto(tmp_path / "pareto.png", frame, chosen=["easycache"])
+    with pytest.raises(ValueError, match="gain=computed_steps is not a column of which more is known to be better"):
+        charts.pareto(tmp_path / "pareto.png", frame, gain="computed_steps")
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_the_stairs_lead_through_the_front(higher):
+    axes, (good, bad) = Figure().subplots(), (2.0, 1.0) if higher else (1.0, 2.0)
+    best = pd.DataFrame({"gain": [4.0, 3.0], "mean": [bad, good]})
+    axes.plot(best["gain"], best["mean"], "o")
+    if not higher:
+        axes.invert_yaxis()
+    charts._stairs(axes, best)
+    x, y = axes.lines[-1].get_data()
+    left, worst = axes.get_xlim()[0], axes.get_ylim()[0]
+    assert list(x) == [left, 3.0, 4.0, 4.0] and list(y) == [good, good, bad, worst]
+    assert worst < bad if higher else worst > bad
+
+
+# --- console
+
+
+def test_a_phase_is_one_line_with_its_time_of_the_main_process_alone(capsys, monkeypatch):
+    with console.phase("samples"):
+        pass
+    assert re.fullmatch(r"  samples +\d+\.\d s\n", capsys.readouterr().out)
+    monkeypatch.setenv("RANK", "1")
+    with console.phase("samples"):
+        pass
+    monkeypatch.delenv("RANK")
+    with pytest.raises(RuntimeError), console.phase("samples"):
+        raise RuntimeError
+    assert capsys.readouterr().out == ""
+
+
+def scored(method: str, budget: int, psnr: float, clip: float, **changes) -> dict:
+    metrics = {name: {"mean": v, "ci95": [v - 1, v + 1], "n": 4} for name, v in (("psnr", psnr), ("clip", clip))}
+    fields = {"metrics": metrics, "metrics_unavailable": {}, "reference": "a", "timing": {}}
+    return result(method, budget, psnr, **fields | changes)
+
+
+def test_a_run_ends_beside_full_steps_and_as_many_plain_ones(tmp_path):
+    others = {
+        "tiny-full-K7-T50": scored("full", 7, 100.0, 27.5, computed_steps=50.0),
+        "tiny-fewer_steps-K10-T50": scored("fewer_steps", 10, 31.25, 26.5),
+        "tiny-unipc-K9-T50": scored("unipc", 9, 33.0, 26.0),  # another budget
+        "tiny-dpm_solver-K10-T50": scored("dpm_solver", 10, 33.0, 26.0, reference="b"),  # other prompts
+        "tiny-fora-K10-T50": scored("fora", 10, 33.0, 26.0),  # not plain
+    }
+    for name, content in others.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(content))
+    (tmp_path / "tiny-fewer_steps-K11-T50").mkdir()
+    (tmp_path / "tiny-fewer_steps-K11-T50" / "result.json").write_text("{")
+    run = scored("dpcache", 10, 35.5, 27.0)
+    plain = results.plain_runs(tmp_path / "tiny-dpcache-K10-T50", run)
+    assert [other["method"] for other in plain] == ["full", "fewer_steps"]
+    lines = console.summary(run, tmp_path, plain).splitlines()
+    table = {line[:24].strip(): re.split(r"\s{2,}", line[24:].strip()) for line in lines[2:5]}
+    assert table[""] == ["full, 50 steps", "fewer_steps, 10 steps", "dpcache, 10 steps"]
+    assert table["psnr"] == ["–", "31.25", "35.50", "[34.50, 36.50]", "n=4"]  # full steps are their own reference
+    assert table["clip"] == ["27.50", "26.50", "27.00", "[26.00, 28.00]", "n=4"]
+    alone = console.summary(run, tmp_path).splitlines()
+    assert re.split(r"\s{2,}", alone[4].strip()) == ["clip", "–", "27.00", "[26.00, 28.00]", "n=4"]
+    assert len(console.summary(others["tiny-full-K7-T50"], tmp_path).splitlines()[2].split("steps")) == 2  # once
 
 
 # --- tracking

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -194,7 +195,7 @@ class Run:
     ) -> dict:
         """Metrics with intervals, timing, memory, FLOPs and versions, as they stand in `result.json`."""
         memory = timing.memory(self.device)  # before the timing, which resets the peak
-        with phase("timing"):
+        with phase("timing") if self.config.eval.timing.repeats else nullcontext():
             seconds, peaks = self._time(method, samples.prompts)
         with phase("FLOPs"):
             flops, kept = self._flops(method, samples.prompts)

@@ -151,8 +151,8 @@ class LibrarySession(Session):
         super().__init__(pipe, full(library.num_inference_steps))
         self.partial, self.beginning = library.partial, False
 
-    def check(self, part: Part) -> None:
-        """The library's own cache is meant to be there."""
+    def check_other_caches(self, part: Part) -> None:
+        """The library's own is meant to be there."""
 
     def ended(self):
         if not self.beginning:

@@ -5,26 +5,19 @@ With G[a, b] = <h_a, h_b> of features h_0 .. h_{T-1}, predicting step s from key
 samples and guidance branches gives the mean error, and one T x T matrix holds the cost of every path.
 """
 
+from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
 import torch
 
-from dpcache.predictors import AdamsBashforth, FoCa, Hermite, Lagrange, LeastSquares, Reuse, Taylor, Zeus
-
-_SHIFT_INVARIANT = (
-    Reuse,
-    Taylor,
-    Hermite,
-    Lagrange,
-    AdamsBashforth,
-    FoCa,
-    Zeus,
-)  # weights that depend on distances alone, past `since`
+from dpcache.predictors import LeastSquares, Predictor
 
 
 @torch.no_grad()
-def gram(features, chunk=1 << 14, device=None) -> np.ndarray:
+def gram(
+    features: torch.Tensor | Sequence[torch.Tensor], chunk: int = 1 << 14, device: torch.device | str | None = None
+) -> np.ndarray:
     """Gram matrix of one trajectory's features: entry [a, b] is the mean over elements of features[a] * features[b].
 
     The mean, not the sum, so that errors are per element and resolutions compare. Products and sums are float64, as
@@ -64,13 +57,19 @@ def gram(features, chunk=1 << 14, device=None) -> np.ndarray:
     return ((total + total.T) / (2 * flat[0].shape[1])).numpy()
 
 
-def key_axes(predictor, steps: int) -> int:
+def key_axes(predictor: Predictor, steps: int) -> int:
     """Number of key axes to plan `predictor` over T = `steps` with: the keys that it looks at, but at least the
     planner's two, and at most as fit into a gigabyte: three up to T = 106, then two."""
     return min(max(predictor.history, 2), 3 if steps**4 * 8 <= 2**30 else 2)
 
 
-def path_costs(gram, predictor, keys=3, step_weights=None, coherent=False) -> np.ndarray:
+def path_costs(
+    gram: np.ndarray,
+    predictor: Predictor,
+    keys: int = 3,
+    step_weights: np.ndarray | None = None,
+    coherent: bool = False,
+) -> np.ndarray:
     """Squared error of every move between key steps, given the last `keys` keys: axes as `dpcache.planner` takes them.
 
     With three keys, entry [h, i, j, k] is the sum over steps s = j+1..k-1 of step_weights[s] times the squared error
@@ -120,7 +119,7 @@ def path_costs(gram, predictor, keys=3, step_weights=None, coherent=False) -> np
     return cost
 
 
-def _errors(gram, keys, weights):
+def _errors(gram: np.ndarray, keys: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Squared error at every step for each row of keys, (n, T); what rounding leaves below zero is zero."""
     steps = weights.shape[2]
     target, diagonal = gram[keys], gram.diagonal()
@@ -133,7 +132,9 @@ def _errors(gram, keys, weights):
     return errors.clip(0)  # exact errors are squares, but terms of the size of G cancel to within 1e-16 of it
 
 
-def _summed(gram, keys, weights, step_weights, chunk=1024):
+def _summed(
+    gram: np.ndarray, keys: np.ndarray, weights: np.ndarray, step_weights: np.ndarray, chunk: int = 1024
+) -> np.ndarray:
     """By how much the error of each step lengthens the squared sum of those before it, for each row of keys, (n, T)."""
     steps, result = weights.shape[2], np.empty((len(keys), weights.shape[2]))
     for part in (slice(start, start + chunk) for start in range(0, len(keys), chunk)):
@@ -154,7 +155,7 @@ def _summed(gram, keys, weights, step_weights, chunk=1024):
     return result
 
 
-def _weights(predictor, keys, steps):
+def _weights(predictor: Predictor, keys: np.ndarray, steps: int) -> np.ndarray:
     """Weights of each row of keys for every step after its last, (n, keys, T), in the fewest calls; zero before it.
 
     One more row at the end for the model's input, where it is seen."""
@@ -163,7 +164,7 @@ def _weights(predictor, keys, steps):
             raise ValueError(f"{predictor} is for {predictor.steps} steps, this Gram matrix has {steps}")
         return predictor.solve(keys)
     shift = np.zeros(len(keys), int)
-    if type(predictor) in _SHIFT_INVARIANT:
+    if predictor.by_distance:
         shift = np.maximum(keys[:, 0] - getattr(predictor, "since", 0), 0)
     patterns, row = np.unique(keys - shift[:, None], axis=0, return_inverse=True)
     weights = np.zeros((len(patterns), steps, keys.shape[1]))

@@ -1,6 +1,6 @@
 """Beyond the paper: least-squares prediction, planned exactly over its whole history (`method=dpcache_lsq`)."""
 
-import re
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,28 +11,16 @@ from dpcache.gram import gram, key_axes, path_costs
 from dpcache.method import Method
 from dpcache.planner import plan, through
 from dpcache.predictors import (
-    AdamsBashforth,
-    FoCa,
-    Hermite,
-    Lagrange,
     LeastSquares,
     Predictor,
     Reuse,
-    Taylor,
-    Zeus,
     ridge_regression,
+    short_names,
 )
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
 
-FIXED = {"taylor": Taylor, "hermite": Hermite, "lagrange": Lagrange, "ab": AdamsBashforth, "foca": FoCa, "zeus": Zeus}
 SCREENED, FINALISTS = 3, 4  # of many candidates, the best ones on some calibration prompts are tried on all
-PREDICTORS = r"lsq[1-4]x?|(taylor|hermite|lagrange)[0-3]|ab[1-4]|foca|zeus"
-
-
-def _fixed(name: str) -> Predictor:
-    """A predictor whose weights need no calibration: its name and, where it has one, its order."""
-    order = name[-1:] if name[-1].isdigit() else ""
-    return FIXED[name.removesuffix(order)](*map(int, order))
+LEAST_SQUARES = [f"lsq{keys}{seen}" for seen in ("", "x") for keys in range(1, 5)]
 
 
 class LeastSquaresPlan(Method):
@@ -79,11 +67,9 @@ class LeastSquaresPlan(Method):
         for name, values in dict(predictors=predictors, planners=planners, warmups=warmups, alphas=alphas).items():
             if not values:
                 raise ValueError(f"{name}=[] must name at least one candidate")
-        if unknown := [name for name in predictors if not re.fullmatch(PREDICTORS, name)]:
-            raise ValueError(
-                f"predictors={unknown}: choose from lsq1..4, lsq1x..4x, taylor0..3, hermite0..3, lagrange0..3, ab1..4, "
-                "foca, zeus"
-            )
+        known = [*LEAST_SQUARES, *short_names()]
+        if unknown := [name for name in predictors if name not in known]:
+            raise ValueError(f"predictors={unknown}: choose from {', '.join(known)}")
         if unknown := set(planners) - {"gram", "coherent", "l1", "even"}:
             raise ValueError(f"planners={sorted(unknown)}: choose from gram, coherent, l1, even")
         if site not in ("stack", "output"):
@@ -97,7 +83,9 @@ class LeastSquaresPlan(Method):
 
     @property
     def history(self):
-        return max(int(name[3]) if name.startswith("lsq") else _fixed(name).history for name in self.predictors)
+        return max(
+            int(name[3]) if name.startswith("lsq") else short_names()[name]().history for name in self.predictors
+        )
 
     @property
     def calibration_options(self):
@@ -136,12 +124,12 @@ class LeastSquaresPlan(Method):
         names = [name for name in self.predictors if seen or not name.endswith("x")]
         if not names:
             raise ValueError(f"predictors={self.predictors}: this model's input has another shape than its prediction")
-        predictors, trials = {}, []
+        predictors, trials, fixed = {}, [], short_names()
         for name in names:
             G = calibration.gram if name.endswith("x") else features
-            lsq = name.startswith("lsq")
-            predictor = LeastSquares(G, int(name[3]), sees_input=name.endswith("x")) if lsq else _fixed(name)
-            predictors[name], axes = predictor, key_axes(predictor, T)
+            make = fixed.get(name) or functools.partial(LeastSquares, G, int(name[3]), sees_input=name.endswith("x"))
+            predictors[name] = predictor = make()
+            axes = key_axes(predictor, T)
             for planner in self.planners:
                 by_error = planner in ("gram", "coherent")
                 for alpha in self.alphas if by_error else (None,):

@@ -4,13 +4,22 @@ import numpy as np
 import torch
 from torch.nn.functional import embedding_bag
 
+from dpcache.predictors import Predictor
+
 _ROWS = 4096  # residuals formed at a time: enough to hide the call, few enough to stay in cache
 
 
 @torch.no_grad()
 def l1_cost(
-    features, predictor, max_lookback=None, chunk=None, cumulative=True, path_aware=True, warmup=1, device=None
-):
+    features: torch.Tensor,
+    predictor: Predictor,
+    max_lookback: int | None = None,
+    chunk: int | None = None,
+    cumulative: bool = True,
+    path_aware: bool = True,
+    warmup: int = 1,
+    device: torch.device | str | None = None,
+) -> np.ndarray:
     """L1 cost of every move between key steps, as the authors calibrate it.
 
     Entry [i, j, k] is the sum over steps j+1..k of mean|predicted - true|, in feature units, where the prediction uses
@@ -71,7 +80,9 @@ def l1_cost(
     return cost
 
 
-def _errors(features, predictor, histories, chunk, device):
+def _errors(
+    features: torch.Tensor, predictor: Predictor, histories: list[list[int]], chunk: int, device: torch.device
+) -> np.ndarray:
     """mean|predicted - true| over elements, for each history (i, j) and each step j+1..T in turn."""
     steps, size = features.shape
     index, weight = (part.to(device) for part in _residuals(predictor, histories, steps))
@@ -97,7 +108,7 @@ def _errors(features, predictor, histories, chunk, device):
     return totals.cpu().numpy() / size
 
 
-def _residuals(predictor, histories, steps):
+def _residuals(predictor: Predictor, histories: list[list[int]], steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """predicted - true as a weighted sum of the true steps and the end: their indices and weights, (E, history + 1)."""
     index, weight = [], []
     for i, j in histories:

@@ -6,14 +6,17 @@ k = T is the end of sampling, and infinity marks what is not allowed. More leadi
 Where a path has no earlier key yet, key 0 stands in for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
 import torch
 
+Cost = np.ndarray | torch.Tensor
+Plans = dict[int, list[int]]
 
-def plan(cost, budget, warmup=3, solver="exact", max_jump=None) -> list[int]:
+
+def plan(cost: Cost, budget: int, warmup: int = 3, solver: str = "exact", max_jump: int | None = None) -> list[int]:
     """The cheapest schedule that computes exactly ``budget`` of the T steps.
 
     Args:
@@ -45,7 +48,7 @@ def plan(cost, budget, warmup=3, solver="exact", max_jump=None) -> list[int]:
     return plans[budget]
 
 
-def plan_all(cost, warmup=3, solver="exact", max_jump=None) -> dict[int, list[int]]:
+def plan_all(cost: Cost, warmup: int = 3, solver: str = "exact", max_jump: int | None = None) -> dict[int, list[int]]:
     """``plan`` for every feasible budget from ``warmup`` to T in one pass; budgets without a path are left out."""
     cost, solve = _checked(cost, warmup, solver, max_jump)
     return solve(cost, warmup, range(warmup, cost.shape[-1]))
@@ -60,7 +63,7 @@ def through(cost: np.ndarray, steps: Sequence[int]) -> np.ndarray:
     return cost
 
 
-def path_cost(cost, steps, warmup=3) -> float:
+def path_cost(cost: Cost, steps: Sequence[int], warmup: int = 3) -> float:
     """Cost of a schedule: the sum of cost[s[a-1], s[a], s[a+1]] for a >= warmup-1, with T appended to ``steps``.
 
     Moves inside the warm-up are forced and do not count. ValueError unless ``steps`` is increasing within 0..T-1 and
@@ -74,7 +77,7 @@ def path_cost(cost, steps, warmup=3) -> float:
     return float(sum(cost[tuple(keys[a : a + cost.ndim])] for a in range(warmup - 1, len(steps))))
 
 
-def _checked(cost, warmup, solver, max_jump):
+def _checked(cost: Cost, warmup: int, solver: str, max_jump: int | None) -> tuple[np.ndarray, Callable[..., Plans]]:
     """The cost in float64, infinite for moves that go back or beyond max_jump, and the solver."""
     cost = cost.detach().cpu().double().numpy() if isinstance(cost, torch.Tensor) else np.asarray(cost, np.float64)
     end = cost.shape[-1] - 1 if cost.ndim else 0
@@ -95,7 +98,7 @@ def _checked(cost, warmup, solver, max_jump):
     return np.where((jump >= 1) & (jump <= (max_jump or end)), cost, np.inf), _SOLVERS[solver]
 
 
-def _exact(cost, warmup, budgets):
+def _exact(cost: np.ndarray, warmup: int, budgets: Sequence[int]) -> Plans:
     """best[m, i, j]: least cost of m keys ending in i, j (in one more key per further axis of the cost)."""
     end, history = cost.shape[-1] - 1, cost.ndim - 1
     best = np.full((budgets[-1] + 2, *cost.shape[1:]), np.inf)
@@ -121,7 +124,7 @@ def _exact(cost, warmup, budgets):
     return plans
 
 
-def _paper(cost, warmup, budgets):
+def _paper(cost: np.ndarray, warmup: int, budgets: Sequence[int]) -> Plans:
     """best[m, j], before[m, j]: least cost found for m keys ending in j, and the key before j on that path."""
     end = cost.shape[-1] - 1
     best = np.full((budgets[-1] + 2, end + 1), np.inf)

@@ -5,11 +5,13 @@ first, `step` is the skipped one, and the result has one weight per key used, ne
 `history` the order is lowered to what they carry; one key alone is reused.
 """
 
+import functools
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -17,12 +19,21 @@ import numpy as np
 class Predictor(ABC):
     """Base of all predictors.
 
-    `history` is the number of latest keys that `weights` looks at. One that `sees_input` also uses the input that the
-    model would have had at the skipped step (the current latents x_t), which takes site=output.
+    Attributes:
+        history: the number of latest keys that `weights` looks at.
+        sees_input: also uses the input that the model would have had at the skipped step (the current latents x_t),
+            which takes site=output.
+        short_name: what settings call it, followed by one of `orders` where it has these; None: it needs more than an
+            order to be made.
+        by_distance: whether the weights depend on the steps' distances alone (past `since`, where it has that), so that
+            costs need not ask for those of the same keys further on.
     """
 
     history: int
     sees_input = False
+    short_name: ClassVar[str | None] = None
+    orders: ClassVar[Sequence[int]] = ()
+    by_distance: ClassVar[bool] = False
 
     @abstractmethod
     def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...] | np.ndarray:
@@ -32,16 +43,29 @@ class Predictor(ABC):
         """
 
 
-def _check_order(order: int, lowest: int, highest: int) -> None:
-    if not lowest <= order <= highest:
-        raise ValueError(f"predictor order={order} is not one of {lowest}..{highest}")
+def short_names() -> dict[str, Callable[[], Predictor]]:
+    """What makes each predictor that has a short name: "taylor2", "foca", ..."""
+    found, kinds = {}, list(Predictor.__subclasses__())
+    while kinds:
+        kind = kinds.pop(0)
+        kinds += kind.__subclasses__()
+        if "short_name" in vars(kind):
+            orders = {f"{kind.short_name}{order}": functools.partial(kind, order) for order in kind.orders}
+            found |= orders or {kind.short_name: kind}
+    return found
+
+
+def _check_order(predictor: Predictor) -> None:
+    if predictor.order not in predictor.orders:
+        lowest, highest = min(predictor.orders), max(predictor.orders)
+        raise ValueError(f"predictor order={predictor.order} is not one of {lowest}..{highest}")
 
 
 @dataclass(frozen=True)
 class Reuse(Predictor):
     """The latest computed feature as it is (FORA, arXiv 2407.01425)."""
 
-    history = 1
+    history, by_distance = 1, True
 
     def weights(self, keys, step):
         return (1.0,)
@@ -62,9 +86,10 @@ class Taylor(Predictor):
 
     order: int = 2
     since: int = 0
+    short_name, orders, by_distance = "taylor", range(4), True
 
     def __post_init__(self):
-        _check_order(self.order, 0, 3)
+        _check_order(self)
 
     @property
     def history(self) -> int:
@@ -100,6 +125,7 @@ class Hermite(Taylor):
     """
 
     scale: float = 0.5
+    short_name = "hermite"
 
     def __post_init__(self):
         super().__post_init__()
@@ -116,9 +142,10 @@ class Lagrange(Predictor):
     """The polynomial through the last `order + 1` keys, evaluated at the skipped step: exact to its degree."""
 
     order: int = 2
+    short_name, orders, by_distance = "lagrange", range(4), True
 
     def __post_init__(self):
-        _check_order(self.order, 0, 3)
+        _check_order(self)
 
     @property
     def history(self) -> int:
@@ -137,9 +164,10 @@ class AdamsBashforth(Predictor):
     """
 
     order: int = 2
+    short_name, orders, by_distance = "ab", range(1, 5), True
 
     def __post_init__(self):
-        _check_order(self.order, 1, 4)
+        _check_order(self)
 
     @property
     def history(self) -> int:
@@ -189,6 +217,7 @@ class FoCa(Multistep):
 
     latest: float = 0.5
     before: float = 0.5
+    short_name, by_distance = "foca", True
 
 
 @dataclass(frozen=True)
@@ -200,6 +229,7 @@ class Zeus(Predictor):
     """
 
     history = 2
+    short_name, by_distance = "zeus", True
 
     def weights(self, keys, step):
         return (-1.0, 2.0) if len(keys) > 1 and (step - keys[-1]) % 2 else (1.0,)

@@ -22,7 +22,6 @@ from dpcache._diffusers import (
     StateManager,
     add_hook,
     forget_children,
-    hook_on,
     leave_uncompiled,
     other_cache,
     remove_hook,
@@ -310,7 +309,7 @@ class Session:
         device = getattr(pipe, "_execution_device", None) or next(self.parts[0].module.parameters()).device
         self.stopwatch = stopwatch(device)
         for part in self.parts:
-            self.check(part)
+            self.check_other_caches(part)
         try:
             for part in self.parts:
                 self._hook(part)
@@ -335,12 +334,13 @@ class Session:
                     "and enable the method again"
                 )
 
-    def check(self, part: Part) -> None:
-        """Raises ValueError where something else is at work on the model."""
-        if hook_on(part.module) is not None:
-            raise ValueError("a method is already enabled on this pipeline: call dpcache.disable(pipe) first")
+    def check_other_caches(self, part: Part) -> None:
+        """Raises ValueError where a cache of diffusers is enabled on the model as well."""
         if other := other_cache(part.module):
-            raise ValueError(f"diffusers' own cache ({other}) is enabled on {part}: call its disable_cache() first")
+            raise ValueError(
+                f"diffusers' own cache ({other}) is enabled on {part}: a model takes one cache at a time, so call its "
+                "disable_cache() first"
+            )
 
     def hooks(self, part: Part) -> list[tuple[torch.nn.Module, Hook]]:
         """(module, hook) pairs, in the order in which they are registered."""
@@ -392,11 +392,7 @@ class Session:
         self.step, self.thread = 0, threading.get_ident()
         moved = False
         for part in self.parts:
-            if other := other_cache(part.module):
-                raise ValueError(
-                    f"diffusers' own cache ({other}) was enabled on {part}, where a caching method is at work: "
-                    "disable one of them"
-                )
+            self.check_other_caches(part)
             moved |= any(getattr(parent, name, None) is not module for parent, name, module in part.places)
         if moved:  # a LoRA was loaded, for one, which puts layers of its own in the place of hooked ones
             self._unhook()

@@ -217,12 +217,6 @@ def test_least_squares_keeps_its_own_copy_and_has_a_short_stable_name():
     assert len(repr(predictor)) < 70
 
 
-def test_least_squares_is_a_predictor_of_a_method():
-    predictor = LeastSquares(gram(walk(0, 6)))
-    method = Method(Schedule([0, 1, 4], 6), "stack", predictor)
-    assert method.weights((0, 1), 3) is method.weights((0, 1), 3) == predictor.weights([0, 1], 3)
-
-
 @given(seeds, st.integers(2, 9), st.integers(1, 3), st.sampled_from([Reuse(), Taylor(2), Taylor(2, 1), "ls2", "ls3"]))
 @settings(deadline=None, max_examples=40)
 def test_exact_plan_has_the_smallest_open_loop_error_of_all_schedules(seed, steps, warmup, predictor):

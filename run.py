@@ -6,7 +6,9 @@ launch run.py ...` starts share the batches of a run; the main one does everythi
 
 import json
 import logging
+import os
 import shutil
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,8 +19,9 @@ from hydra.errors import CompactHydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from eval import sweep
+from eval import failures, sweep
 from eval.files import write_text
+from eval.processes import main_process, wait_for_all
 from eval.schema import Stage, config_hash, label
 
 log = logging.getLogger("run")
@@ -30,8 +33,10 @@ class RunError(CompactHydraException):
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> float | None:
-    """Returns what a tuning sweep maximises, see `eval.sweep.objective`."""
+    """Returns what a tuning sweep maximises, see `eval.results.objective`."""
     folder = Path(HydraConfig.get().runtime.output_dir)
+    if not (sys.stderr.isatty() and main_process()):  # bars are for one who watches; read when tqdm is loaded
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         if config.stage is Stage.eval:
             score(config)
@@ -40,14 +45,17 @@ def main(config: DictConfig) -> float | None:
             settle(config)
             return None
         result = run(config, folder)
-        sweep.succeed(folder)
-        return sweep.objective(result)
+        failures.clear(folder)
+
+        from eval.results import objective
+
+        return objective(result)
     except Exception as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         known = isinstance(error, (ValueError, OSError, InstantiationException))
         line = f"error: {' '.join(str(cause).split())}"
         if config.stage is Stage.run:
-            sweep.fail(folder, line if known else f"{type(cause).__name__} {line}")
+            failures.record(folder, line if known else f"{type(cause).__name__} {line}")
         log.log(logging.DEBUG if known else logging.ERROR, "", exc_info=True)
         sweeping = HydraConfig.get().mode == RunMode.MULTIRUN and config.stage is Stage.run
         if sweeping:  # the other jobs go on, and the sweep ends with its failures
@@ -62,7 +70,7 @@ def score(config: DictConfig) -> None:
     """Score finished runs again, without a model."""
     from eval import rescore
 
-    if not sweep.main_process():
+    if not main_process():
         return
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         raise ValueError("stage=eval takes all runs of a folder in one command: dir=FOLDER, without -m")
@@ -74,16 +82,16 @@ def settle(config: DictConfig) -> None:
     """Calibrate and let the method settle what it needs; print that and leave it in a file."""
     from hydra.utils import instantiate
 
-    from eval import experiment
+    from eval import runs
 
     choices, method = HydraConfig.get().runtime.choices, instantiate(config.method)
     if not method.needs_calibration:
         raise ValueError(f"stage=calibrate: method={choices.method} has nothing to calibrate")
-    experiment.check(config)
-    _, prompts = experiment.read_prompts(config, True)
-    trial = experiment.Experiment(config, experiment.load_pipeline(config), Path(config.output_dir))
-    calibration, path = trial.calibration(method, prompts)
-    method.prepare(trial.pipe, calibration)
+    runs.check(config)
+    _, prompts = runs.read_prompts(config, True)
+    one = runs.Run(config, runs.load_pipeline(config), Path(config.output_dir))
+    calibration, path = one.calibration(method, prompts)
+    method.prepare(one.pipe, calibration)
     name = f"{choices.model}-{choices.method}-K{config.budget}-T{config.num_inference_steps}.json"
     steps = {} if method.schedule.steps is None else {"steps": method.schedule.steps}
     settled = steps | method.settled | {"made_from": str(path)}
@@ -95,47 +103,55 @@ def run(config: DictConfig, folder: Path) -> dict:
     """Compose, prepare the method, sample, evaluate, report. Returns what `result.json` holds."""
     from hydra.utils import instantiate  # here: a wrong command is answered before torch is loaded
 
-    from eval import dry_run, experiment, tracking
+    from eval import dry_run, runs
+    from eval.console import phase, summary
+    from eval.results import objective, plain_runs
+    from eval.store import locked
 
     choices = HydraConfig.get().runtime.choices
     method = instantiate(config.method)
     name = label(config, choices.method, method.needs_calibration, HydraConfig.get().overrides.task)
-    experiment.check(config)
-    experiment.warn_few_steps(config, choices.method)
-    prompts, calibration_prompts = experiment.read_prompts(config, method.needs_calibration)
-    main = sweep.main_process()
+    runs.check(config)
+    runs.warn_few_steps(config)
+    prompts, calibration_prompts = runs.read_prompts(config, method.needs_calibration)
+    main = main_process()
     if config.dry_run:
         plan = dry_run.describe(config, choices.model, choices.method, method, len(prompts), len(calibration_prompts))
         print(plan)
         return {}
-    with experiment.locked(folder / "run") if main else nullcontext():
+    with locked(folder / "run") if main else nullcontext():
         if (folder / "result.json").exists() and not config.overwrite:
             result = json.loads((folder / "result.json").read_text())
             if main and result.get("label") != name:
                 result["label"] = name
                 write_text(folder / "result.json", json.dumps(result, indent=1))
             if main:
-                print(experiment.summary(result, folder), "(finished earlier; overwrite=true runs it again)", sep="\n")
+                table = summary(result, folder, plain_runs(folder, result))
+                print(table, "(finished earlier; overwrite=true runs it again)", sep="\n")
             return result
         if config.overwrite:
             if main:
                 shutil.rmtree(folder / "samples", ignore_errors=True)
-            experiment.wait_for_all()  # no process may take an old batch for a new one
-        tracker = None
-        if main and config.logger.name == "wandb":
-            group = config.logger.group or sweep.group(HydraConfig.get()) or choices.model
-            settings = OmegaConf.to_container(config, resolve=True)
-            tracker = tracking.start(config.logger.project, settings, folder.name, group, folder, config.logger.mode)
-
+            wait_for_all()  # no process may take an old batch for a new one
+        logger = instantiate(config.logger)
         if main:
+            group = sweep.group(HydraConfig.get()) or choices.model
+            logger.start(OmegaConf.to_container(config, resolve=True), folder.name, group, folder)
             print(f"{choices.model}  {choices.method}  {dry_run.announce(config, method, len(prompts))}")
-        scorers = experiment.load_metrics(config) if main else {}
-        pipe = experiment.load_pipeline(config)
-        trial = experiment.Experiment(config, pipe, folder)
-        calibration = trial.calibration(method, calibration_prompts)[0] if method.needs_calibration else None
-        method.prepare(trial.pipe, calibration)
-        reference = trial.reference(prompts)
-        samples, computed = trial.samples(method, prompts)
+        with phase("metrics loaded"):
+            scorers = runs.load_metrics(config) if main else {}
+        with phase("model loaded"):
+            one = runs.Run(config, runs.load_pipeline(config), folder)
+        calibration = None
+        if method.needs_calibration:
+            with phase("calibration"):
+                calibration, _ = one.calibration(method, calibration_prompts)
+        with phase("method prepared"):
+            method.prepare(one.pipe, calibration)
+        with phase("full-step reference"):
+            reference = one.reference(prompts)
+        with phase("samples"):
+            samples, computed = one.samples(method, prompts)
         if not main:
             return {}
         result = {
@@ -147,15 +163,14 @@ def run(config: DictConfig, folder: Path) -> dict:
             "seed": config.seed,
             "config_hash": config_hash(config),
             "calibration_prompts": len(calibration.made_from["prompts"]) if calibration else 0,
-            **trial.evaluate(method, samples, reference, computed, scorers),
+            **one.evaluate(method, samples, reference, computed, scorers),
         }
-        pictures = trial.pictures(method, samples, reference, result)
+        with phase("pictures"):
+            pictures = one.pictures(method, samples, reference, result)
         write_text(folder / "result.json", json.dumps(result, indent=1))
-        tracking.log(
-            tracker, result | {"objective": sweep.objective(result)}, pictures, trial.rows(samples, reference, result)
-        )
-        tracking.finish(tracker)
-        print(experiment.summary(result, folder))
+        logger.log(result | {"objective": objective(result)}, pictures, one.rows(samples, reference, result))
+        logger.finish()
+        print(summary(result, folder, plain_runs(folder, result)))
         return result
 
 

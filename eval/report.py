@@ -15,16 +15,16 @@ import pandas as pd
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from eval.failures import unfinished
 from eval.files import write_text
-from eval.leaderboard import LABELS, ORDER, SETTING, SPEED, TRIVIAL_FOR_FULL, _newest, _rank, table
+from eval.methods import FULL, about, order, styles
 from eval.pictures import still
-from eval.sweep import FAILURE
+from eval.results import SETTING, SPEED, against_full, column, metric_names, newest
+from eval.statistics import LEVEL
+from eval.tables import table
 
-LOWER_IS_BETTER = ("latent_error", "lpips", "fid", "kid")  # beginnings of names
 MEMORY = {"history": "cache memory", "peak_device": "peak device memory", "peak_rss": "peak RSS"}
-ABBREVIATIONS = {"clip", "fid", "kid", "lpips"}
 VERSIONS = ("processor", "python", "torch", "diffusers", "git")
-OWN_GRID = {"fewer_steps", "dpm_solver", "unipc"}  # their steps are not among the T steps of the others
 LARGEST = 512  # pixels on the longer side; larger images would make a page of hundreds of megabytes
 
 
@@ -33,10 +33,10 @@ def write(folder: str | Path, out: str | Path, frame: pd.DataFrame, prompts: int
 
     Args:
         folder: where the runs are; runs that failed are looked for here.
-        frame: `leaderboard.collect(folder)`.
+        frame: `eval.results.collect(folder)`.
         prompts: rows of the image wall, which make up most of the page's size.
     """
-    out, failed, frame = Path(out), failures(folder), board(frame)
+    out, failed, frame = Path(out), unfinished(folder), board(frame)
     out.mkdir(parents=True, exist_ok=True)
     files = {
         "leaderboard.csv": csv(frame, folder),
@@ -48,47 +48,22 @@ def write(folder: str | Path, out: str | Path, frame: pd.DataFrame, prompts: int
     return [out / name for name in files]
 
 
-def failures(folder: str | Path) -> list[dict]:
-    """`{"run", "error"}` of every run folder without a result: the error is what `eval.sweep.fail` left there, or None
-    where there is nothing, which is a run that was killed or still goes on."""
-    found = {}
-    for name in (".hydra", FAILURE):  # Hydra makes the first one before anything can fail
-        for path in Path(folder).rglob(name):
-            if not (path.parent / "result.json").exists():
-                found[path.parent] = None if name == ".hydra" else _error(path)
-    return [{"run": run.name, "error": error} for run, error in sorted(found.items())]
-
-
-def _error(path: Path) -> str:
-    text = path.read_text(errors="replace")
-    try:
-        return str(json.loads(text)["error"]).strip()
-    except (ValueError, KeyError, TypeError):
-        return text.strip()
-
-
 def board(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of the board: of repeated runs the newest, with `equal_compute`, false where the computed steps are not
     the budget.
 
     `full` has no budget: it is one row per setting and seed, with all T steps as its budget.
     """
-    full = frame["method"] == "full"
-    frame = _newest(frame.assign(budget=frame["budget"].where(~full, frame["num_inference_steps"])))
+    full = frame["method"] == FULL
+    frame = newest(frame.assign(budget=frame["budget"].where(~full, frame["num_inference_steps"])))
     frame = frame.assign(equal_compute=(frame["computed_steps"] - frame["budget"]).abs() <= 0.5)
     return frame.loc[_order(frame, [*SETTING, "budget"])]
 
 
 def _order(frame: pd.DataFrame, first: list[str]) -> list:
     """The frame's index sorted by the columns `first`, then by method."""
-    rows = {r.Index: (*(getattr(r, c) for c in first), _rank(r.label), r.seed) for r in frame.itertuples()}
+    rows = {r.Index: (*(getattr(r, c) for c in first), order(r.label), r.seed) for r in frame.itertuples()}
     return sorted(rows, key=rows.get)
-
-
-def metrics(frame: pd.DataFrame) -> list[str]:
-    """The frame's columns that came from metrics, the ones with a label first."""
-    names = [name[:-2] for name in frame if name.endswith("_n") and f"{name[:-2]}_lo" in frame]
-    return sorted(names, key=lambda name: list(LABELS).index(name) if name in LABELS else len(LABELS))
 
 
 def csv(frame: pd.DataFrame, folder: str | Path) -> str:
@@ -102,7 +77,7 @@ def csv(frame: pd.DataFrame, folder: str | Path) -> str:
 
 def markdown(frame: pd.DataFrame, failed: list[dict]) -> str:
     """A table for every metric and speed, then what readers must know: unequal compute and failed runs."""
-    wanted = [name for name in (*metrics(frame), *SPEED, "computed_steps") if name in frame]
+    wanted = [*metric_names(frame), *(name for name in (*SPEED, "computed_steps") if name in frame)]
     parts = ["# Leaderboard", *(table(frame, name) for name in wanted)]
     if unequal := [
         f"- {r.label}, K = {r.budget}: {r.computed_steps:g} steps computed, not at equal compute"
@@ -130,7 +105,7 @@ def page(frame: pd.DataFrame, failed: list[dict], prompts: int) -> str:
 
 
 def _data(frame: pd.DataFrame, failed: list[dict], prompts: int) -> dict:
-    names, images, walls, runs = metrics(frame), {}, [], {}
+    names, images, walls, runs = [name for name in metric_names(frame) if name in frame], {}, [], {}
 
     def embed(image: Image.Image | None) -> int | None:
         return None if image is None else images.setdefault(_uri(image), len(images))
@@ -143,10 +118,10 @@ def _data(frame: pd.DataFrame, failed: list[dict], prompts: int) -> dict:
     machines = frame[versions].fillna("unknown").drop_duplicates()
     return {
         "written": f"{datetime.fromtimestamp(frame['written'].max(), UTC):%Y-%m-%d}",
-        "metrics": [{"name": name, "label": _title(name), "lower": name.startswith(LOWER_IS_BETTER)} for name in names],
-        "trivial": sorted(TRIVIAL_FOR_FULL),
+        "metrics": [_metric(name) for name in names],
+        "level": LEVEL,
         "memory": {name: label for name, label in MEMORY.items() if name in frame and frame[name].notna().any()},
-        "methods": _colors(frame),
+        "methods": _styles(frame),
         "machines": sorted(", ".join(f"{n} {row[n]}" for n in versions) for row in machines.to_dict("records")),
         "processors": len(set(machines.get("processor", []))),
         "walls": walls,
@@ -171,7 +146,7 @@ def _wall(part: pd.DataFrame, embed: Callable, prompts: int) -> tuple[dict, dict
         for index in places.values():
             if (name, index) not in stored:
                 stored[name, index] = embed(_reference(folder, name, index))
-        against = images if row.method == "full" else {p: stored[name, index] for p, index in places.items()}
+        against = images if row.method == FULL else {p: stored[name, index] for p, index in places.items()}
         for place, image in against.items():
             reference[place] = image if reference[place] is None else reference[place]
         shown[row.Index] = {
@@ -191,14 +166,14 @@ def _run(row, names: list[str]) -> dict:
     total = int(row.num_inference_steps)
     unavailable = getattr(row, "metrics_unavailable", None)
     batches = getattr(row, "schedules", None)
-    grid = int(row.budget) if row.method in OWN_GRID else total
+    grid = int(row.budget) if about(row.method).own_grid else total
     counts = Counter(step for batch in batches for step in batch) if isinstance(batches, list) else {}
     return {
         "model": row.model,
         "steps": total,
         "method": row.method,
         "label": row.label,
-        "full": row.method == "full",
+        "full": row.method == FULL,
         "budget": int(row.budget),
         "computed": _number(row.computed_steps),
         "equal": bool(row.equal_compute),
@@ -215,17 +190,20 @@ def _run(row, names: list[str]) -> dict:
     }
 
 
-def _title(name: str) -> str:
-    words = [word.upper() if word in ABBREVIATIONS else word for word in name.split("_")]
-    title = LABELS.get(name, " ".join(words))
-    return title[:1].upper() + title[1:]
+def _metric(name: str) -> dict:
+    """What the page must know about a metric; "higher": whether that is better, None where nobody knows."""
+    title, higher = column(name).title, column(name).higher_is_better
+    return {"name": name, "label": title[:1].upper() + title[1:], "higher": higher, "trivial": against_full(name)}
 
 
-def _colors(frame: pd.DataFrame) -> dict[str, int]:
-    """A number for every label, in the order of the board; a method known to it has the same one on every page."""
-    labels = list(dict.fromkeys(frame.loc[_order(frame, []), "label"]))
-    others = [label for label in labels if label not in ORDER]
-    return {label: ORDER.index(label) if label in ORDER else len(ORDER) + others.index(label) for label in labels}
+def _styles(frame: pd.DataFrame) -> dict[str, dict]:
+    """Of every label, in the order of the board: its colours, its shape, and what its method is."""
+    found = {}
+    for label, style in styles(frame["label"]).items():
+        known = about(label)
+        says = [str(part) for part in (known.title, known.year, known.paper) if part]
+        found[label] = style._asdict() | {"about": ", ".join(says)}
+    return found
 
 
 def _number(value) -> float | None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from eval.experiment import load_metrics, scores, summary
+from eval.console import summary
 from eval.files import write_text
 from eval.metrics import Scorer, check
+from eval.results import plain_runs
+from eval.runs import load_metrics, scores
 from eval.store import locked, stored
 
 log = logging.getLogger("run")
@@ -92,7 +94,7 @@ def _score(folder: Path, scorers: dict, config: DictConfig) -> None:
             lost = result.get("metrics_unavailable", {}) | scored["metrics_unavailable"]
             result["metrics_unavailable"] = {name: lost[name] for name in lost if name not in result["metrics"]}
             write_text(folder / "result.json", json.dumps(result, indent=1))
-    print(summary(result, folder))
+    print(summary(result, folder, plain_runs(folder, result)))
 
 
 def _reference(folder: Path, result: dict) -> Path:

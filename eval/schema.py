@@ -59,6 +59,33 @@ class EvalConfig:
     timing: TimingConfig = field(default_factory=TimingConfig)
 
 
+class Group(Enum):
+    """Kinds of methods in the order of the board: the plain alternatives to a cache; caches that reuse or forecast
+    features at fixed steps, that decide their steps online, or plan them; those that skip parts of steps; those of
+    libraries; and methods without a record."""
+
+    plain = "plain"
+    reuse = "reuse"
+    forecast = "forecast"
+    online = "online"
+    planned = "planned"
+    partial = "partial"
+    library = "library"
+    other = "other"
+
+
+@dataclass
+class About:
+    """What the board says of a method: its title, the address of its paper, the paper's year, and its group.
+    own_grid: its steps are not among the T steps of the others."""
+
+    title: str = ""
+    paper: str | None = None
+    year: int | None = None
+    group: Group = Group.other
+    own_grid: bool = False
+
+
 class Stage(Enum):
     """run: sample and evaluate. calibrate: only settle the method. eval: score finished run folders again."""
 
@@ -72,6 +99,7 @@ class RunConfig:
     stage: Stage = Stage.run
     dir: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
+    about: About = field(default_factory=About)
     method: Any = MISSING
     eval: EvalConfig = field(default_factory=EvalConfig)
     logger: Any = MISSING
@@ -92,8 +120,9 @@ ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
 def config_hash(config: DictConfig) -> str:
-    """12 hex digits of everything that shapes the results; where they go and who is told does not count."""
-    others = ("hydra", "logger", "output_dir", "overwrite", "dry_run", "label", "stage", "dir")
+    """12 hex digits of everything that shapes the results; where they go, who is told and what the board says do
+    not count."""
+    others = ("about", "hydra", "logger", "output_dir", "overwrite", "dry_run", "label", "stage", "dir")
     keys = [key for key in config if key not in others]
     content = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,10 +1,11 @@
-"""Means with bootstrap intervals, for one method and for the paired difference of two."""
+"""Means with bootstrap intervals, for one method and for the paired difference of two, and the Pareto front of many."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 RESAMPLES = 10_000
+LEVEL = 0.01  # gains that differ by less are level: no machine measures them closer
 
 
 def summarise(values: Sequence[float], seed: int = 0) -> dict:
@@ -41,3 +42,15 @@ def paired_difference(a: Sequence[float], b: Sequence[float], seed: int = 0) -> 
 def doubt(timed: dict) -> str | None:
     """Why the `timing` of a result is not reliable, or None."""
     return timed.get("unreliable", "measured by an earlier version, which kept no spread")
+
+
+def front(gains: np.ndarray, values: np.ndarray, higher_is_better: bool) -> np.ndarray:
+    """Which of N points (gain, value) lie on the Pareto front, as booleans (N,). More gain is better.
+
+    A point is beaten by one with a better value that is no slower, to within `LEVEL`, and by one with the same value
+    that is faster.
+    """
+    gains, values = np.asarray(gains, dtype=float), np.asarray(values, dtype=float) * (1 if higher_is_better else -1)
+    better, same = values[:, None] > values, values[:, None] == values  # [i, j]: i than j
+    beats = (better & (gains[:, None] >= gains * (1 - LEVEL))) | (same & (gains[:, None] > gains))
+    return ~beats.any(axis=0)

@@ -29,7 +29,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def collect(
+def load_or_make(
     folder: Path,
     prompts: list[str],
     batch_size: int,
@@ -61,7 +61,7 @@ def collect(
 
 
 def stored(folder: Path, prompts: list[str]) -> Samples:
-    """The samples that `collect` has left in `folder`. Raises FileNotFoundError unless they are whole."""
+    """The samples that `load_or_make` has left in `folder`. Raises FileNotFoundError unless they are whole."""
     paths = [_batch(folder, index) for index in range(len(list(folder.glob("batch_*.safetensors"))))]
     missing = [path.name for path in paths if not _whole(path)]
     if missing or not paths:

@@ -60,12 +60,14 @@ class RayLauncher(Launcher):
     def _wait(self, config: DictConfig, name: str, job: Any) -> JobReturn:
         import ray
 
-        from eval import sweep
+        from eval import failures
 
         try:
             return ray.get(job)
-        except ray.exceptions.RayError as error:  # killed, or out of memory: on record like any failure, see `sweep`
-            sweep.fail(Path(config.hydra.sweep.dir, name), f"{type(error).__name__}: {' '.join(str(error).split())}")
+        except ray.exceptions.RayError as error:  # killed, or out of memory: on record like any failure
+            failures.record(
+                Path(config.hydra.sweep.dir, name), f"{type(error).__name__}: {' '.join(str(error).split())}"
+            )
             return JobReturn(overrides=config.hydra.overrides.task, status=JobStatus.COMPLETED)
 
 

@@ -4,9 +4,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, RangeSweep
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from eval import methods
+from eval.schema import Group, config_hash
 from helpers.commands import ROOT, run
 
 
@@ -35,8 +38,33 @@ def made(*overrides: str):
 )
 def test_a_choice_composes_with_the_others_defaults(group, name):
     config, method = made(f"{group}={name}")
-    fewer = name in ("fewer_steps", "dpm_solver", "unipc")
-    assert method.num_inference_steps == (config.budget if fewer else config.num_inference_steps)
+    assert method.num_inference_steps == (config.budget if config.about.own_grid else config.num_inference_steps)
+
+
+@pytest.mark.parametrize("name", names("method"))
+def test_a_method_has_a_record_that_says_what_it_is(name):
+    about = compose("config", [f"method={name}"]).about
+    assert about.title and about.group is not Group.other
+    assert OmegaConf.to_object(about) == methods.about(name)  # the board reads the file as the command does
+    if about.paper and "arxiv" in about.paper:
+        assert about.year == 2000 + int(about.paper.rpartition("/")[2][:2])
+
+
+def test_a_record_that_is_wrong_is_refused():
+    with pytest.raises(HydraException, match="caching"):
+        compose("config", ["about.group=caching"])
+    with pytest.raises(HydraException, match="yaer"):
+        compose("config", ["about.yaer=2024"])
+
+
+def test_a_record_does_not_count_for_the_name_of_a_run():
+    """As in commands and run folders from before methods had records."""
+    config = compose("config", ["method=fora", "about.title=other", "about.group=online"])
+    assert config_hash(config) == config_hash(compose("config", ["method=fora"])) == "3ac04cd756e9"
+
+
+def test_the_board_sweeps_every_method():
+    assert compose("config", ["experiment=board"], return_hydra_config=True).hydra.sweeper.params.method == "glob(*)"
 
 
 def values(key: str, swept: str) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import time
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import torch
 import wandb
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image
 
-from eval import experiment, leaderboard, pictures, statistics, timing, tracking
+from eval import charts, console, leaderboard, methods, pictures, results, statistics, tables, timing, tracking
 
 PROMPTS = ["a red circle", "a small yellow star above a long grey line, seen from far away, oil on canvas", "two cats"]
 
@@ -115,7 +117,7 @@ def test_an_efficiency_is_printed_only_where_the_rounds_agree_on_it(rounds, whol
     found = timing.reliability(timed)
     assert found == {"spread": pytest.approx(spread), "unreliable": reason}
     run = result("fora", 10, 30.0, timing=timed | found, metrics_unavailable={})
-    text = experiment.summary(run, Path("out"))
+    text = console.summary(run, Path("out"))
     assert f"4.00x end to end (10.00 s -> 2.50 s), {whole[0]:.2f}x to {whole[1]:.2f}x" in text
     if reason is None:
         low, high = (value / 5 for value in transformer)
@@ -126,7 +128,7 @@ def test_an_efficiency_is_printed_only_where_the_rounds_agree_on_it(rounds, whol
 
 def test_an_old_result_without_a_spread_is_not_called_reliable():
     run = result("fora", 10, 30.0, timing=TIMED | {"efficiency": 1.6}, metrics_unavailable={})
-    text = experiment.summary(run, Path("out"))
+    text = console.summary(run, Path("out"))
     assert "not reliable" in text and "efficiency" not in text
 
 
@@ -135,12 +137,12 @@ def test_tables_say_which_speeds_are_not_reliable(tmp_path):
         timed = {"speedup": 4.0, "speedup_range": [3.9, 4.1], "efficiency": 0.8, "unreliable": reason}
         (tmp_path / method).mkdir()
         (tmp_path / method / "result.json").write_text(json.dumps(result(method, 9, 30.0, timing=timed)))
-    frame = leaderboard.collect(tmp_path)
-    assert "| fora | 4.00 ± 0.10 |" in leaderboard.table(frame, "speedup")
-    assert "| fora | 0.80 |" in leaderboard.table(frame, "efficiency")
+    frame = results.collect(tmp_path)
+    assert "| fora | 4.00 ± 0.10 |" in tables.table(frame, "speedup")
+    assert "| fora | 0.80 |" in tables.table(frame, "efficiency")
     for metric in ("speedup", "efficiency"):
-        assert "| toca | not reliable |" in leaderboard.table(frame, metric)
-    assert "not reliable" not in leaderboard.table(frame, "psnr")
+        assert "| toca | not reliable |" in tables.table(frame, metric)
+    assert "not reliable" not in tables.table(frame, "psnr")
 
 
 def test_efficiency_memory_and_versions():
@@ -258,7 +260,7 @@ def runs(tmp_path):
 
 
 def test_collect_flattens_and_names_what_it_skips(runs, caplog):
-    frame = leaderboard.collect(runs)
+    frame = results.collect(runs)
     assert len(frame) == 7
     row = frame[(frame.method == "zebra")].iloc[0]
     assert (row.psnr, row.psnr_lo, row.psnr_hi, row.psnr_n) == (21.0, 19.0, 22.0, 8)
@@ -268,8 +270,8 @@ def test_collect_flattens_and_names_what_it_skips(runs, caplog):
 
 
 def test_table_orders_methods_and_separates_models(runs):
-    frame = leaderboard.collect(runs)
-    text = leaderboard.table(frame)
+    frame = results.collect(runs)
+    text = tables.table(frame)
     tiny = text[text.index("tiny, 50 steps") :].splitlines()
     assert tiny[2:] == [
         "| method | K = 5 | K = 10 | K = 50 |",
@@ -281,7 +283,7 @@ def test_table_orders_methods_and_separates_models(runs):
     ]
     assert "40.00" in text[: text.index("tiny, 50 steps")]
     with pytest.raises(ValueError, match="no result has 'lpips'"):
-        leaderboard.table(frame, "lpips")
+        tables.table(frame, "lpips")
 
 
 def test_newest_of_repeated_runs_counts(runs):
@@ -289,9 +291,9 @@ def test_newest_of_repeated_runs_counts(runs):
     again.parent.mkdir()
     again.write_text(json.dumps(result("zebra", 10, 50.0)))
     os.utime(again, (1, 1))
-    assert "| zebra | – | 21.00" in leaderboard.table(leaderboard.collect(runs))
+    assert "| zebra | – | 21.00" in tables.table(results.collect(runs))
     os.utime(again, (2**32, 2**32))
-    assert "| zebra | – | 50.00" in leaderboard.table(leaderboard.collect(runs))
+    assert "| zebra | – | 50.00" in tables.table(results.collect(runs))
 
 
 def test_command_line_prints_and_reports_lost_metrics(runs, monkeypatch, capsys):
@@ -324,24 +326,82 @@ def test_paired_differences_use_the_same_prompts_alone(tmp_path):
         folder.mkdir()
         per_prompt = {"prompts": list(prompts), "psnr": psnr.tolist()}
         (folder / "result.json").write_text(json.dumps(result(method, 9, psnr.mean(), per_prompt=per_prompt)))
-    text = leaderboard.paired_table(leaderboard.collect(tmp_path), "fewer_steps")
+    text = tables.paired_table(results.collect(tmp_path), "fewer_steps")
     (line,) = [line for line in text.splitlines() if "dpcache" in line]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     low, high = map(float, cells[4].strip("[]").split(","))
     assert 0.9 < low < float(cells[3]) < high < 1.1  # far narrower than the spread of 5 dB between prompts
     assert "fora" not in text  # other prompts: no pairs
     with pytest.raises(ValueError, match="no result of 'toca'"):
-        leaderboard.paired_table(leaderboard.collect(tmp_path), "toca")
+        tables.paired_table(results.collect(tmp_path), "toca")
 
 
 @pytest.mark.parametrize("metric", ["psnr", "speedup"])
 def test_figure(runs, tmp_path, metric):
-    frame = leaderboard.collect(runs)
+    frame = results.collect(runs)
     more = pd.concat([frame.assign(budget=frame["budget"] + extra) for extra in (0, 30, 60)], ignore_index=True)
-    path = leaderboard.figure(tmp_path / "curves.png", more, metric)
+    path = charts.figure(tmp_path / "curves.png", more, metric)
     assert Image.open(path).size == (2080, 640)  # two models, two panels
-    path = leaderboard.figure(tmp_path / "list.png", frame, metric)  # one or two budgets
+    path = charts.figure(tmp_path / "list.png", frame, metric)  # one or two budgets
     assert Image.open(path).size[0] == 2280 and Image.open(path).size[1] < 640
+
+
+def beaten_by_hand(points: list[tuple[float, float]], higher: bool) -> set[int]:
+    """Indices of (gain, value) that another point beats: better at no less than 99 % of the gain, or as good and
+    faster."""
+    beaten = set()
+    for i, (gain, value) in enumerate(points):
+        for other_gain, other in points:
+            better = other > value if higher else other < value
+            if (better and other_gain >= 0.99 * gain) or (other == value and other_gain > gain):
+                beaten.add(i)
+    return beaten
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(2, 12), st.integers(-3, 3)), min_size=1, max_size=12), st.booleans())
+def test_the_front_is_what_no_other_run_beats_whichever_direction_is_better(points, higher):
+    gains, values = np.array(points, dtype=float).T
+    on = statistics.front(gains, values, higher)
+    assert set(np.flatnonzero(~on)) == beaten_by_hand(points, higher)
+    best = values.max() if higher else values.min()
+    assert on.any() and best in values[on] and gains.max() in gains[on]
+    along = values[on][np.argsort(gains[on], kind="stable")]
+    assert (np.diff(along) <= 0).all() if higher else (np.diff(along) >= 0).all()  # faster costs quality
+
+
+def test_gains_that_no_machine_tells_apart_are_level():
+    assert statistics.front([4.02, 4.0, 3.0], [20.0, 30.0, 30.0], True).tolist() == [False, True, False]
+    assert statistics.front([4.1, 4.0, 3.0], [20.0, 30.0, 30.0], True).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("metric", "front"), [("psnr", ["fora 9", "toca 9"]), ("lpips", ["fora 9", "dicache 9"]), ("clip", ["fora 9"])]
+)
+def test_pareto_pictures_know_the_direction_of_their_metric(tmp_path, monkeypatch, metric, front):
+    scored = {  # speed-up, PSNR, LPIPS, CLIP
+        "fora": (4.0, 30.0, 0.3, 30.0),
+        "toca": (3.0, 31.0, 0.4, 20.0),
+        "dicache": (2.0, 29.0, 0.2, 30.0),
+    }
+    for name, (speedup, *values) in scored.items():
+        (tmp_path / name).mkdir()
+        means = {m: {"mean": v, "ci95": [None, None], "n": 1} for m, v in zip(("psnr", "lpips", "clip"), values)}
+        run = result(name, 9, 0.0, timing={"speedup": speedup}, metrics=means)
+        (tmp_path / name / "result.json").write_text(json.dumps(run))
+    drawn = []
+    monkeypatch.setattr(charts, "save", lambda plot, path: drawn.append(plot) or path)
+    charts.pareto(tmp_path / "pareto.png", results.collect(tmp_path), metric)
+    assert [text.get_text() for text in drawn[0].axes[0].texts] == front
+
+
+def test_a_metric_of_another_version_is_listed_but_has_no_front(tmp_path):
+    old = {"psnr": {"mean": 30.0, "ci95": [29.0, 31.0], "n": 8}, "beauty": {"mean": 0.5, "ci95": [0.4, 0.6], "n": 8}}
+    (tmp_path / "result.json").write_text(json.dumps(result("fora", 9, 30.0, metrics=old)))
+    frame = results.collect(tmp_path)
+    assert results.metric_names(frame) == ["psnr", "beauty"] and "### beauty: tiny" in tables.table(frame, "beauty")
+    with pytest.raises(ValueError, match="metric=beauty has no Pareto front"):
+        charts.pareto(tmp_path / "pareto.png", frame, "beauty")
 
 
 def test_pareto_front_names_the_runs_that_none_beats(tmp_path, monkeypatch):
@@ -351,11 +411,85 @@ def test_pareto_front_names_the_runs_that_none_beats(tmp_path, monkeypatch):
         timing = {"speedup": speedup}
         (folder / "result.json").write_text(json.dumps(result(name, budget, psnr, timing=timing)))
     drawn = []
-    monkeypatch.setattr(leaderboard, "save", lambda plot, path: drawn.append(plot) or path)
-    leaderboard.pareto(tmp_path / "pareto.png", leaderboard.collect(tmp_path))
-    (axes,) = drawn[0].axes
+    monkeypatch.setattr(charts, "save", lambda plot, path: drawn.append(plot) or path)
+    frame = results.collect(tmp_path)
+    charts.pareto(tmp_path / "pareto.png", frame)
+    (axes,), (legend,) = drawn[0].axes, drawn[0].legends
     assert [text.get_text() for text in axes.texts] == ["fora 9", "toca 9"]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["fora", "toca", "teacache"]
+    assert [text.get_text() for text in legend.get_texts()] == ["reuse", "partial", "others", "Pareto front"]
+    colors = [line.get_color() for line in axes.lines]
+    light = {label: style.light for label, style in methods.styles(["fora", "toca", "teacache"]).items()}
+    assert colors == [light["fora"], "0.8", light["toca"], "k"]
+    # The reader's choice has its name and colour, too.
+    charts.pareto(tmp_path / "pareto.png", frame, chosen=["teacache"])
+    assert [text.get_text() for text in drawn[1].axes[0].texts] == ["fora 9", "toca 9", "teacache 9"]
+    assert drawn[1].axes[0].lines[1].get_color() == light["teacache"]
+    with pytest.raises(ValueError, match="no result of easycache; the board has"):
+        charts.pareto(tmp_path / "pareto.png", frame, chosen=["easycache"])
+    with pytest.raises(ValueError, match="gain=computed_steps is not a column of which more is known to be better"):
+        charts.pareto(tmp_path / "pareto.png", frame, gain="computed_steps")
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_the_stairs_lead_through_the_front(higher):
+    axes, (good, bad) = Figure().subplots(), (2.0, 1.0) if higher else (1.0, 2.0)
+    best = pd.DataFrame({"gain": [4.0, 3.0], "mean": [bad, good]})
+    axes.plot(best["gain"], best["mean"], "o")
+    if not higher:
+        axes.invert_yaxis()
+    charts._stairs(axes, best)
+    x, y = axes.lines[-1].get_data()
+    left, worst = axes.get_xlim()[0], axes.get_ylim()[0]
+    assert list(x) == [left, 3.0, 4.0, 4.0] and list(y) == [good, good, bad, worst]
+    assert worst < bad if higher else worst > bad
+
+
+# --- console
+
+
+def test_a_phase_is_one_line_with_its_time_of_the_main_process_alone(capsys, monkeypatch):
+    with console.phase("samples"):
+        pass
+    assert re.fullmatch(r"  samples +\d+\.\d s\n", capsys.readouterr().out)
+    monkeypatch.setenv("RANK", "1")
+    with console.phase("samples"):
+        pass
+    monkeypatch.delenv("RANK")
+    with pytest.raises(RuntimeError), console.phase("samples"):
+        raise RuntimeError
+    assert capsys.readouterr().out == ""
+
+
+def scored(method: str, budget: int, psnr: float, clip: float, **changes) -> dict:
+    metrics = {name: {"mean": v, "ci95": [v - 1, v + 1], "n": 4} for name, v in (("psnr", psnr), ("clip", clip))}
+    fields = {"metrics": metrics, "metrics_unavailable": {}, "reference": "a", "timing": {}}
+    return result(method, budget, psnr, **fields | changes)
+
+
+def test_a_run_ends_beside_full_steps_and_as_many_plain_ones(tmp_path):
+    others = {
+        "tiny-full-K7-T50": scored("full", 7, 100.0, 27.5, computed_steps=50.0),
+        "tiny-fewer_steps-K10-T50": scored("fewer_steps", 10, 31.25, 26.5),
+        "tiny-unipc-K9-T50": scored("unipc", 9, 33.0, 26.0),  # another budget
+        "tiny-dpm_solver-K10-T50": scored("dpm_solver", 10, 33.0, 26.0, reference="b"),  # other prompts
+        "tiny-fora-K10-T50": scored("fora", 10, 33.0, 26.0),  # not plain
+    }
+    for name, content in others.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(content))
+    (tmp_path / "tiny-fewer_steps-K11-T50").mkdir()
+    (tmp_path / "tiny-fewer_steps-K11-T50" / "result.json").write_text("{")
+    run = scored("dpcache", 10, 35.5, 27.0)
+    plain = results.plain_runs(tmp_path / "tiny-dpcache-K10-T50", run)
+    assert [other["method"] for other in plain] == ["full", "fewer_steps"]
+    lines = console.summary(run, tmp_path, plain).splitlines()
+    table = {line[:24].strip(): re.split(r"\s{2,}", line[24:].strip()) for line in lines[2:5]}
+    assert table[""] == ["full, 50 steps", "fewer_steps, 10 steps", "dpcache, 10 steps"]
+    assert table["psnr"] == ["–", "31.25", "35.50", "[34.50, 36.50]", "n=4"]  # full steps are their own reference
+    assert table["clip"] == ["27.50", "26.50", "27.00", "[26.00, 28.00]", "n=4"]
+    alone = console.summary(run, tmp_path).splitlines()
+    assert re.split(r"\s{2,}", alone[4].strip()) == ["clip", "–", "27.00", "[26.00, 28.00]", "n=4"]
+    assert len(console.summary(others["tiny-full-K7-T50"], tmp_path).splitlines()[2].split("steps")) == 2  # once
 
 
 # --- tracking
@@ -373,11 +507,13 @@ def no_account(tmp_path, monkeypatch):
 
 def test_offline_run_writes_its_files(tmp_path, no_account, caplog):
     picture = pictures.timeline(tmp_path / "timeline.png", [0, 1], 5)
-    run = tracking.start("test", {"method": "dpcache"}, "name", "group", tmp_path / "run")
+    logger = tracking.Wandb("test")
+    logger.start({"method": "dpcache"}, "name", "group", tmp_path / "run")
     rows = zip(PROMPTS, images(0), images(1), [30.0, 31.0, 32.0], strict=True)
-    tracking.log(run, result("dpcache", 10, 30.0), {"timeline": picture}, rows)
+    logger.log(result("dpcache", 10, 30.0), {"timeline": picture}, rows)
+    run = logger.run
     assert run.offline and run.summary["psnr"] == 30.0 and run.summary["schedules"] == [list(range(10))]
-    tracking.finish(run)
+    logger.finish()
     (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     written, patience = next(folder.glob("run-*.wandb")), time.monotonic() + 15
     while written.stat().st_size < 1000 and time.monotonic() < patience:
@@ -398,19 +534,21 @@ def test_wandb_failures_become_warnings(tmp_path, monkeypatch, caplog):
         raise wandb.errors.CommError("no\nroute")
 
     monkeypatch.setattr(wandb, "init", broken)
-    run = tracking.start("test", {}, folder=tmp_path, mode="online")
-    assert run is None and modes == ["online", "offline"]
+    logger = tracking.Wandb("test", mode="online")
+    logger.start({}, "name", "group", tmp_path)
+    assert logger.run is None and modes == ["online", "offline"]
     assert [record.getMessage() for record in caplog.records] == [
         "W&B could not start a run (online): CommError: no route",
         "W&B could not start a run (offline): CommError: no route",
     ]
-    tracking.log(run, result("dpcache", 10, 30.0))
-    tracking.finish(run)
+    logger.log(result("dpcache", 10, 30.0))
+    logger.finish()
 
     class BrokenRun:
         def __getattr__(self, name):
             raise RuntimeError("gone")
 
-    tracking.log(BrokenRun(), result("dpcache", 10, 30.0), {"missing": tmp_path / "missing.png"})
-    tracking.finish(BrokenRun())
+    logger.run = BrokenRun()
+    logger.log(result("dpcache", 10, 30.0), {"missing": tmp_path / "missing.png"})
+    logger.finish()
     assert "could not log the result" in caplog.text and "could not finish the run" in caplog.text

@@ -1,12 +1,11 @@
 """Budgets and rules of the schedules, and the method constructors."""
 
+import shutil
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
 from baselines.ab_cache import ab_cache
 from baselines.fewer_steps import fewer_steps
@@ -22,7 +21,7 @@ from baselines.uniform_skip import uniform_skip
 from baselines.zeus import zeus
 from dpcache.method import dpcache
 from dpcache.schedules import EvenlySpaced, Interval, Schedule
-from eval.leaderboard import ORDER
+from eval import methods
 
 budgets = st.integers(2, 80).flatmap(
     lambda T: st.tuples(st.integers(1, T).flatmap(lambda K: st.tuples(st.integers(1, K), st.just(K))), st.just(T))
@@ -112,9 +111,39 @@ def test_teacache_spends_its_budget_on_recorded_trajectories():
         )
 
 
-def test_the_board_has_every_method():
-    conf = Path(__file__).parents[1] / "conf"
-    board = OmegaConf.load(conf / "experiment" / "board.yaml").hydra.sweeper.params.method
-    methods = [name.strip() for name in board.split(",")]
-    assert sorted(methods) == sorted(path.stem for path in (conf / "method").glob("*.yaml"))
-    assert sorted(methods) == sorted(ORDER)
+@pytest.fixture
+def with_a_new_method(tmp_path, monkeypatch):
+    """The folder of methods with one more file."""
+    shutil.copytree(methods.FOLDER, tmp_path / "method")
+    (tmp_path / "method" / "aardvark.yaml").write_text(
+        "about: {title: Aardvark, year: 2020, group: forecast}\nmethod: {}\n"
+    )
+    monkeypatch.setattr(methods, "FOLDER", tmp_path / "method")
+    methods.records.cache_clear()
+    yield
+    methods.records.cache_clear()
+
+
+def test_the_board_orders_by_group_year_and_name():
+    rows = ["mine", "dpcache order=1", "zeus", "full", "dpcache", "taylorseer", "fewer_steps", "foca", "fora"]
+    expected = ["full", "fewer_steps", "fora", "foca", "taylorseer", "zeus", "dpcache", "dpcache order=1", "mine"]
+    assert sorted(rows, key=methods.order) == expected
+    assert sorted(["dpcache warmup=10", "dpcache warmup=9"], key=methods.order)[0] == "dpcache warmup=9"
+    assert sorted(["10 b", "9 a"], key=methods.order) == ["9 a", "10 b"]
+
+
+def test_a_new_method_takes_its_place_and_recolours_none(request):
+    rows = ["fora", "taylorseer", "zeus", "toca"]
+    before = methods.styles(rows)
+    request.getfixturevalue("with_a_new_method")
+    after = methods.styles([*rows, "aardvark"])
+    assert list(after) == ["fora", "aardvark", "taylorseer", "zeus", "toca"]
+    assert all((after[row].light, after[row].dark) == (before[row].light, before[row].dark) for row in rows)
+    assert after["aardvark"].light == after["zeus"].light != after["fora"].light
+
+
+def test_rows_of_one_group_are_told_apart():
+    rows = [f"dpcache warmup={warmup}" for warmup in range(1, 8)]
+    assert len({style.light for style in methods.styles(rows).values()}) == 7
+    mixed = methods.styles([*rows, "fora"])
+    assert len({style.light for style in mixed.values()}) == 2 and len({mixed[row].shape for row in rows}) == 7

@@ -29,6 +29,7 @@ from dpcache.models.pretrained import EMBEDDED
 from dpcache.sampler import generate
 from eval import metrics
 from eval.metrics import Samples, Settings, fid
+from eval.results import column
 from helpers.commands import ENVIRONMENT, ROOT, TINY, results, run
 
 TINY_FLUX = EMBEDDED / "tiny_flux"
@@ -138,6 +139,36 @@ def test_shapes_never_broadcast():
     assert "image shapes differ" in unavailable["psnr"]
     _, unavailable, _ = metrics.evaluate(scorers, samples(0), samples(1, latents=torch.ones(3, 1, 5)))
     assert "latent shapes differ" in unavailable["latent_error"]
+
+
+# --- records
+
+
+@pytest.mark.parametrize("name", ["psnr", "ssim", "latent_error", "fid_efficientnet_lite0", "kid_efficientnet_lite0"])
+def test_a_record_says_which_direction_is_better(name, folder, tmp_path):
+    """Against samples that are the reference itself, noise must be worse."""
+    real = np.stack([np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))[:6]])
+    good, bad = (Samples(made, torch.from_numpy(made).float(), NAMES[:6]) for made in (real, images(77, 6) // 3))
+    settings = {"fid_reference": str(folder), "cache": tmp_path / "features"}
+    best, worst = (np.mean(score(name, made, good, **settings)) for made in (good, bad))
+    assert bool(best > worst) is metrics.METRICS[name].higher_is_better
+
+
+def test_a_new_metric_is_one_file(tmp_path, monkeypatch):
+    (tmp_path / "brightness.py").write_text(
+        "from eval.metrics.base import Metric\n"
+        "METRICS = (Metric(name='brightness', label='Brightness', higher_is_better=False, digits=1, unit='levels',\n"
+        "    load=lambda settings: lambda sample, reference: sample.images.double().mean((1, 2, 3))),)\n"
+    )
+    monkeypatch.setattr(metrics, "__path__", [*metrics.__path__, str(tmp_path)])
+    try:
+        found = {metric.name: metric for metric in metrics._records()}
+    finally:
+        del sys.modules["eval.metrics.brightness"], metrics.brightness
+    assert found.keys() - metrics.METRICS.keys() == {"brightness"}
+    monkeypatch.setitem(metrics.METRICS, "brightness", found["brightness"])
+    assert score("brightness", samples(0), samples(1)) == pytest.approx(images(0).mean((1, 2, 3)).tolist())
+    assert column("brightness").title == "Brightness (levels)"
 
 
 # --- LPIPS
@@ -394,10 +425,11 @@ def test_failing_metric_costs_only_itself(monkeypatch):
     def absent(settings):
         raise ImportError("no such package")
 
-    monkeypatch.setitem(metrics.METRICS, "broken", lambda settings: broken)
-    monkeypatch.setitem(metrics.METRICS, "absent", absent)
     nan = torch.tensor([1.0, float("nan")])
-    monkeypatch.setitem(metrics.METRICS, "nan", lambda settings: lambda sample, reference: nan)
+    loads = {"broken": lambda settings: broken, "absent": absent, "nan": lambda settings: lambda *samples: nan}
+    for name, load in loads.items():
+        metric = metrics.Metric(name=name, label=name, higher_is_better=True, load=load)
+        monkeypatch.setitem(metrics.METRICS, name, metric)
     scorers = metrics.load(["broken", "absent", "nan", "latent_error", "psnr"], Settings())
     values, unavailable, _ = metrics.evaluate(scorers, samples(0, latents=None), samples(1))
     assert list(values) == ["psnr"] and len(values["psnr"]) == 3

@@ -17,6 +17,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from eval import leaderboard, report
+from eval.results import collect
 from helpers.commands import ROOT
 from helpers.commands import run as command
 
@@ -86,7 +87,7 @@ def test_markdown_holds_the_numbers_of_the_results(outputs):
             if line.startswith(f"| {result['method']} |")
         ]
         assert f" {result['metrics']['psnr']['mean']:.2f} ± " in line
-    assert all(f"### {title}" in text for title in ("latent_error", "speed-up", "efficiency", "Failed"))
+    assert all(f"### {title}" in text for title in ("latent error", "speed-up", "efficiency", "Failed"))
     assert "| not reliable |" in text[text.index("### efficiency") :]  # a single round has no spread
     assert {run["unreliable"] for run in embedded(outputs)["runs"]} == {"a single round has no spread"}
     assert f"- fora-K9: `{' '.join(ERROR.split())}`" in text and "- fora-K3: unfinished" in text
@@ -129,7 +130,7 @@ def test_unequal_compute_and_variants_are_told_apart(outputs, tmp_path):
         result = next(r for r in results(outputs).values() if (r["method"], r["budget"]) == ("dpcache", 4))
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text(json.dumps(result | {"seed": name == "a"} | changes))
-    frame = report.board(leaderboard.collect(tmp_path))
+    frame = report.board(collect(tmp_path))
     assert list(frame["label"]) == ["dpcache", "dpcache order=1"] and list(frame["equal_compute"]) == [False, True]
     assert "- dpcache, K = 4: 6 steps computed, not at equal compute" in report.markdown(frame, [])
 
@@ -198,7 +199,7 @@ def column(page, title: str) -> list[str]:
 @needs_browser
 def test_page_shows_every_run_and_every_failure(page, outputs):
     shown = column(page, "PSNR")
-    board = report.board(leaderboard.collect(outputs))
+    board = report.board(collect(outputs))
     assert [float(text.split()[0]) for text in shown] == pytest.approx(list(board["psnr"]), abs=0.1)
     assert len(column(page, "Efficiency")) == 5 and page.locator("#panels figure").count() == 3
     assert page.locator("#strips .strip .bar").count() == 5

@@ -21,6 +21,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("outputs")
     code, out, err = run_alone("budget=5", *TINY[:-1], "eval.timing.repeats=1", folder=folder)
     assert code == 0, err
+    assert "%|" not in err and "\r" not in err  # bars are for terminals
     return folder, out
 
 
@@ -50,6 +51,16 @@ def test_the_run_folder_is_whole(finished):
     images = sorted((run_folder / "images").glob("*.png"))
     assert len(images) == 4 and all(Image.open(image).size == (64, 64) for image in images)
     assert "5 of 8 steps computed" in out and "psnr" in out and "speed-up" in out
+
+
+PHASES = ["metrics loaded", "model loaded", "calibration", "method prepared", "full-step reference", "samples"]
+
+
+def test_into_a_file_a_run_prints_a_line_for_each_phase_and_no_bars(finished):
+    _, out = finished
+    found = re.findall(r"^  (\S.*?) +\d+\.\d s$", out, re.MULTILINE)
+    assert found == [*PHASES, "timing", "FLOPs", "metrics", "pictures"]
+    assert "\r" not in out and "full, 8 steps" in out and "dpcache, 5 steps" in out
 
 
 def test_a_finished_run_is_not_run_again(finished):

@@ -1,8 +1,10 @@
 """What `run.py` sees to before anything is loaded: folders that can be written, and threads that leave others alone."""
 
+import ast
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,15 @@ def test_joblib_gives_its_workers_their_share_of_the_cores(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     threads = Parallel(n_jobs=2)(delayed(os.getenv)("OMP_NUM_THREADS") for _ in range(2))
     assert threads == [str(max(1, len(os.sched_getaffinity(0)) // 2))] * 2
+
+
+def test_modules_of_eval_import_each_other_in_one_direction():
+    imports = {}
+    for path in (ROOT / "eval").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        found = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        members = {f"{node.module}.{alias.name}" for node in found for alias in node.names}
+        imports[name] = members | {node.module for node in found}
+    graph = {name: imports[name] & imports.keys() for name in imports}
+    assert graph["eval.leaderboard"] >= {"eval.report", "eval.tables"}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(imports)  # raises CycleError

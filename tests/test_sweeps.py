@@ -17,9 +17,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from dpcache.sampler import generate
-from eval import prompts, sweep, timing
+from eval import prompts, timing
 from eval.rescore import rescore
-from eval.store import collect, stored
+from eval.results import objective
+from eval.store import load_or_make, stored
 from helpers.commands import ENVIRONMENT, ROOT, TINY, compose, results, run, run_alone, start
 
 OFFLINE = {"psnr", "ssim", "latent_error", "clip", "fid_efficientnet_lite0", "kid_efficientnet_lite0"}
@@ -68,14 +69,14 @@ class Maker:
 
 def test_a_batch_that_is_there_is_not_made_again_and_a_damaged_one_is(tmp_path):
     first, second = Maker(), Maker()
-    samples, computed = collect(tmp_path, list("abcde"), 2, first, "")
+    samples, computed = load_or_make(tmp_path, list("abcde"), 2, first, "")
     assert first.made == [0, 2, 4] and computed == [[0, 0], [0, 2], [0, 4]]
     assert samples.images[:, 0, 0, 0].tolist() == samples.latents[:, 0].tolist() == [0, 1, 2, 3, 4]
     damaged = tmp_path / "batch_0001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with pytest.raises(FileNotFoundError, match="no whole batch_0001"):
         stored(tmp_path, list("abcde"))
-    again, _ = collect(tmp_path, list("abcde"), 2, second, "")
+    again, _ = load_or_make(tmp_path, list("abcde"), 2, second, "")
     assert second.made == [2] and torch.equal(again.images, samples.images)
     assert torch.equal(stored(tmp_path, list("abcde")).latents, samples.latents)
     assert sorted(os.listdir(tmp_path)) == [f"batch_000{index}.safetensors" for index in range(3)]
@@ -91,7 +92,7 @@ def test_samples_need_not_fit_into_memory(tmp_path):
         return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
 
     before = resident()
-    samples, _ = collect(tmp_path, ["fox"] * 60, 1, make, "")
+    samples, _ = load_or_make(tmp_path, ["fox"] * 60, 1, make, "")
     assert samples.images.nbytes > 180e6 and resident() - before < 60e6
     assert samples.images[:, -1, -1, -1].tolist() == list(range(60))
 
@@ -353,7 +354,7 @@ def test_tuning_maximises_psnr_within_the_budget_and_repeats_itself(tmp_path):
     assert len(found) == 4 and any(result["computed_steps"] > 4.5 for result in found)
     within = [result["metrics"]["psnr"]["mean"] for result in found if result["computed_steps"] <= 4.5]
     assert best.best_value == max(within, default=0.0)
-    assert {sweep.objective(result) for result in found} >= {0.0, best.best_value}
+    assert {objective(result) for result in found} >= {0.0, best.best_value}
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("tune_teacache/*/result.json")}
     code, out, err = run(*command, folder=tmp_path)
     assert code == 0 and out.count("finished earlier") == 4, err

@@ -1,19 +1,21 @@
 """Metrics of accelerated samples: against the full-step reference, the prompts, or a set of real images.
 
-`METRICS[name](settings)` loads what the metric needs and returns its scorer, see `eval.metrics.base.Scorer`.
+To add one, put a file here whose `METRICS` holds its record, see `eval.metrics.base.Metric`: nothing else lists it.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
+from pkgutil import iter_modules
 
-from eval.metrics import clip, fid, image_reward, lpips, vbench
-from eval.metrics.base import Samples, Scorer, Settings, Unavailable
+from eval.metrics.base import Column, Metric, Samples, Scorer, Settings, Unavailable
 from eval.metrics.fidelity import MAX_PSNR, latent_error, psnr, ssim
 
 __all__ = [
     "MAX_PSNR",
     "METRICS",
+    "Column",
+    "Metric",
     "Samples",
     "Scorer",
     "Settings",
@@ -28,16 +30,17 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-METRICS: dict[str, Callable[[Settings], Scorer]] = {
-    "psnr": lambda settings: psnr,
-    "ssim": lambda settings: ssim,
-    "latent_error": lambda settings: latent_error,
-    "lpips": lpips.load,
-    "clip": clip.load,
-    "image_reward": image_reward.load,
-    **{f"vbench_{name}": partial(vbench.load, name) for name in vbench.DIMENSIONS},
-    **{f"{kind}_{name}": partial(fid.load, kind, name) for kind in ("fid", "kid") for name in fid.EXTRACTORS},
+
+def _records() -> Iterator[Metric]:
+    for module in iter_modules(__path__):
+        if not module.name.endswith("_scorer"):  # a script for an environment of its own
+            yield from getattr(import_module(f"{__name__}.{module.name}"), "METRICS", ())
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric for metric in sorted(_records(), key=lambda metric: not metric.against_full)
 }
+"""All metrics by name, those that compare with the full-step run first: the order of the board's columns."""
 
 
 def check(names: Iterable[str]) -> None:
@@ -62,7 +65,7 @@ def load(names: Iterable[str], settings: Settings, require_all: bool = False) ->
     scorers = {}
     for name in names:
         try:
-            scorers[name] = METRICS[name](settings)
+            scorers[name] = METRICS[name].load(settings)
         except ValueError:
             raise
         except Exception as error:  # any failure of a metric must cost that metric only

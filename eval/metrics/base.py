@@ -1,4 +1,4 @@
-"""What metrics are given, and what they raise when something they need cannot be had."""
+"""What a metric is, what it is given, and what it raises when something it needs cannot be had."""
 
 import logging
 import os
@@ -68,6 +68,38 @@ class Settings(MetricsConfig):
 Scorer = Callable[[Samples, Samples], Tensor | tuple[Tensor, dict]]
 """`scorer(sample, reference)`: one value per sample, shape (N,), or one of the whole set, shape (1,), which may come
 with a dictionary of what else belongs into the result (counts, a warning)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """How tables, pictures and the page show one number of a result.
+
+    name: as in `result.json`. label, unit: for readers. digits: after the decimal point. higher_is_better: None where
+    nobody can say, so that no run is called better by it.
+    """
+
+    name: str
+    label: str
+    unit: str = ""
+    digits: int = 2
+    higher_is_better: bool | None
+
+    @property
+    def title(self) -> str:
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric(Column):
+    """One metric of `eval.metrics.METRICS`.
+
+    load: loads what the metric needs and returns its scorer. Raises ValueError for wrong settings, and `Unavailable`,
+    or any other error, where something cannot be had. against_full: whether it compares with the full-step run, which
+    itself is then perfect and shown in no picture.
+    """
+
+    load: Callable[[Settings], Scorer]
+    against_full: bool = False
 
 
 class Unavailable(Exception):

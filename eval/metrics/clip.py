@@ -8,9 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dpcache.models import expectation
-from dpcache.models.pretrained import EMBEDDED
-from eval.metrics.base import Samples, Scorer, Settings, Unavailable, weights
+from eval.metrics.base import Metric, Samples, Scorer, Settings, Unavailable, weights
 
 BATCH = 32
 
@@ -27,7 +25,10 @@ def load(settings: Settings) -> Scorer:
     Raises ValueError for settings that open_clip does not know and where `tiny_clip` does not make what it should (see
     `dpcache.models.expectation`), Unavailable where the weights cannot be had.
     """
-    import open_clip  # here: it takes seconds, which runs without CLIP need not wait for
+    import open_clip  # here: these take seconds, which runs without CLIP need not wait for
+
+    from dpcache.models import expectation
+    from dpcache.models.pretrained import EMBEDDED
 
     name, pretrained = settings.clip_model, settings.clip_pretrained
     if name is None:
@@ -87,3 +88,6 @@ def embed(model, preprocess, tokenize, settings: dict) -> dict[str, np.ndarray]:
         "text": model.encode_text(tokenize([settings["prompt"]]), normalize=True).numpy(),
         "image": model.encode_image(preprocess(image)[None], normalize=True).numpy(),
     }
+
+
+METRICS = (Metric(name="clip", load=load, label="CLIP score", higher_is_better=True),)

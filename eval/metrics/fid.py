@@ -9,6 +9,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -19,13 +20,11 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
-from torchmetrics.image.kid import KernelInceptionDistance
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
 from eval.files import atomic
-from eval.metrics.base import ROOT, Samples, Scorer, Settings, Unavailable, weights
+from eval.metrics.base import ROOT, Metric, Samples, Scorer, Settings, Unavailable, weights
 
 BATCH = 32
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -53,6 +52,8 @@ class EfficientNetLite0(nn.Module):
 
 def _inception() -> nn.Module:
     """FID's own Inception v3, pooled features (B, 2048)."""
+    from torchmetrics.image.fid import NoTrainInceptionV3  # here: it takes seconds, and tables need it not
+
     fetch = 'python -c "from torchmetrics.image.fid import FrechetInceptionDistance as FID; FID()"'
     with weights("FID's weights of Inception v3", fetch):
         return NoTrainInceptionV3("inception-v3-compat", ["2048"])
@@ -138,10 +139,12 @@ def _given(features: Tensor) -> nn.Module:
 
 
 def fid(real: Tensor, fake: Tensor) -> Tensor:
-    """Fréchet distance of two feature sets (M, D) and (N, D) as Gaussians, shape (1,). Lower is better.
+    """Fréchet distance of two feature sets (M, D) and (N, D) as Gaussians, shape (1,).
 
     Raises RuntimeError for fewer than two samples.
     """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     metric = FrechetInceptionDistance(feature=_given(real))
     metric.update(real, real=True)
     metric.update(fake, real=False)
@@ -150,7 +153,9 @@ def fid(real: Tensor, fake: Tensor) -> Tensor:
 
 def kid(real: Tensor, fake: Tensor, subsets: int = 100, seed: int = 0) -> Tensor:
     """Squared maximum mean discrepancy with a cubic kernel between feature sets (M, D) and (N, D), shape (1,), averaged
-    over random subsets of 1,000, or of all of the smaller set. Unbiased, so it may be negative. Lower is better."""
+    over random subsets of 1,000, or of all of the smaller set. Unbiased, so it may be negative."""
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # that features are kept in memory
         torch.manual_seed(seed)
@@ -162,6 +167,9 @@ def kid(real: Tensor, fake: Tensor, subsets: int = 100, seed: int = 0) -> Tensor
         return metric.compute()[0][None]
 
 
+DISTANCES = {"fid": fid, "kid": kid}
+
+
 def load(distance: str, extractor: str, settings: Settings) -> Scorer:
     """The `distance`, `fid` or `kid`, of all samples to the images of `settings.fid_reference`, shape (1,), with the
     counts of both (every frame of a video counts); for FID with a warning where the samples are too few for a
@@ -171,7 +179,7 @@ def load(distance: str, extractor: str, settings: Settings) -> Scorer:
     """
     network = EXTRACTORS[extractor]()
     real = _reference(extractor, network, settings)
-    compute = {"fid": fid, "kid": kid}[distance]
+    compute = DISTANCES[distance]
 
     def score(sample: Samples, reference: Samples) -> tuple[Tensor, dict]:
         fake = extract(network, sample.videos.flatten(0, 1).permute(0, 3, 1, 2), settings.device)
@@ -184,3 +192,16 @@ def load(distance: str, extractor: str, settings: Settings) -> Scorer:
         return compute(real, fake), details
 
     return score
+
+
+METRICS = tuple(
+    Metric(
+        name=f"{distance}_{extractor}",
+        load=partial(load, distance, extractor),
+        label=f"{distance.upper()} {extractor.replace('_', ' ')}",
+        digits={"fid": 2, "kid": 4}[distance],
+        higher_is_better=False,
+    )
+    for distance in DISTANCES
+    for extractor in EXTRACTORS
+)

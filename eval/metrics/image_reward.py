@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from eval.metrics.base import Samples, Scorer, Settings
+from eval.metrics.base import Metric, Samples, Scorer, Settings
 from eval.metrics.isolated import TIMEOUT, Script, complete, needed
 
 SCRIPT = Script("ImageReward", Path(__file__).with_name("image_reward_scorer.py"), "images")
@@ -30,7 +30,7 @@ def load(settings: Settings) -> Scorer:
 
 
 def image_reward(sample: Samples, reference: Samples | None = None, **options) -> Tensor:
-    """ImageReward of each image for its prompt, float64 (N,), without unit: higher is better. No reference is used.
+    """ImageReward of each image for its prompt, float64 (N,), without unit. No reference is used.
 
     Args:
         options: as for `score`.
@@ -77,3 +77,6 @@ def check(**options) -> None:
     Args and errors as for `score`.
     """
     score([], [], **options)
+
+
+METRICS = (Metric(name="image_reward", load=load, label="ImageReward", higher_is_better=True),)

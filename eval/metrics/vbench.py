@@ -12,7 +12,7 @@ from pathlib import Path
 import imageio.v3 as iio
 from torch import Tensor
 
-from eval.metrics.base import Samples, Scorer, Settings
+from eval.metrics.base import Metric, Samples, Scorer, Settings
 from eval.metrics.isolated import TIMEOUT, Script, complete, needed
 
 SCRIPT = Script("VBench", Path(__file__).with_name("vbench_scorer.py"), "videos")
@@ -41,7 +41,7 @@ def load(dimension: str, settings: Settings) -> Scorer:
 
 
 def vbench(sample: Samples, reference: Samples | None = None, *, fps: float, **options) -> Tensor:
-    """A dimension of each video, float64 (N,), 0 to 1: higher is better. Neither prompts nor reference are used.
+    """A dimension of each video, float64 (N,), 0 to 1. Neither prompts nor reference are used.
 
     Args:
         fps: frames per second, by which dynamic_degree chooses frames.
@@ -71,3 +71,14 @@ def score(
         timeout: as for `Script.score`, like what is returned and raised.
     """
     return SCRIPT.score([{"path": video} for video in videos], timeout, dimension=dimension, device=device)
+
+
+METRICS = tuple(
+    Metric(
+        name=f"vbench_{name}",
+        load=partial(load, name),
+        label=f"VBench {name.replace('_', ' ')}",
+        higher_is_better=True,
+    )
+    for name in DIMENSIONS
+)

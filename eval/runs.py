@@ -3,8 +3,8 @@
 import hashlib
 import json
 import logging
-import math
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -22,23 +22,12 @@ from dpcache.sampler import Batch, sample
 from dpcache.schedules import Planned
 from dpcache.session import denoisers
 from eval import metrics, pictures, timing
+from eval.console import phase, quiet_libraries
 from eval.metrics import Samples, Scorer, evaluate
 from eval.prompts import read
-from eval.statistics import doubt, summarise
-from eval.store import collect, locked
-
-__all__ = [
-    "Experiment",
-    "check",
-    "load_metrics",
-    "load_pipeline",
-    "locked",
-    "read_prompts",
-    "scores",
-    "summary",
-    "wait_for_all",
-    "warn_few_steps",
-]
+from eval.schema import Group
+from eval.statistics import summarise
+from eval.store import load_or_make, locked
 
 log = logging.getLogger("run")
 
@@ -58,9 +47,9 @@ def check(config: DictConfig) -> None:
         raise ValueError(f"eval.timing.repeats={config.eval.timing.repeats} must be at least 0")
 
 
-def warn_few_steps(config: DictConfig, method: str) -> None:
+def warn_few_steps(config: DictConfig) -> None:
     """A word to whoever caches a model that was distilled to a few steps."""
-    if config.num_inference_steps < 10 and method not in ("full", "fewer_steps"):
+    if config.num_inference_steps < 10 and config.about.group is not Group.plain:
         log.warning(
             "num_inference_steps=%s: the steps of so short a run have little in common, so caching gains next to "
             "nothing; method=fewer_steps is the plain alternative",
@@ -97,12 +86,8 @@ def load_pipeline(config: DictConfig):
     if device in ("auto", "cuda") and "LOCAL_RANK" in os.environ:
         device = str(PartialState().device)
     settings = OmegaConf.to_container(config.model)
+    quiet_libraries()
     return get_method(config.model.loader)(device=device, **{name: settings[name] for name in LOADING})
-
-
-def wait_for_all() -> None:
-    """Wait until all processes of `accelerate launch` are here."""
-    PartialState().wait_for_everyone()
 
 
 def load_metrics(config: DictConfig) -> dict[str, Scorer | Exception]:
@@ -125,12 +110,12 @@ def scores(scorers: dict[str, Scorer | Exception], samples: Samples, reference: 
 
 
 def stored(batch: Batch) -> tuple:
-    """A batch as `eval.store.collect` takes it."""
+    """A batch as `eval.store.load_or_make` takes it."""
     spent = float(np.mean([generations[-1] for generations in batch.report.spent.values()]))
     return batch.images, batch.latents, {"steps": list(batch.report.computed.values()), "spent": spent}
 
 
-class Experiment:
+class Run:
     """One run's settings, pipeline and folder."""
 
     def __init__(self, config: DictConfig, pipe, folder: Path):
@@ -139,11 +124,11 @@ class Experiment:
         self.call = OmegaConf.to_container(config.model.call)
         self.batch_size = config.batch_size or config.model.batch_size
         self.device = pipe._execution_device
+        pipe.set_progress_bar_config(disable=True)  # inside the bar of the batches
         self.circumstances = describe(pipe, config.num_inference_steps, **self.call)
 
     def _sample(self, method, prompts, chunk: slice) -> Batch:
         seeds = range(self.config.seed, self.config.seed + len(prompts))
-        self.pipe.set_progress_bar_config(disable=None, leave=False, desc="steps", mininterval=0.5)
         return sample(self.pipe, method, prompts[chunk], seeds[chunk], **self.call)
 
     def _key(self, *parts) -> str:
@@ -180,7 +165,7 @@ class Experiment:
         def make(chunk: slice):
             return stored(self._sample(method, prompts, chunk))
 
-        return collect(folder, prompts, self.batch_size, make, "full-step reference")[0]
+        return load_or_make(folder, prompts, self.batch_size, make, "full-step reference")[0]
 
     def samples(self, method, prompts: list[str]) -> tuple[Samples, list[dict]]:
         """The method's samples and, of every batch, the computed "steps" of each guidance branch and how many full
@@ -198,7 +183,7 @@ class Experiment:
                     iio.imwrite(path.with_suffix(".mp4"), image, **options)
             return stored(batch)
 
-        return collect(self.folder / "samples", prompts, self.batch_size, make, "samples")
+        return load_or_make(self.folder / "samples", prompts, self.batch_size, make, "samples")
 
     def evaluate(
         self,
@@ -210,11 +195,14 @@ class Experiment:
     ) -> dict:
         """Metrics with intervals, timing, memory, FLOPs and versions, as they stand in `result.json`."""
         memory = timing.memory(self.device)  # before the timing, which resets the peak
-        seconds, peaks = self._time(method, samples.prompts)
-        flops, kept = self._flops(method, samples.prompts)
+        with phase("timing") if self.config.eval.timing.repeats else nullcontext():
+            seconds, peaks = self._time(method, samples.prompts)
+        with phase("FLOPs"):
+            flops, kept = self._flops(method, samples.prompts)
         memory |= peaks | {"history": kept or None}
         measured = {"timing": seconds, "memory": memory, "flops": flops}
-        scored = scores(scorers, samples, reference)  # last: its networks take memory too
+        with phase("metrics"):
+            scored = scores(scorers, samples, reference)  # last: its networks take memory too
         weights = [min(self.batch_size, len(samples.prompts) - i * self.batch_size) for i in range(len(computed))]
         return {
             "computed_steps": float(np.average([batch["spent"] for batch in computed], weights=weights)),
@@ -305,42 +293,3 @@ class Experiment:
         scores = result["per_prompt"].get("psnr", [float("nan")] * len(samples.prompts))
         stills = ([pictures.still(image) for image in made.images.numpy()] for made in (reference, samples))
         return list(zip(samples.prompts, *stills, scores))
-
-
-def summary(result: dict, folder: Path) -> str:
-    """The table that a run prints."""
-    timed = result["timing"]
-    of = f"{result['computed_steps']:g} of {result['num_inference_steps']} steps computed"
-    lines = [f"{result['model']}  {result['method']}  {of}"]
-    lines.append(f"  schedule               {result['schedules'][0]}")
-    for name, value in result["metrics"].items():
-        low, high = value["ci95"]
-        interval = "" if low is None else f"  [{low:.4g}, {high:.4g}]"
-        against = f" against {value['reference_n']:,} images" if "reference_n" in value else ""
-        lines.append(f"  {name:<22} {value['mean']:.4g}{interval}  n={value['n']}{against}")
-        if "warning" in value:
-            lines.append(f"  {'':<22} {value['warning']}")
-    for name, reason in result["metrics_unavailable"].items():
-        lines.append(f"  {name:<22} unavailable: {reason}")
-    if timed:
-        lines += _timed(timed)
-    if flops := result.get("flops"):
-        ratio = flops["full"] / flops["cached"]
-        lines.append(f"  FLOPs per image        {flops['full']:.4g} -> {flops['cached']:.4g}, {ratio:.2f}x fewer")
-    lines.append(f"  pictures, images       {folder}")
-    return "\n".join(lines)
-
-
-def _timed(timed: dict) -> list[str]:
-    """What a run says of its timing: an efficiency only where the rounds agree on it."""
-    low, high = timed.get("speedup_range", (math.nan, math.nan))
-    seconds = f"{timed['reference_s']:.2f} s -> {timed['cached_s']:.2f} s"
-    lines = [f"  speed-up               {timed['speedup']:.2f}x end to end ({seconds}), {low:.2f}x to {high:.2f}x"]
-    if reason := doubt(timed):
-        return [*lines, f"  {'':<22} not reliable: {reason}"]
-    ideal, (low, high) = timed["ideal_speedup"], timed["transformer_speedup_range"]
-    return [
-        *lines,
-        f"  transformer only       {timed['transformer_speedup']:.2f}x of {ideal:.2f}x ideal, efficiency"
-        f" {timed['efficiency']:.2f}, {low / ideal:.2f} to {high / ideal:.2f}",
-    ]

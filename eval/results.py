@@ -1,0 +1,157 @@
+"""What `result.json` files hold: one as flat columns, those of a folder as one table; and what is known of columns."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from eval.methods import FULL, order, records
+from eval.metrics import METRICS, Column
+from eval.schema import Group
+from eval.statistics import doubt
+
+log = logging.getLogger(__name__)
+
+SETTING = ["model", "num_inference_steps"]  # results of different settings never share a table
+SPEED = ("speedup", "transformer_speedup", "efficiency")  # as timed; runs say where their rounds disagree
+MEASURED = {
+    column.name: column
+    for column in (
+        Column(name="speedup", label="speed-up", higher_is_better=True),
+        Column(name="transformer_speedup", label="transformer speed-up", higher_is_better=True),
+        Column(name="efficiency", label="efficiency", higher_is_better=True),
+        Column(name="flops_speedup", label="speed-up by FLOPs", higher_is_better=True),
+        Column(name="computed_steps", label="computed steps", digits=1, higher_is_better=False),
+    )
+}
+
+
+def objective(result: dict) -> float | None:
+    """What a tuning sweep maximises: the mean PSNR, but 0 for a run that computed more steps than its budget, which
+    would otherwise always win. None without a PSNR, which counts as a failure there."""
+    if "psnr" not in result.get("metrics", {}):
+        return None
+    return result["metrics"]["psnr"]["mean"] if result["computed_steps"] <= result["budget"] + 0.5 else 0.0
+
+
+def flatten(result: dict) -> dict:
+    """One `result.json` as flat columns.
+
+    metrics: `psnr`, `psnr_lo`, `psnr_hi`, `psnr_n`; FLOPs: `flops_full`, `flops_cached`, ... and `flops_speedup`, the
+    first over the second; timing, memory and
+    versions: their scalars under their own names (`speedup`, `peak_rss`, `torch`); the range of timed rounds as
+    `speedup_lo`, `speedup_hi`; everything else as it is, without the scores of every prompt.
+    """
+    groups = ("metrics", "timing", "memory", "versions", "per_prompt", "flops")
+    row = {key: value for key, value in result.items() if key not in groups}
+    for name, value in result["metrics"].items():
+        row[name], (row[f"{name}_lo"], row[f"{name}_hi"]), row[f"{name}_n"] = value["mean"], value["ci95"], value["n"]
+    if flops := result.get("flops"):
+        row |= {f"flops_{name}": value for name, value in flops.items()}
+        row["flops_speedup"] = flops["full"] / flops["cached"]
+    for group in ("timing", "memory", "versions"):
+        row |= {k: v for k, v in result.get(group, {}).items() if not isinstance(v, (list, dict))}
+    if "efficiency" in row:
+        row["unreliable"] = doubt(result["timing"])
+    for name in SPEED:
+        if found := result.get("timing", {}).get(f"{name}_range"):
+            row[f"{name}_lo"], row[f"{name}_hi"] = found
+    return row
+
+
+def collect(folder: str | Path) -> pd.DataFrame:
+    """One row per `result.json` below `folder`: the columns of `flatten`, the `label` that names the run on the board
+    (the run's own, without the changed settings that all runs of its method share), the `scores` of every prompt,
+    `path` and `written` (seconds, mtime).
+
+    Files that cannot be read or are not results of this project are skipped with a warning that names them.
+    """
+    rows = []
+    for path in sorted(Path(folder).rglob("result.json")):
+        try:
+            result = json.loads(path.read_text())
+            row = flatten(result)
+            if missing := {"method", "budget", "seed", "computed_steps", *SETTING} - row.keys():
+                raise ValueError(f"lacks {sorted(missing)}")
+            scores = result.get("per_prompt", {})
+            rows.append(
+                {"label": row["method"]} | row | {"scores": scores, "path": str(path), "written": path.stat().st_mtime}
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("skipped %s: %s: %s", path, type(error).__name__, error)
+    for method in {row["method"] for row in rows}:
+        same = [row for row in rows if row["label"].split()[0] == row["method"] == method]
+        shared = set.intersection(*(set(row["label"].split()[1:]) for row in same)) if same else set()
+        for row in same:
+            row["label"] = " ".join(word for word in row["label"].split() if word not in shared)
+    return pd.DataFrame(rows)
+
+
+def plain_runs(folder: Path, result: dict) -> list[dict]:
+    """Finished runs beside a run's `folder` that made the same samples without a cache: with all steps, and with other
+    grids of as many steps as its budget."""
+    found = {}
+    for name in (name for name, known in records().items() if known.group is Group.plain and name != result["method"]):
+        for path in sorted(folder.parent.glob(f"{result['model']}-{name}-*/result.json")):
+            try:
+                other = json.loads(path.read_text())
+                same = ("model", "method", "num_inference_steps", "reference")
+                alike = [other[key] for key in same] == [result["model"], name, *(result[key] for key in same[2:])]
+                if alike and (name == FULL or other["budget"] == result["budget"]) and other["metrics"]:
+                    found[name] = other
+            except (OSError, ValueError, KeyError, TypeError):  # not a result, or of an older version
+                continue
+    return [found[name] for name in sorted(found, key=order)]
+
+
+def column(name: str) -> Column:
+    """What is known of a metric, of what a run measures, or of neither, as in results of other versions."""
+    return METRICS.get(name) or MEASURED.get(name) or Column(name=name, label=name, higher_is_better=None)
+
+
+def metric_names(frame: pd.DataFrame) -> list[str]:
+    """The metrics that a run of the frame has, or could not have, in the order of `METRICS`; unknown ones last."""
+    names = [name[:-2] for name in frame if name.endswith("_n") and f"{name[:-2]}_lo" in frame]
+    for reasons in frame.get("metrics_unavailable", ()):
+        names += reasons if isinstance(reasons, dict) else ()
+    known = [name for name in METRICS if name in names]
+    return known + sorted(set(names) - set(known))
+
+
+def against_full(name: str) -> bool:
+    return name in METRICS and METRICS[name].against_full
+
+
+def newest(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of runs that repeat a (setting, label, budget, seed) the newest."""
+    return frame.sort_values("written").drop_duplicates([*SETTING, "label", "budget", "seed"], keep="last")
+
+
+def boards(frame: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Per setting, its heading and a frame indexed by label with columns `budget, mean, lo, hi, unreliable`, the last
+    one true for a speed whose rounds disagree.
+
+    Of runs that repeat a (setting, label, budget, seed) the newest counts. Seeds are averaged, and their interval
+    halves combined as independent errors; with one seed these are the run's own mean and interval.
+    """
+    if metric not in frame:
+        raise ValueError(f"no result has {metric!r}; columns are {sorted(frame.columns)}")
+    frame = newest(frame).assign(mean=pd.to_numeric(frame[metric])).dropna(subset="mean")
+    doubted = metric in SPEED and "unreliable" in frame
+    frame = frame.assign(unreliable=frame["unreliable"].notna() if doubted else False)
+    for end in ("lo", "hi"):
+        bound = pd.to_numeric(frame[f"{metric}_{end}"]) if f"{metric}_{end}" in frame else np.nan
+        frame[end] = (bound - frame["mean"]) ** 2
+    for (model, total), part in frame.groupby(SETTING):
+        board = part.groupby(["label", "budget"]).agg(
+            mean=("mean", "mean"),
+            lo=("lo", lambda squares: np.sqrt(squares.sum(skipna=False)) / len(squares)),
+            hi=("hi", lambda squares: np.sqrt(squares.sum(skipna=False)) / len(squares)),
+            unreliable=("unreliable", "any"),
+        )
+        board["lo"], board["hi"] = board["mean"] - board["lo"], board["mean"] + board["hi"]
+        board = board.reset_index("budget").loc[sorted(part["label"].unique(), key=order)]
+        yield f"{model}, {total} steps", board

@@ -1,0 +1,65 @@
+"""The board as Markdown tables."""
+
+import numpy as np
+import pandas as pd
+
+from eval.methods import FULL, order
+from eval.results import SETTING, boards, column, newest
+from eval.statistics import paired_difference
+
+
+def table(frame: pd.DataFrame, metric: str = "psnr") -> str:
+    """Markdown tables, one per setting: methods x budgets, mean ± half the width of the 95 % interval, of speeds
+    half the range of the timed rounds, or "not reliable" where these disagree.
+
+    Runs in which the metric was unavailable are listed below with their reasons. Raises ValueError for a column that
+    no result has.
+    """
+    digits = column(metric).digits
+
+    def cell(row: pd.Series) -> str:
+        if row["unreliable"]:
+            return "not reliable"
+        spread = (row["hi"] - row["lo"]) / 2
+        return f"{row['mean']:.{digits}f}" + ("" if np.isnan(spread) else f" ± {spread:.{digits}f}")
+
+    parts, lost = [], pd.DataFrame()
+    if "metrics_unavailable" in frame:
+        reasons = frame["metrics_unavailable"].map(lambda r: r.get(metric) if isinstance(r, dict) else None)
+        lost = frame.assign(reason=reasons).dropna(subset="reason")
+    # A metric that was unavailable in every run has no column, but its reasons must still be seen.
+    for heading, board in boards(frame, metric) if metric in frame or lost.empty else ():
+        budgets = sorted(board["budget"].unique())
+        lines = [["method", *(f"K = {budget}" for budget in budgets)], ["---"] + ["---:"] * len(budgets)]
+        for label in dict.fromkeys(board.index):
+            cells = {row["budget"]: cell(row) for _, row in board.loc[[label]].iterrows()}
+            lines.append([label, *(cells.get(budget, "–") for budget in budgets)])
+        parts.append(
+            f"### {column(metric).title}: {heading}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        )
+    parts += [
+        f"- {metric} unavailable: {r.label}, K = {r.budget}, seed {r.seed}: {r.reason}" for r in lost.itertuples()
+    ]
+    return "\n\n".join(parts)
+
+
+def paired_table(frame: pd.DataFrame, against: str, metric: str = "psnr") -> str:
+    """Markdown table of every row's mean difference to the row `against` over the same prompts and noise, with its
+    paired 95 % bootstrap interval. Raises ValueError if there is no such row."""
+    frame = newest(frame)
+    if against not in set(frame["label"]):
+        raise ValueError(f"no result of {against!r}; the board has {sorted(set(frame['label']))}")
+    lines = [f"### {column(metric).title} against {against}, same prompts", ""]
+    lines += ["| setting | K | method | difference | 95 % interval |", "|---|---:|---|---:|---|"]
+    for (model, total, budget, _), part in frame.groupby([*SETTING, "budget", "seed"]):
+        scores = {row.label: row.scores for row in part.itertuples()}
+        base = scores.pop(against, {})
+        for method in sorted(scores, key=order):
+            ours = scores[method]
+            if metric in base and metric in ours and base["prompts"] == ours["prompts"] and method != FULL:
+                d = paired_difference(ours[metric], base[metric])
+                low, high = d["ci95"] if d["n"] > 1 else (np.nan, np.nan)
+                lines.append(
+                    f"| {model}, {total} steps | {budget} | {method} | {d['mean']:+.3g} | [{low:+.3g}, {high:+.3g}] |"
+                )
+    return "\n".join(lines)

@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import WanPipeline
-from dpcache.models.flux import EMBEDDED
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 from train_tiny_video import EMOJI, FINE, FRAMES, MOTIONS, PROMPTS, SIZE, TEXT_LENGTH, draw, load_sprites
+
+from dpcache.models.pretrained import EMBEDDED
 
 STILL = 4  # pixels; the slowest motion of the training clips makes 8
 

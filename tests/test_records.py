@@ -101,8 +101,8 @@ def new_family(tmp_path, monkeypatch):
         sys.modules.pop("dpcache.models.new", None)
         vars(models).pop("new", None)
 
-    def add():
-        (tmp_path / "new.py").write_text(NEW)
+    def add(text=NEW):
+        (tmp_path / "new.py").write_text(text)
         forget()
 
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
@@ -145,6 +145,15 @@ def test_all_of_a_new_family_is_known_from_its_file(new_family):
     assert family.modulated_input(NewBlock(), (torch.ones(1),), {}).tolist() == [2.0]
     with pytest.raises(ValueError, match="diffusers has no transformer NewTransformer"):
         known.build()
+
+
+def test_a_class_has_one_record(new_family):
+    new_family(NEW.replace("NewTransformer", "WanTransformer3DModel"))
+    with pytest.raises(ValueError, match="more than one record in dpcache/models has WanTransformer3DModel"):
+        families()
+    new_family(NEW.replace("NewBlock", "WanTransformerBlock"))
+    with pytest.raises(ValueError, match="more than one record in dpcache/models has WanTransformerBlock"):
+        family.block_of(NewBlock())
 
 
 def test_without_a_record_nothing_but_the_name_is_known():

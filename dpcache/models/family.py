@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Literal
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -68,6 +68,10 @@ class Block:
     modulated_input: Callable[[torch.nn.Module, tuple, Mapping], torch.Tensor] | None = None
 
 
+EXAMPLE_TIME = 500
+"""The scheduler's timestep, of 1000, that example inputs are for."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What an example input is made for: one step of a pipeline call.
@@ -106,10 +110,6 @@ class Request:
     def time(self) -> torch.Tensor:
         """`EXAMPLE_TIME` for each sample, as the scheduler has it."""
         return self.full(EXAMPLE_TIME, torch.long)
-
-
-EXAMPLE_TIME = 500
-"""The scheduler's timestep, of 1000, that example inputs are for."""
 
 
 @dataclass(frozen=True)
@@ -158,15 +158,24 @@ class Family:
 
 @functools.cache
 def families() -> dict[str, Family]:
-    """The records of this folder by their transformer's class name."""
-    modules = (import_module(found.name) for found in iter_modules(models.__path__, f"{models.__name__}."))
-    return {module.FAMILY.transformer: module.FAMILY for module in modules if hasattr(module, "FAMILY")}
+    """The records of this folder by their transformer's class name. All its files are imported, so none may load what
+    takes long before it is asked to. Raises ValueError for a class that two files have."""
+    modules = [import_module(found.name) for found in iter_modules(models.__path__, f"{models.__name__}.")]
+    records = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
+    return _by_name([(family.transformer, family) for family in records])
 
 
 @functools.cache
 def known_blocks() -> dict[str, Block]:
-    """The blocks of all families by their class name."""
-    return {block.kind: block for family in families().values() for block in family.blocks}
+    """The blocks of all families by their class name. Raises ValueError for a class that two families have."""
+    return _by_name([(block.kind, block) for family in families().values() for block in family.blocks])
+
+
+def _by_name(named: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in named]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"more than one record in dpcache/models has {', '.join(sorted(twice))}")
+    return dict(named)
 
 
 def family_named(transformer: str) -> Family:

@@ -4,6 +4,8 @@ import torch
 from diffusers import SeaCacheConfig
 
 from baselines.library import DiffusersCache
+from dpcache.models.family import family_of
+from dpcache.sites import model_input
 
 
 class SeaCache(DiffusersCache):
@@ -23,7 +25,6 @@ class SeaCache(DiffusersCache):
         super().__init__(budget, num_inference_steps)
         self.threshold, self.needs_calibration = threshold, threshold is None
         self.max_skip = max(2, 2 * num_inference_steps // budget) if max_skip is None else max_skip
-        self._positions, self._size = None, ()  # of FLUX's tokens, and what has been read from them
 
     def prepare(self, pipe, calibration=None):
         self.settled = {"max_consecutive_cached": self.max_skip}
@@ -34,25 +35,19 @@ class SeaCache(DiffusersCache):
         sigmas = getattr(pipe.scheduler, "sigmas", None)
         if sigmas is None or not 0 <= float(sigmas.max()) <= 1:
             raise ValueError(f"SeaCache needs noise levels from 0 to 1, {type(pipe.scheduler).__name__} has none")
-        return SeaCacheConfig(self.threshold, max_consecutive_cached=self.max_skip, raw_vision_callback=self._latents)
+        return SeaCacheConfig(self.threshold, max_consecutive_cached=self.max_skip, raw_vision_callback=latents_of)
 
-    def _latents(self, module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
-        """The latents of a transformer's call, (C, F, H, W) each; of FLUX's and Qwen's packed ones, 2 x 2 a token."""
-        latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        if latents.ndim == 3:
-            if "img_ids" in kwargs:
-                height, width = self._image_size(kwargs["img_ids"])
-            else:
-                _, height, width = kwargs["img_shapes"][0][0]
-            latents = latents.unflatten(1, (height, width)).unflatten(3, (-1, 2, 2))  # B, H, W, C, 2, 2
-            latents = latents.permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3, 4)
-        if latents.ndim == 4:
-            latents = latents.unsqueeze(2)
-        return list(latents)
 
-    def _image_size(self, positions: torch.Tensor) -> tuple[int, int]:
-        """Rows and columns of tokens, read once a generation: on a GPU every look waits for it."""
-        if positions is not self._positions:
-            rows, columns = positions[:, 1:].amax(0).tolist()
-            self._positions, self._size = positions, (int(rows) + 1, int(columns) + 1)
-        return self._size
+def latents_of(module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """The latents of a transformer's call, (C, F, H, W) each; packed ones have 2 x 2 in a token. Raises LookupError
+    where the model packs them and its family's record does not say how (diffusers would hide a ValueError)."""
+    latents = model_input(args, kwargs)
+    if latents.ndim == 3:
+        family = family_of(module)
+        if family.token_grid is None:
+            raise LookupError(f"SeaCache: how {family.transformer} packs its latents is not known")
+        latents = latents.unflatten(1, family.token_grid(kwargs)).unflatten(3, (-1, 2, 2))  # B, H, W, C, 2, 2
+        latents = latents.permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3, 4)
+    if latents.ndim == 4:
+        latents = latents.unsqueeze(2)
+    return list(latents)

@@ -7,9 +7,9 @@ import numpy as np
 from baselines.search import Searched
 from dpcache.calibration import relative_change
 from dpcache.method import Method
+from dpcache.models.family import modulated_input
 from dpcache.predictors import Reuse
 from dpcache.schedules import OnlineSchedule
-from dpcache.sites import modulated_input
 
 log = logging.getLogger(__name__)
 

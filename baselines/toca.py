@@ -8,19 +8,14 @@ import torch
 
 from baselines.search import rerun
 from dpcache.method import Method
+from dpcache.models.family import block_named
 from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
 
 log = logging.getLogger(__name__)
 
-DIT = "BasicTransformerBlock"
-# In FLUX much of a single-stream block, little of a double-stream one; the authors have no such factor for others.
-STREAMS = {
-    "FluxTransformerBlock": 0.4,
-    "FluxSingleTransformerBlock": 1.6,
-    "HunyuanVideoTransformerBlock": 0.4,
-    "HunyuanVideoSingleTransformerBlock": 1.6,
-}
+# Factors of models with both kinds of blocks: much of a single-stream block, little of a double-stream one.
+PARTS = {"double": 0.4, "single": 1.6, None: 1.0}
 
 
 class TokenWise(Schedule):
@@ -52,11 +47,11 @@ class TokenWise(Schedule):
     def count(self, step: int, block: str, layer: int, length: int) -> int:
         """How many of `length` tokens this step computes anew."""
         ratio = self.fresh_ratio
-        if block == DIT:  # the scheme "ToCa-ddim50"
+        if block_named(block).square_grid:  # the scheme "ToCa-ddim50"
             left = (self.num_inference_steps - 1 - step) / self.num_inference_steps
             ratio = (0.07 if ratio is None else ratio) * (0.8 + 0.4 * layer / 27) * (3 - 4 * left) * 2.5
         else:
-            ratio = (0.1 if ratio is None else ratio) * (1.5 - layer / 27) * STREAMS.get(block, 1.0)
+            ratio = (0.1 if ratio is None else ratio) * (1.5 - layer / 27) * PARTS[block_named(block).part]
         return int(torch.tensor(min(max(ratio, 0.0), 1.0)) * length)  # in float32, like theirs
 
     def select(self, context, name, block, layer, received):
@@ -64,7 +59,7 @@ class TokenWise(Schedule):
         refreshed = state.get(name, torch.zeros_like(received)).clamp(min=context.keys[-1])
         score = torch.nn.functional.normalize(received, dim=-1)
         score = score + self.soft_fresh_weight * (step - 1 - refreshed) / self.interval
-        if block == DIT:
+        if block_named(block).square_grid:
             score = spread_out(score)
         count = self.count(step, block, layer, received.shape[1])
         chosen = score.argsort(dim=-1, descending=True, stable=True)[:, :count]

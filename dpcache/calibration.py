@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from dpcache.gram import gram
 from dpcache.method import Method, cached
+from dpcache.models.family import modulated_input
 from dpcache.pact import l1_cost
 from dpcache.predictors import Predictor, Reuse, Taylor
 from dpcache.sampler import Batch, generate, sample
 from dpcache.schedules import EvenlySpaced, OnlineSchedule, Schedule
 from dpcache.session import Report, denoisers
-from dpcache.sites import modulated_input
 
 _FORMAT = "dpcache calibration 3"
 _SHAPE = ("num_frames", "height", "width")

@@ -53,7 +53,7 @@ def history_bytes(
     inputs, loop = architecture.inputs(call, batch_size, dtype=transformer.dtype), Loop(transformer, steps)
     with cached(loop, dry) as session:
         for _ in range(steps):
-            for branch in architecture.branches(call):
+            for branch in architecture.family.branches(call):
                 with transformer.cache_context(branch) if branch != "default" else nullcontext():
                     transformer(**inputs)
             loop.step()

@@ -4,12 +4,12 @@ Each asks the session (`session.py`) whether the current call is skipped, and ot
 """
 
 import inspect
-from dataclasses import dataclass
 
 import torch
 from torch.utils._pytree import tree_map
 
 from dpcache._diffusers import Hook, block_metadata, leave_uncompiled, unwrap_module
+from dpcache.models.family import Streams, block_of
 
 
 class SessionHook(Hook):
@@ -20,39 +20,15 @@ class SessionHook(Hook):
         self.session = session
 
 
-@dataclass(frozen=True)
-class Streams:
-    """The streams of a block: the image's, and beside it the text's, or another that is also denoised (audio).
-
-    Attributes:
-        image, other: names of the arguments; None: there is no other stream.
-        image_index, other_index: places in what the block returns; None: it returns no such stream.
-        both: whether the model reads the other stream after its last block.
-    """
-
-    image: str = "hidden_states"
-    other: str | None = "encoder_hidden_states"
-    image_index: int = 0
-    other_index: int | None = None
-    both: bool = False
-
-
-# Of blocks that diffusers' registry does not have.
-STREAMS = {
-    "LTX2VideoTransformerBlock": Streams(other="audio_hidden_states", other_index=1, both=True),
-}
-# Block classes whose image stream also holds the text, before or after the image's tokens.
-TEXT_FIRST = {"Flux2SingleTransformerBlock"}
-
-
 def streams_of(block: torch.nn.Module) -> Streams:
-    """Raises ValueError for a block whose streams are not known."""
-    kind, names = type(unwrap_module(block)), list(inspect.signature(type(unwrap_module(block)).forward).parameters)[1:]
-    if kind.__name__ in STREAMS:
-        return STREAMS[kind.__name__]
+    """As the block's record has them, or else diffusers. Raises ValueError for a block whose streams are not known."""
+    known = block_of(block)
+    if known.streams is not None:
+        return known.streams
     metadata = block_metadata(block)
     if metadata is None:
-        raise ValueError(f"the streams of a {kind.__name__} are not known: use site=output")
+        raise ValueError(f"the streams of a {known.kind} are not known: use site=output")
+    names = argument_names(block)
     image, other = metadata.hidden_states_argument_name, metadata.encoder_hidden_states_argument_name
     return Streams(
         image if image in names else names[0],
@@ -62,13 +38,17 @@ def streams_of(block: torch.nn.Module) -> Streams:
     )
 
 
+def argument_names(block: torch.nn.Module) -> list[str]:
+    """Of the block's `forward`."""
+    return list(inspect.signature(type(unwrap_module(block)).forward).parameters)[1:]
+
+
 class StreamHook(SessionHook):
     """Knows a block's streams."""
 
     def __init__(self, session, block):
         super().__init__(session)
-        self.streams = streams_of(block)
-        self.names = list(inspect.signature(type(unwrap_module(block)).forward).parameters)[1:]
+        self.block, self.streams, self.names = block_of(block), streams_of(block), argument_names(block)
 
     def argument(self, name: str, args: tuple, kwargs: dict):
         return kwargs[name] if name in kwargs else args[self.names.index(name)]
@@ -153,17 +133,12 @@ class BlockHook(StreamHook):
             )
         if before.shape == image.shape:
             return before
-        kind = type(unwrap_module(self.fn_owner)).__name__
-        if kind in TEXT_FIRST and text is not None:
+        if self.block.text_first and text is not None:
             return torch.cat([text, before], 1)
         raise ValueError(
             f"site=residual: the first block's stream {tuple(before.shape)} has another shape than that of the last, a "
-            f"{kind} {tuple(image.shape)}: use site=stack"
+            f"{self.block.kind} {tuple(image.shape)}: use site=stack"
         )
-
-    def initialize_hook(self, module):
-        self.fn_owner = module
-        return module
 
 
 class RunHook(StreamHook):

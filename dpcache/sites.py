@@ -10,7 +10,7 @@
 | `output`          | the model's prediction                            | nothing                                      |
 | `output_residual` | that prediction minus the model's input           | nothing                                      |
 
-(*) and the other embedders, where `EMBEDDERS` does not say that they feed the blocks alone.
+(*) and the other embedders, where the family's record (`models/`) does not say that they feed the blocks alone.
 
 The hooks themselves are in `hooks.py` and, for `tokens`, in `tokens.py`.
 """
@@ -30,58 +30,11 @@ from dpcache.hooks import (
     FeederHook,
     ProbeHook,
     RunHook,
-    Streams,
     VerifyHook,
     streams_of,
 )
-from dpcache.tokens import FEED_FORWARDS, token_hooks
-
-# Per block class, the modules whose outputs are the block's attention and feed-forward branches before their gates,
-# and those that only feed them. FLUX's and HunyuanVideo's single-stream blocks have one fused output projection. Not
-# every block of Stable Diffusion 3 has all of its kind's.
-_DOUBLE_STREAM = (("attn", "ff", "ff_context"), ())
-_SINGLE_STREAM = (("proj_out",), ("attn", "proj_mlp"))
-BRANCHES = {
-    "FluxTransformerBlock": _DOUBLE_STREAM,
-    "FluxSingleTransformerBlock": _SINGLE_STREAM,
-    "HunyuanVideoTransformerBlock": _DOUBLE_STREAM,
-    "HunyuanVideoSingleTransformerBlock": _SINGLE_STREAM,
-    "BasicTransformerBlock": (("attn1", "ff"), ()),
-    "JointTransformerBlock": (("attn", "attn2", "ff", "ff_context"), ()),
-    "QwenImageTransformerBlock": (("attn", "img_mlp", "txt_mlp"), ()),
-    "WanTransformerBlock": (("attn1", "attn2", "ffn"), ()),
-    "Flux2TransformerBlock": _DOUBLE_STREAM,
-    "Flux2SingleTransformerBlock": (("attn",), ()),  # attention and feed-forward in one
-    "ZImageTransformerBlock": (("attention", "feed_forward"), ()),
-    "LTX2VideoTransformerBlock": (
-        (
-            "attn1",
-            "attn2",
-            "ff",
-            "audio_attn1",
-            "audio_attn2",
-            "audio_ff",
-            "audio_to_video_attn",
-            "video_to_audio_attn",
-        ),
-        (),
-    ),
-}
-
-
-# Per transformer class, the embedders whose outputs nothing but the blocks reads; the time embedder is never one.
-EMBEDDERS = {
-    "FluxTransformer2DModel": ("x_embedder", "context_embedder", "pos_embed"),
-    "DiTTransformer2DModel": ("pos_embed",),
-    "HunyuanVideoTransformer3DModel": ("x_embedder", "context_embedder", "rope"),
-    "WanTransformer3DModel": (
-        "patch_embedding",
-        "condition_embedder.time_proj",
-        "condition_embedder.text_embedder",
-        "condition_embedder.image_embedder",  # of image-to-video models alone
-        "rope",
-    ),
-}
+from dpcache.models.family import Block, Streams, block_of, family_of, known_blocks
+from dpcache.tokens import token_hooks
 
 
 def check_layout(site: "Site", transformer: torch.nn.Module) -> None:
@@ -144,7 +97,7 @@ class Stack(Site):
             raise ValueError(f"a probe of {probe} blocks leaves nothing of {type(transformer).__name__}'s {last + 1}")
         pairs = [(b, BlockHook(session, b, i, i == last, probe, self.residual)) for i, b in enumerate(blocks)]
         if not self.residual and not online:
-            embedders = (attrgetter(name)(transformer) for name in EMBEDDERS.get(type(transformer).__name__, ()))
+            embedders = (attrgetter(name)(transformer) for name in family_of(transformer).embedders)
             pairs += [(embedder, EmbedderHook(session)) for embedder in embedders if embedder is not None]
         return pairs
 
@@ -190,20 +143,20 @@ class Modules(Site):
     def hooks(self, session, transformer):
         blocks, online = transformer_blocks(transformer), session.fixed is None
         pairs = [(blocks[0], ProbeHook(session)), (blocks[-1], VerifyHook(session, blocks[-1]))] if online else []
-        kinds = [type(unwrap_module(block)).__name__ for block in blocks]
-        for index, (block, kind) in enumerate(zip(blocks, kinds)):
-            if kind not in BRANCHES:
-                raise ValueError(f"site={self.name} does not know {kind}; known blocks: {', '.join(BRANCHES)}")
-            kept, feeders = BRANCHES[kind]
-            present = {name: getattr(block, name) for name in kept if getattr(block, name) is not None}
-            layer = kinds[:index].count(kind)
-            pairs += self.block_hooks(session, block, kind, index, layer, present, feeders)
+        records = [block_of(block) for block in blocks]
+        for index, (block, known) in enumerate(zip(blocks, records)):
+            if not known.kept:
+                raise ValueError(unknown_block(self, known, "kept"))
+            present = {name: getattr(block, name) for name in known.kept if getattr(block, name) is not None}
+            pairs += self.block_hooks(session, block, known, index, records[:index].count(known), present)
         return pairs
 
-    def block_hooks(self, session, block, kind, index, layer, present, feeders) -> list[tuple[torch.nn.Module, Hook]]:
-        """Of one block, the `layer`-th of its kind, whose branches are `present`."""
+    def block_hooks(
+        self, session, block, known: Block, index: int, layer: int, present: dict[str, torch.nn.Module]
+    ) -> list[tuple[torch.nn.Module, Hook]]:
+        """Of one block, the `layer`-th of its class, whose branches are `present`."""
         pairs = [(module, BranchHook(session, f"{index}.{name}")) for name, module in present.items()]
-        return pairs + [(getattr(block, name), FeederHook(session)) for name in feeders]
+        return pairs + [(getattr(block, name), FeederHook(session)) for name in known.feeders]
 
 
 class Tokens(Modules):
@@ -211,10 +164,16 @@ class Tokens(Modules):
 
     name = "tokens"
 
-    def block_hooks(self, session, block, kind, index, layer, present, feeders):
-        if kind not in FEED_FORWARDS:
-            raise ValueError(f"site=tokens does not know {kind}; known blocks: {', '.join(FEED_FORWARDS)}")
-        return token_hooks(session, block, kind, index, layer, present)
+    def block_hooks(self, session, block, known, index, layer, present):
+        if not known.feed_forwards:
+            raise ValueError(unknown_block(self, known, "feed_forwards"))
+        return token_hooks(session, block, known, index, layer, present)
+
+
+def unknown_block(site: Site, block: Block, fact: str) -> str:
+    """The message that a block's record does not have what the site needs."""
+    known = [other.kind for other in known_blocks().values() if getattr(other, fact)]
+    return f"site={site.name} does not know {block.kind}; known blocks: {', '.join(known)}"
 
 
 class Output(Site):
@@ -321,24 +280,3 @@ def runs(blocks: Sequence[int], streams: Sequence[Streams]) -> list[list[int]]:
 def model_input(args: tuple, kwargs: dict) -> torch.Tensor:
     """The noisy latents in the arguments of a transformer's or U-Net's call."""
     return args[0] if args else kwargs["hidden_states"] if "hidden_states" in kwargs else kwargs["sample"]
-
-
-def modulated_input(block: torch.nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
-    """What TeaCache looks at (arXiv 2411.19108, 3.3): the first block's input after its adaptive norm, (B, N, D).
-
-    For Wan the time embedding that modulates it, (B, 6, D), as in the authors' code for Wan2.1: every sample has the
-    same, and so the same schedule.
-    """
-    kind = type(unwrap_module(block)).__name__
-    stream = args[0] if args else kwargs["hidden_states"]
-    if kind in ("FluxTransformerBlock", "HunyuanVideoTransformerBlock", "JointTransformerBlock"):
-        return block.norm1(stream, emb=kwargs["temb"] if "temb" in kwargs else args[2])[0]
-    if kind == "BasicTransformerBlock":
-        norm = {name: kwargs[name] for name in ("timestep", "class_labels")}
-        return block.norm1(stream, **norm, hidden_dtype=stream.dtype)[0]
-    if kind == "QwenImageTransformerBlock":
-        modulation = block.img_mod(kwargs["temb"]).chunk(2, dim=-1)[0]
-        return block._modulate(block.img_norm1(stream), modulation)[0]
-    if kind == "WanTransformerBlock":
-        return kwargs["temb"] if "temb" in kwargs else args[2]
-    raise ValueError(f"TeaCache's modulated input is not known for {kind}")

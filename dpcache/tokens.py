@@ -5,21 +5,7 @@ from torch.overrides import TorchFunctionMode
 
 from dpcache._diffusers import leave_uncompiled
 from dpcache.hooks import BranchHook, SessionHook
-
-# Per block class, its feed-forwards, each with the norm before it, in the order in which their tokens stand in its
-# self-attention. In a single-stream block the output projection is the feed-forward's second layer as well.
-_SINGLE_FEED_FORWARD = (("norm", "proj_out"),)
-_IMAGE_FIRST = (("norm2", "ff"), ("norm2_context", "ff_context"))
-FEED_FORWARDS = {
-    "FluxTransformerBlock": _IMAGE_FIRST[::-1],
-    "FluxSingleTransformerBlock": _SINGLE_FEED_FORWARD,
-    "HunyuanVideoTransformerBlock": _IMAGE_FIRST,
-    "HunyuanVideoSingleTransformerBlock": _SINGLE_FEED_FORWARD,
-    "BasicTransformerBlock": (("norm3", "ff"),),
-    "JointTransformerBlock": _IMAGE_FIRST,
-    "QwenImageTransformerBlock": (("txt_norm2", "txt_mlp"), ("img_norm2", "img_mlp")),
-    "WanTransformerBlock": (("norm3", "ffn"),),
-}
+from dpcache.models.family import Block
 
 
 def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -131,15 +117,16 @@ class RefreshHook(BranchHook):
         return self.session.predict(self.name).scatter_(1, self.selection.index.expand_as(fresh), fresh)
 
 
-def token_hooks(session, block, kind: str, index: int, layer: int, present: dict[str, torch.nn.Module]):
-    """The (module, hook) pairs of a block at site=tokens, the `layer`-th of its kind."""
-    attention = next(name for name in ("attn", "attn1") if hasattr(block, name))
+def token_hooks(session, block, known: Block, index: int, layer: int, present: dict[str, torch.nn.Module]):
+    """The (module, hook) pairs of a block at site=tokens, the `layer`-th of its class. In a single-stream block the
+    output projection is the feed-forward's second layer as well."""
+    attention = known.attention
     hooked = {name: BranchHook(session, f"{index}.{name}") for name in present}
     hooked[attention] = AttentionHook(session, f"{index}.{attention}")
-    for place, (norm, name) in enumerate(FEED_FORWARDS[kind]):
+    for place, (norm, name) in enumerate(known.feed_forwards):
         if name in present:
             full_name = f"{index}.{name}"
-            hooked[norm] = SelectHook(session, full_name, f"{index}.{attention}", place == 0, kind, layer)
+            hooked[norm] = SelectHook(session, full_name, f"{index}.{attention}", place == 0, known.kind, layer)
             hooked[name] = RefreshHook(session, full_name, hooked[norm])
             if attention not in present:
                 hooked[attention] = SelectedAttentionHook(session, f"{index}.{attention}", hooked[norm])

@@ -25,7 +25,7 @@ def describe(config: DictConfig, model: str, name: str, method: Method, prompts:
     batch_size = _batch_size(config, prompts)
     transformer = known.build("meta", dtype)
     weights = known.count * sum(p.numel() * p.element_size() for p in transformer.parameters())
-    count, branches = known.count * sum(p.numel() for p in transformer.parameters()), known.branches(call)
+    count, branches = known.count * sum(p.numel() for p in transformer.parameters()), known.family.branches(call)
     memory = [f"transformer {_size(weights)}", _cache_memory(config, method, prompts, known, transformer)]
     schedule = method.schedule.steps
     if method.needs_calibration and config.calibration.path and type(method) is Method:

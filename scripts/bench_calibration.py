@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from dpcache.gram import gram
+from dpcache.models import flux
 from dpcache.pact import l1_cost
 from dpcache.predictors import Taylor
 
@@ -45,12 +46,10 @@ def peak_memory() -> int:
 @torch.no_grad()
 def block_seconds(tokens: int, dtype: str, threads: int) -> float:
     """One single-stream block of FLUX.1-dev over `tokens`, the faster of two calls."""
-    from diffusers.models.transformers.transformer_flux import FluxPosEmbed, FluxSingleTransformerBlock
-
     torch.set_num_threads(threads)
     text = 512
-    block = FluxSingleTransformerBlock(3072, 24, 128).to(getattr(torch, dtype)).eval()
-    rope = FluxPosEmbed(theta=10000, axes_dim=(16, 56, 56))(torch.zeros(tokens, 3))
+    model = flux.FAMILY.transformer_class(num_layers=0, num_single_layers=1).to(getattr(torch, dtype)).eval()
+    (block,), rope = model.single_transformer_blocks, model.pos_embed(torch.zeros(tokens, 3))
     hidden = torch.randn(1, tokens, 3072, dtype=getattr(torch, dtype))
     temb = torch.randn(1, 3072, dtype=hidden.dtype)
     seconds = []

@@ -18,23 +18,14 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import diffusers
 import torch
-from diffusers import (
-    DiTTransformer2DModel,
-    FirstBlockCacheConfig,
-    FlowMatchEulerDiscreteScheduler,
-    FluxTransformer2DModel,
-    HunyuanVideoTransformer3DModel,
-    MagCacheConfig,
-    TaylorSeerCacheConfig,
-    WanTransformer3DModel,
-)
+from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler, MagCacheConfig, TaylorSeerCacheConfig
 from diffusers.models.cache_utils import CacheMixin
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
@@ -50,7 +41,8 @@ from baselines.toca import toca
 from baselines.uniform_skip import uniform_skip
 from dpcache.lsq import FittedWeights
 from dpcache.method import dpcache as dpcache_method
-from dpcache.models.architectures import PUBLISHED
+from dpcache.models.architectures import Architecture, architecture
+from dpcache.models.family import EXAMPLE_TIME
 from dpcache.models.pretrained import default_device
 from dpcache.schedules import EvenlySpaced, Schedule
 from dpcache.sites import transformer_blocks
@@ -58,115 +50,76 @@ from dpcache.sites import transformer_blocks
 REFERENCE_STEPS = 5  # uncached, before every rollout
 
 
-# --- Models: class, (configuration, latents of one sample, text tokens) for each scale, conditions, guidance
-
-
-def flux_conditions(config, latents: tuple[int, ...], text: int) -> dict:
-    rows = math.isqrt(latents[0])
-    return {
-        "encoder_hidden_states": torch.randn(1, text, config.joint_attention_dim),
-        "pooled_projections": torch.randn(1, config.pooled_projection_dim),
-        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(rows * 1.0), torch.arange(latents[0] / rows)),
-        "txt_ids": torch.zeros(text, 3),
-        "guidance": torch.full((1,), 3.5),
-    }
-
-
-def dit_conditions(config, latents: tuple[int, ...], text: int) -> dict:
-    return {"class_labels": torch.tensor([1, config.num_embeds_ada_norm])}  # the last one is "no class"
-
-
-def hunyuan_video_conditions(config, latents: tuple[int, ...], text: int) -> dict:
-    return {
-        "encoder_hidden_states": torch.randn(1, text, config.text_embed_dim),
-        "encoder_attention_mask": torch.ones(1, text, dtype=torch.bool),
-        "pooled_projections": torch.randn(1, config.pooled_projection_dim),
-        "guidance": torch.full((1,), 6000.0),
-    }
-
-
-def wan_conditions(config, latents: tuple[int, ...], text: int) -> dict:
-    return {"encoder_hidden_states": torch.randn(1, text, config.text_dim)}
-
-
-@dataclass(frozen=True)
-class Family:
-    """A model. Guidance is embedded, or by the two halves of a batch (`batch=2`), or by two calls (two `branches`)."""
-
-    transformer: type
-    conditions: Callable
-    sizes: dict[str, tuple[dict, tuple[int, ...], int]]
-    branches: tuple[str, ...] = ("cond",)
-    batch: int = 1
-    time_scale: int = 1  # timesteps are divided by it
-
-
-# diffusers' caches ask for CacheMixin, which DiT has not. Nothing else keeps them from working on it.
-DiT = type(
-    DiTTransformer2DModel.__name__,
-    (DiTTransformer2DModel, CacheMixin),
-    {"__module__": DiTTransformer2DModel.__module__},
-)
-
-
-def published(path: str) -> dict:
-    return {name: value for name, value in PUBLISHED[path].items() if name != "_class_name"}
+# --- Models
 
 
 def heads(number: int, size: int, **others) -> dict:
     return {"num_attention_heads": number, "attention_head_dim": size, **others}
 
 
-_FLUX_TINY = {"joint_attention_dim": 16, "pooled_projection_dim": 16, "in_channels": 8, "axes_dims_rope": (4, 6, 6)}
-_HUNYUAN_SMALL = {"num_refiner_layers": 2, "text_embed_dim": 1024}
-_HUNYUAN_TINY = {"num_refiner_layers": 1, "text_embed_dim": 16, "pooled_projection_dim": 16, "rope_axes_dim": (4, 6, 6)}
-FAMILIES = {
-    "flux": Family(  # FLUX.1-dev, 1024 x 1024
-        FluxTransformer2DModel,
-        flux_conditions,
+def size(height: int, width: int, frames: int = 1, text: int = 0) -> dict:
+    return {"height": height, "width": width, "num_frames": frames, "max_sequence_length": text}
+
+
+_NARROW_FLUX = {"joint_attention_dim": 16, "pooled_projection_dim": 16, "axes_dims_rope": (4, 6, 6)}
+_NARROW_HUNYUAN = {"text_embed_dim": 16, "pooled_projection_dim": 16, "rope_axes_dim": (4, 6, 6)}
+# The path on the hub; for each scale, what the configuration has instead, and the pipeline's arguments.
+MODELS = {
+    "flux": (
+        "black-forest-labs/FLUX.1-dev",
         {
-            "full": (published("black-forest-labs/FLUX.1-dev"), (4096, 64), 512),
-            "small": (heads(4, 128, num_layers=6, num_single_layers=12, guidance_embeds=True), (144, 64), 48),
-            "tiny": (heads(2, 16, num_layers=2, num_single_layers=3, guidance_embeds=True, **_FLUX_TINY), (9, 8), 3),
-        },
-        time_scale=1000,
-    ),
-    "dit": Family(  # DiT-XL/2-256
-        DiT,
-        dit_conditions,
-        {
-            "full": (published("facebook/DiT-XL-2-256"), (4, 32, 32), 0),
-            "small": (heads(12, 64, num_layers=12, in_channels=4, out_channels=8, sample_size=16), (4, 16, 16), 0),
-            "tiny": (heads(2, 16, num_layers=3, in_channels=4, out_channels=8, sample_size=6), (4, 6, 6), 0),
-        },
-        batch=2,
-    ),
-    "hunyuan_video": Family(  # HunyuanVideo, 848 x 480, 33 frames
-        HunyuanVideoTransformer3DModel,
-        hunyuan_video_conditions,
-        {
-            "full": (published("hunyuanvideo-community/HunyuanVideo"), (16, 9, 60, 106), 256),
-            "small": (heads(4, 128, num_layers=6, num_single_layers=12, **_HUNYUAN_SMALL), (16, 3, 16, 12), 48),
-            "tiny": (heads(2, 16, num_layers=2, num_single_layers=2, **_HUNYUAN_TINY), (16, 1, 6, 6), 3),
+            "full": ({}, size(1024, 1024, text=512)),
+            "small": (heads(4, 128, num_layers=6, num_single_layers=12), size(192, 192, text=48)),
+            "tiny": (
+                heads(2, 16, num_layers=2, num_single_layers=3, in_channels=8, **_NARROW_FLUX),
+                size(48, 48, text=3),
+            ),
         },
     ),
-    "wan21": Family(  # Wan2.1-T2V-14B, 832 x 480, 33 frames
-        WanTransformer3DModel,
-        wan_conditions,
+    "dit": (
+        "facebook/DiT-XL-2-256",
         {
-            "full": (published("Wan-AI/Wan2.1-T2V-14B-Diffusers"), (16, 9, 60, 104), 512),
-            "small": (heads(6, 128, num_layers=12, ffn_dim=3072), (16, 2, 16, 12), 48),
-            "tiny": (heads(2, 16, num_layers=3, ffn_dim=32, text_dim=16, freq_dim=16), (16, 1, 6, 6), 3),
+            "full": ({}, {}),
+            "small": (heads(12, 64, num_layers=12, sample_size=16), {}),
+            "tiny": (heads(2, 16, num_layers=3, sample_size=6), {}),
         },
-        branches=("cond", "uncond"),
+    ),
+    "hunyuan_video": (
+        "hunyuanvideo-community/HunyuanVideo",
+        {
+            "full": ({}, size(480, 848, 33, text=256)),
+            "small": (
+                heads(4, 128, num_layers=6, num_single_layers=12, text_embed_dim=1024),
+                size(128, 96, 9, text=48),
+            ),
+            "tiny": (
+                heads(2, 16, num_layers=2, num_single_layers=2, num_refiner_layers=1, **_NARROW_HUNYUAN),
+                size(48, 48, text=3),
+            ),
+        },
+    ),
+    "wan21": (
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        {
+            "full": ({}, size(480, 832, 33, text=512)),
+            "small": (heads(6, 128, num_layers=12, ffn_dim=3072), size(128, 96, 5, text=48)),
+            "tiny": (heads(2, 16, num_layers=3, ffn_dim=32, text_dim=16, freq_dim=16), size(48, 48, text=3)),
+        },
     ),
 }
 
 
-def random_weights(transformer: type, config: dict, device: str, dtype: torch.dtype) -> torch.nn.Module:
+def scaled(name: str, scale: str) -> tuple[Architecture, dict]:
+    """A model's architecture, and its pipeline's arguments."""
+    path, scales = MODELS[name]
+    changes, call = scales[scale]
+    known = architecture(path)
+    return replace(known, config={**known.config, **changes}), call
+
+
+def random_weights(known: Architecture, device: str, dtype: torch.dtype) -> torch.nn.Module:
     """Made on the device itself, because the full sizes in float32 on the CPU would take long and much memory."""
-    with torch.device("meta"):
-        model = transformer(**config).to(dtype)
+    model = known.build("meta", dtype)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if any(part in name for part in model._keep_in_fp32_modules or ()):  # as `from_pretrained` does
             tensor.data = tensor.data.float()
@@ -174,7 +127,10 @@ def random_weights(transformer: type, config: dict, device: str, dtype: torch.dt
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.is_floating_point():
             tensor.data.normal_(std=0.02)
-    return model.eval()
+    if not isinstance(model, CacheMixin):  # diffusers' caches ask for it, and need nothing else of it
+        kind = type(model)
+        model.__class__ = type(kind.__name__, (kind, CacheMixin), {"__module__": kind.__module__})
+    return model
 
 
 class Rollout:
@@ -182,18 +138,13 @@ class Rollout:
 
     def __init__(self, name: str, scale: str, steps: int, device: str, dtype: torch.dtype, clock=time.perf_counter):
         torch.manual_seed(0)
-        self.clock = clock
-        self.family, self.steps, self.device = FAMILIES[name], steps, torch.device(device)
-        config, latents, text = self.family.sizes[scale]
-        self.model = random_weights(self.family.transformer, config, device, dtype)
-        self.start = torch.randn(1, *latents).to(device, dtype)
-        self.conditions = {
-            branch: {
-                name: value.to(device, dtype if value.is_floating_point() else None)
-                for name, value in self.family.conditions(self.model.config, latents, text).items()
-            }
-            for branch in self.family.branches
-        }
+        self.clock, self.steps, self.device = clock, steps, torch.device(device)
+        known, call = scaled(name, scale)
+        self.model, self.branches = random_weights(known, device, dtype), known.family.branches(call)
+        self.conditions = known.inputs(call, 1, device, dtype)
+        latents, timestep = self.conditions.pop("hidden_states"), self.conditions.pop("timestep")
+        self.start, self.batch = latents[:1], len(latents)  # 2 where guidance is by the halves of a batch
+        self.time_scale = timestep[0].item() / EXAMPLE_TIME
         self.scheduler = FlowMatchEulerDiscreteScheduler()
         self.spent, self.wait, self.around = 0.0, True, nullcontext
 
@@ -223,9 +174,9 @@ class Rollout:
         return seconds, self._now() - began
 
     def _velocity(self, sample, timestep):
-        noisy = torch.cat([sample] * self.family.batch)
-        time_ = timestep.expand(len(noisy)) / self.family.time_scale
-        output = torch.cat([self._call(branch, noisy, time_) for branch in self.family.branches])
+        noisy = torch.cat([sample] * self.batch)
+        time_ = timestep.expand(len(noisy)) * self.time_scale
+        output = torch.cat([self._call(branch, noisy, time_) for branch in self.branches])
         output = output[:, : sample.shape[1]]  # without a learned variance
         if len(output) == 1:
             return output
@@ -235,7 +186,7 @@ class Rollout:
     def _call(self, branch, noisy, time_):
         began = self._now()
         with self.around(), self.model.cache_context(branch):
-            output = self.model(hidden_states=noisy, timestep=time_, return_dict=False, **self.conditions[branch])[0]
+            output = self.model(hidden_states=noisy, timestep=time_, return_dict=False, **self.conditions)[0]
         self.spent += self._now() - began
         return output
 
@@ -612,7 +563,7 @@ def table(rows: list[Row], steps: int, budget: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=FAMILIES, required=True)
+    parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--budgets", type=int, nargs="+", default=[9, 13], help="computed steps K")
     parser.add_argument("--steps", type=int, default=50, help="all steps T")
     parser.add_argument("--scale", choices=("full", "small", "tiny"), help="default: full on CUDA, else small")

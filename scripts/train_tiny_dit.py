@@ -15,10 +15,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from training import DTYPE, load_fashion, save, train
+
+from dpcache.models import dit
 
 LABELS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 NULL = 1000  # the class of an unconditional prediction, which DiTPipeline takes for granted
@@ -40,8 +42,8 @@ def build_vae() -> AutoencoderKL:
     )
 
 
-def build_transformer() -> DiTTransformer2DModel:
-    transformer = DiTTransformer2DModel(
+def build_transformer() -> torch.nn.Module:
+    transformer = dit.FAMILY.transformer_class(
         num_attention_heads=4,
         attention_head_dim=32,
         num_layers=8,
@@ -127,7 +129,7 @@ def build_scheduler() -> DDIMScheduler:
     return DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
 
 
-def build_pipeline(transformer: DiTTransformer2DModel, vae: AutoencoderKL) -> DiTPipeline:
+def build_pipeline(transformer: torch.nn.Module, vae: AutoencoderKL) -> DiTPipeline:
     names = {str(index): label for index, label in enumerate(LABELS)}
     pipe = DiTPipeline(transformer.eval(), vae.eval(), build_scheduler(), names)
     pipe.register_to_config(id2label=names)  # the pipeline reads it from model_index.json, but does not write it

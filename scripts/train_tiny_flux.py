@@ -15,10 +15,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from training import DTYPE, load_emoji, train, word_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from dpcache.models import flux
 
 TEXT_LENGTH = 12  # words of the longest name (9), begin, end and room
 
@@ -66,7 +68,7 @@ def build_denoiser(tokenizer: PreTrainedTokenizerFast) -> torch.nn.ModuleDict:
         feed_forward_proj="gated-gelu",
         **special,
     )
-    transformer = FluxTransformer2DModel(
+    transformer = flux.FAMILY.transformer_class(
         in_channels=16,
         num_layers=2,
         num_single_layers=4,

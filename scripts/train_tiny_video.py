@@ -16,11 +16,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from training import DTYPE, load_emoji, train, word_tokenizer
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from dpcache.models import wan
 
 # Shapes and colours that are told apart at 20 pixels.
 NAMES = (
@@ -104,7 +106,7 @@ def build_denoiser(tokenizer: PreTrainedTokenizerFast) -> torch.nn.ModuleDict:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    transformer = WanTransformer3DModel(
+    transformer = wan.FAMILY.transformer_class(
         in_channels=CHANNELS,
         out_channels=CHANNELS,
         num_layers=6,

@@ -6,13 +6,13 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from scripts.bench_full_size import FAMILIES, METHODS, Rollout, benchmark, main, table, untouched
+from scripts.bench_full_size import METHODS, MODELS, Rollout, benchmark, main, table, untouched
 
 # No projection to predict; a learned variance; 3 x 3 tokens, which have no cells of 2 x 2.
 FAILING = {("dit", name) for name in ("diffusers_taylorseer_lite", "easycache", "toca")}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=MODELS)
 def measured(request):
     rollout = Rollout(request.param, "tiny", 8, "cpu", torch.float32)
     return request.param, rollout, benchmark(rollout, list(METHODS), [4], repeats=1)
@@ -43,7 +43,7 @@ def test_the_table_has_every_row(measured):
 
 def test_added_memory_is_that_of_the_features(measured):
     name, rollout, rows = measured
-    config, branches, batch = rollout.model.config, len(rollout.family.branches), rollout.family.batch
+    config, branches, batch = rollout.model.config, len(rollout.branches), rollout.batch
     width, row = config.num_attention_heads * config.attention_head_dim, {row.name: row for row in rows}
     assert row["dpcache"].memory == 3 * branches * batch * 9 * width * 4  # keys, 9 tokens, float32
     assert row["uniform_skip"].memory == branches * batch * (2 if name == "dit" else 1) * rollout.start.numel() * 4

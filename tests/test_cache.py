@@ -15,10 +15,11 @@ from baselines.solver import solver
 from baselines.taylorseer import taylorseer
 from baselines.teacache import teacache
 from baselines.uniform_skip import uniform_skip
+from dpcache.models.family import Family, family_of
 from dpcache.predictors import Reuse, Taylor
 from dpcache.sampler import generate, sample
 from dpcache.schedules import EvenlySpaced, Schedule
-from dpcache.sites import EMBEDDERS, SITES, transformer_blocks
+from dpcache.sites import SITES, transformer_blocks
 from helpers.embedded import CALL
 from helpers.rollout import STEPS, Rollout
 from helpers.tracing import count_calls, state_of
@@ -63,9 +64,9 @@ def test_skipped_steps_do_no_work_inside_the_blocks(rollout, site):
 
 def test_embedders_of_skipped_blocks_are_left_out_and_nothing_else_changes(any_rollout, monkeypatch):
     model, method, calls = any_rollout.model, dpcache.Method(Schedule(STEPS, 10), "stack", Taylor(2)), []
-    embedders = list(filter(None, (attrgetter(name)(model) for name in EMBEDDERS[type(model).__name__])))
+    embedders = list(filter(None, (attrgetter(name)(model) for name in family_of(model).embedders)))
     with monkeypatch.context() as patch:
-        patch.setattr("dpcache.sites.EMBEDDERS", {})
+        patch.setattr("dpcache.sites.family_of", lambda transformer: Family(type(transformer).__name__))
         with dpcache.cached(model, method):
             expected = any_rollout()
 

@@ -1,1 +1,1 @@
-"""One loader per model family, and the embedded model's files."""
+"""Model families, one record in each file (see `family.py`); the loader of pipelines; the embedded models' files."""

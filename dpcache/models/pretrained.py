@@ -6,7 +6,6 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
 
 from dpcache.models import expectation
 
@@ -21,7 +20,7 @@ def load(
     vae_dtype: str | None = None,
     vae_tiling: bool = False,
     scheduler: Mapping | None = None,
-) -> DiffusionPipeline:
+) -> "diffusers.DiffusionPipeline":
     """A pipeline ready to sample, of the class that the model names in its `model_index.json`.
 
     Args:
@@ -50,11 +49,11 @@ def float_type(setting: str, name: str) -> torch.dtype:
 
 
 @functools.lru_cache(maxsize=1)  # a sweep's jobs share one pipeline
-def _load(path, dtype, device, offload, vae_dtype, vae_tiling, scheduler) -> DiffusionPipeline:
+def _load(path, dtype, device, offload, vae_dtype, vae_tiling, scheduler) -> "diffusers.DiffusionPipeline":
     dtypes = {"default": float_type("dtype", dtype), "vae": float_type("vae_dtype", vae_dtype or dtype)}
     source = EMBEDDED / path if (EMBEDDED / path / "model_index.json").exists() else Path(path).expanduser()
     try:
-        pipe = DiffusionPipeline.from_pretrained(source if source.exists() else path, dtype=dtypes)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(source if source.exists() else path, dtype=dtypes)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"model.path={path}: no complete model in this folder, and not available from the hub ("

@@ -19,30 +19,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from dpcache.models.architectures import PUBLISHED, Architecture
+from dpcache.models.architectures import Architecture, architecture
 from dpcache.session import STOPWATCHES, Stopwatch
 from helpers.families import IMAGE, image_vae, wan_vae
 
 DTYPE = torch.bfloat16
 WIDE = {"height": 256, "width": 256}
 VIDEO = {"height": 128, "width": 128, "num_frames": 5}
-SD3 = {
-    "_class_name": "SD3Transformer2DModel",
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": list(range(13)),
-    "qk_norm": "rms_norm",
-}
-"""Stable Diffusion 3.5 medium."""
 
 
 def _like(*shape: int, dtype=DTYPE) -> torch.Tensor:
@@ -113,46 +96,47 @@ class Family:
     """A published transformer in its pipeline, without encoders.
 
     Attributes:
-        config: the transformer's, see `PUBLISHED`.
+        path: of the transformer on the hub.
         few: what makes it shallow, at full width.
         pipe: puts the transformer into its pipeline.
-        branches: guidance branches in the order in which the pipeline calls the transformer.
         input_like_output: whether the transformer's input and output have one shape.
     """
 
-    config: Mapping
+    path: str
     few: Mapping
     pipe: Callable
     call: Mapping
-    branches: tuple[str, ...] = ("cond",)
     input_like_output: bool = True
+
+    @property
+    def branches(self) -> list[str]:
+        """Guidance branches in the order in which the pipeline calls the transformer."""
+        return architecture(self.path).family.branches(self.call)
 
 
 _BOTH_KINDS = {"num_layers": 1, "num_single_layers": 2}
 _TWO = {"num_layers": 2}
 # Image-to-video stands for pipelines that run two guidance branches one after the other; the others that can do without
 # guidance do, because some caches take one branch alone.
-_BOTH = ("cond", "uncond")
 FAMILIES = {
-    "FLUX.1-dev": Family(PUBLISHED["black-forest-labs/FLUX.1-dev"], _BOTH_KINDS, _flux, WIDE | {"guidance_scale": 3.5}),
-    "DiT-XL/2": Family(PUBLISHED["facebook/DiT-XL-2-256"], _TWO, _dit, {"guidance_scale": 4.0}, ("default",), False),
+    "FLUX.1-dev": Family("black-forest-labs/FLUX.1-dev", _BOTH_KINDS, _flux, WIDE | {"guidance_scale": 3.5}),
+    "DiT-XL/2": Family("facebook/DiT-XL-2-256", _TWO, _dit, {"guidance_scale": 4.0}, False),
     "HunyuanVideo": Family(
-        PUBLISHED["hunyuanvideo-community/HunyuanVideo"],
+        "hunyuanvideo-community/HunyuanVideo",
         _BOTH_KINDS | {"num_refiner_layers": 1},
         _hunyuan_video,
         VIDEO | {"guidance_scale": 6.0},
     ),
-    "Wan2.1 T2V 14B": Family(PUBLISHED["Wan-AI/Wan2.1-T2V-14B-Diffusers"], _TWO, _wan, VIDEO | {"guidance_scale": 1.0}),
+    "Wan2.1 T2V 14B": Family("Wan-AI/Wan2.1-T2V-14B-Diffusers", _TWO, _wan, VIDEO | {"guidance_scale": 1.0}),
     "Wan2.1 I2V 14B": Family(
-        PUBLISHED["Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"],
+        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
         _TWO,
         _wan_i2v,
         VIDEO | {"guidance_scale": 5.0, "image": str(IMAGE)},
-        _BOTH,
         input_like_output=False,
     ),
-    "Qwen-Image": Family(PUBLISHED["Qwen/Qwen-Image"], _TWO, _qwen_image, WIDE),
-    "SD3.5 medium": Family(SD3, _TWO, _sd3, WIDE | {"guidance_scale": 5.0}, ("default",)),
+    "Qwen-Image": Family("Qwen/Qwen-Image", _TWO, _qwen_image, WIDE),
+    "SD3.5 medium": Family("stabilityai/stable-diffusion-3.5-medium", _TWO, _sd3, WIDE | {"guidance_scale": 5.0}),
 }
 
 
@@ -368,7 +352,9 @@ def _tell_times(scheduler) -> None:
 def make(host: Host, name: str, deep: bool = False, memo: bool = True) -> Case:
     """Within `host`. `deep`: with all blocks. `memo`: see `Memo`."""
     family = FAMILIES[name]
-    transformer = Architecture({**family.config, **({} if deep else family.few)}).build("cuda", DTYPE)
+    transformer = Architecture({**architecture(family.path).config, **({} if deep else family.few)}).build(
+        "cuda", DTYPE
+    )
     pipe = family.pipe(transformer)
     pipe.set_progress_bar_config(disable=True)
     _tell_times(pipe.scheduler)

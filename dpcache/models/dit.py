@@ -1,0 +1,52 @@
+"""DiT, class-conditional."""
+
+from collections.abc import Mapping
+
+import torch
+
+from dpcache.models.family import Block, Family, Request, argument
+
+
+def inputs(request: Request) -> dict:
+    """With guidance the batch holds every sample twice."""
+    config, batch = request.config, request.batch * (2 if request.call.get("guidance_scale", 4.0) > 1 else 1)
+    return {
+        "hidden_states": request.random(batch, config["in_channels"], config["sample_size"], config["sample_size"]),
+        "timestep": request.time()[:1].expand(batch),
+        "class_labels": torch.zeros(batch, dtype=torch.long, device=request.device),
+    }
+
+
+def modulated_input(block: torch.nn.Module, args: tuple, kwargs: Mapping) -> torch.Tensor:
+    stream = argument(0, "hidden_states", args, kwargs)
+    conditions = {name: kwargs[name] for name in ("timestep", "class_labels")}
+    return block.norm1(stream, **conditions, hidden_dtype=stream.dtype)[0]
+
+
+_XL = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "sample_size": 32,
+    "patch_size": 2,
+}
+
+FAMILY = Family(
+    "DiTTransformer2DModel",
+    blocks=(
+        Block(
+            "BasicTransformerBlock",
+            square_grid=True,
+            kept=("attn1", "ff"),
+            attention="attn1",
+            feed_forwards=(("norm3", "ff"),),
+            modulated_input=modulated_input,
+        ),
+    ),
+    embedders=("pos_embed",),
+    published={"facebook/DiT-XL-2-256": _XL, "facebook/DiT-XL-2-512": _XL | {"sample_size": 64}},
+    guidance=None,
+    inputs=inputs,
+)

@@ -1,0 +1,217 @@
+"""What the library knows of a model family: one record, in one file of this folder.
+
+A new family is a file with a `FAMILY = Family("ItsTransformerClass", ...)`, which is found by itself, and a file in
+`conf/model`. What a record leaves out is not known: who needs it says so and stops. Sites that need nothing of a record
+(`stack`, `output`) work on every model whose blocks diffusers itself describes.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, Literal
+
+import diffusers
+import torch
+
+from dpcache import models
+from dpcache._diffusers import unwrap_module
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The streams of a block: the image's, and beside it the text's, or another that is also denoised (audio).
+
+    Attributes:
+        image, other: names of the arguments; None: there is no other stream.
+        image_index, other_index: places in what the block returns; None: it returns no such stream.
+        both: whether the model reads the other stream after its last block.
+    """
+
+    image: str = "hidden_states"
+    other: str | None = "encoder_hidden_states"
+    image_index: int = 0
+    other_index: int | None = None
+    both: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """What is known of a class of transformer blocks. Modules are named as the block's attributes.
+
+    Attributes:
+        kind: name of the class.
+        streams: None: those that diffusers' own registry has.
+        text_first: whether the image's stream also holds the text, before the image's tokens.
+        part: "double" (image and text in two streams) or "single" (both in one), in models that have double-stream
+            blocks first and then single-stream ones; None: in other models.
+        square_grid: whether its tokens are those of a square image, row by row, and no others.
+        kept: modules whose outputs are the attention and feed-forward branches before their gates. Not every block of
+            the class needs to have all of them.
+        feeders: modules whose outputs only feed a kept one.
+        attention: its self-attention.
+        feed_forwards: pairs of a feed-forward and the norm before it, (norm, feed-forward), in the order in which their
+            tokens stand in the self-attention.
+        modulated_input: from the block and a call's (args, kwargs), what TeaCache compares from step to step.
+    """
+
+    kind: str
+    streams: Streams | None = None
+    text_first: bool = False
+    part: Literal["double", "single"] | None = None
+    square_grid: bool = False
+    kept: tuple[str, ...] = ()
+    feeders: tuple[str, ...] = ()
+    attention: str = "attn"
+    feed_forwards: tuple[tuple[str, str], ...] = ()
+    modulated_input: Callable[[torch.nn.Module, tuple, Mapping], torch.Tensor] | None = None
+
+
+EXAMPLE_TIME = 500
+"""The scheduler's timestep, of 1000, that example inputs are for."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an example input is made for: one step of a pipeline call.
+
+    Attributes:
+        config: the transformer's configuration.
+        call: the pipeline's arguments.
+        batch: samples.
+        spatial, temporal: pixels (each way) and frames that a latent stands for.
+        device, dtype: of the tensors.
+    """
+
+    config: Mapping
+    call: Mapping
+    batch: int = 1
+    spatial: int = 8
+    temporal: int = 4
+    device: str = "meta"
+    dtype: torch.dtype = torch.bfloat16
+
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of the latents."""
+        return self.call["height"] // self.spatial, self.call["width"] // self.spatial
+
+    def frames(self) -> int:
+        """Frames of the latents."""
+        return (self.call.get("num_frames", 1) - 1) // self.temporal + 1
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=self.device, dtype=self.dtype)
+
+    def full(self, value: float, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The value for each sample, (batch,)."""
+        return torch.full((self.batch,), value, device=self.device, dtype=dtype or self.dtype)
+
+    def time(self) -> torch.Tensor:
+        """`EXAMPLE_TIME` for each sample, as the scheduler has it."""
+        return self.full(EXAMPLE_TIME, torch.long)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is known of a class of transformers.
+
+    Attributes:
+        transformer: name of the class in diffusers.
+        blocks: the classes of its blocks.
+        embedders: modules, with dots in their names, whose outputs nothing but the blocks reads; never the time
+            embedder.
+        published: configurations on the hub, as diffusers takes them, by path.
+        experts: for some of these paths, how many transformers alike the pipeline has, for a range of steps each.
+        guidance: the pipeline's argument that above 1 asks for a second, unconditional call of the transformer, and its
+            default; None: the pipeline calls it once a step, whatever is asked, and does not name the branch.
+        inputs: makes arguments of the transformer as its pipeline would give them, with random values, for one step of
+            one guidance branch.
+        token_grid: rows and columns of the image's tokens, each of which holds 2 x 2 latents, told from the keyword
+            arguments of a transformer's call; None: the latents are not packed.
+    """
+
+    transformer: str
+    blocks: tuple[Block, ...] = ()
+    embedders: tuple[str, ...] = ()
+    published: Mapping[str, Mapping] = field(default_factory=dict)
+    experts: Mapping[str, int] = field(default_factory=dict)
+    guidance: tuple[str, float] | None = ("true_cfg_scale", 1.0)
+    inputs: Callable[[Request], dict] | None = None
+    token_grid: Callable[[Mapping], tuple[int, int]] | None = None
+
+    @property
+    def transformer_class(self) -> type[torch.nn.Module]:
+        """The transformer's class. Raises ValueError where diffusers does not have it."""
+        if not hasattr(diffusers, self.transformer):
+            raise ValueError(f"diffusers has no transformer {self.transformer}")
+        return getattr(diffusers, self.transformer)
+
+    def branches(self, call: Mapping) -> list[str]:
+        """Guidance branches of a pipeline call, each with calls of the transformer and a history of its own; "default"
+        where the pipeline names none."""
+        if self.guidance is None:
+            return ["default"]
+        argument, default = self.guidance
+        return ["cond", "uncond"] if call.get(argument, default) > 1 else ["cond"]
+
+
+@functools.cache
+def families() -> dict[str, Family]:
+    """The records of this folder by their transformer's class name. All its files are imported, so none may load what
+    takes long before it is asked to. Raises ValueError for a class that two files have."""
+    modules = [import_module(found.name) for found in iter_modules(models.__path__, f"{models.__name__}.")]
+    records = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
+    return _by_name([(family.transformer, family) for family in records])
+
+
+@functools.cache
+def known_blocks() -> dict[str, Block]:
+    """The blocks of all families by their class name. Raises ValueError for a class that two families have."""
+    return _by_name([(block.kind, block) for family in families().values() for block in family.blocks])
+
+
+def _by_name(named: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in named]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"more than one record in dpcache/models has {', '.join(sorted(twice))}")
+    return dict(named)
+
+
+def family_named(transformer: str) -> Family:
+    """By the name of the transformer's class; of an unknown one, a record that has no more than that."""
+    return families().get(transformer) or Family(transformer)
+
+
+def family_of(transformer: torch.nn.Module) -> Family:
+    """See `family_named`."""
+    return family_named(type(unwrap_module(transformer)).__name__)
+
+
+def block_named(kind: str) -> Block:
+    """By the name of the block's class; of an unknown one, a record that has no more than that."""
+    return known_blocks().get(kind) or Block(kind)
+
+
+def block_of(block: torch.nn.Module) -> Block:
+    """See `block_named`."""
+    return block_named(type(unwrap_module(block)).__name__)
+
+
+def modulated_input(block: torch.nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
+    """What TeaCache looks at in a call of the first block (arXiv 2411.19108, 3.3): its input after its adaptive norm,
+    (B, N, D), or what the family's record has instead. Raises ValueError where that is not known."""
+    known = block_of(block)
+    if known.modulated_input is None:
+        raise ValueError(f"TeaCache's modulated input is not known for {known.kind}")
+    return known.modulated_input(block, args, kwargs)
+
+
+def adaptive_norm(block: torch.nn.Module, args: tuple, kwargs: Mapping) -> torch.Tensor:
+    """The modulated input of blocks that give the time embedding, their third argument, to their first norm."""
+    return block.norm1(argument(0, "hidden_states", args, kwargs), emb=argument(2, "temb", args, kwargs))[0]
+
+
+def argument(place: int, name: str, args: tuple, kwargs: Mapping):
+    """An argument of a call, by name or by place."""
+    return kwargs[name] if name in kwargs else args[place]

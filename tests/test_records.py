@@ -1,0 +1,220 @@
+"""A model family is one record in one file: new ones are found, and what the records say is so."""
+
+import sys
+from operator import attrgetter
+
+import pytest
+import torch
+from diffusers import FluxPipeline, QwenImagePipeline
+
+import dpcache
+from baselines.seacache import latents_of
+from dpcache import models
+from dpcache.models import family
+from dpcache.models.architectures import Architecture, architecture, published
+from dpcache.models.family import families, family_of, known_blocks
+from dpcache.predictors import Reuse
+from dpcache.schedules import Schedule
+from dpcache.sites import transformer_blocks
+from helpers.cases import case
+from helpers.families import FAMILIES
+from helpers.tracing import count_calls
+
+NEW = """
+from dpcache.models.family import Block, Family, Streams
+
+
+def inputs(request):
+    rows, columns = request.size()
+    return {"hidden_states": request.random(request.batch, rows * columns, request.config["width"])}
+
+
+FAMILY = Family(
+    "NewTransformer",
+    blocks=(
+        Block(
+            "NewBlock",
+            streams=Streams(image="pixels", other=None),
+            kept=("mix", "widen"),
+            modulated_input=lambda block, args, kwargs: 2 * args[0],
+        ),
+    ),
+    embedders=("embed",),
+    published={"somebody/new": {"width": 4}},
+    guidance=("guidance_scale", 3.0),
+    inputs=inputs,
+)
+"""
+
+
+class NewBlock(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix, self.widen = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, pixels, time):
+        pixels = pixels + time * self.mix(pixels)
+        return pixels + time * self.widen(pixels)
+
+
+class NewTransformer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.nn.Linear(4, 4)
+        self.transformer_blocks = torch.nn.ModuleList([NewBlock(), NewBlock()])
+
+    def forward(self, hidden_states, timestep):
+        time, stream = timestep.view(-1, 1, 1) / 1000, self.embed(hidden_states)
+        for block in self.transformer_blocks:
+            stream = block(stream, time)
+        return self.out(stream)
+
+
+def by_hand(model: NewTransformer, x: torch.Tensor, times: list[float], computed: list[int], site: str):
+    """Outputs at all times, with what the last computed step left in place of the stack's or the branches' own."""
+    outputs, kept = [], {}
+
+    def reused(name, step, module, stream):
+        if step in computed:
+            kept[name] = module(stream)
+        return kept[name]
+
+    for step, time in enumerate(times):
+        stream, time = model.embed(x), time / 1000
+        for index, block in enumerate(model.transformer_blocks):
+            if site == "stack":
+                stream = block(stream, time)
+            else:
+                stream = stream + time * reused((index, "mix"), step, block.mix, stream)
+                stream = stream + time * reused((index, "widen"), step, block.widen, stream)
+        outputs.append(model.out(reused("stack", step, lambda stream: stream, stream) if site == "stack" else stream))
+    return torch.stack(outputs)
+
+
+@pytest.fixture
+def new_family(tmp_path, monkeypatch):
+    """Puts the file of a new family into a folder where records are looked for."""
+
+    def forget():
+        families.cache_clear()
+        known_blocks.cache_clear()
+        sys.modules.pop("dpcache.models.new", None)
+        vars(models).pop("new", None)
+
+    def add(text=NEW):
+        (tmp_path / "new.py").write_text(text)
+        forget()
+
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
+    yield add
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.mark.parametrize("site", ["stack", "modules"])
+@torch.no_grad()
+def test_a_new_family_is_one_file(site, new_family):
+    torch.manual_seed(0)
+    model, x, times, computed = NewTransformer(), torch.randn(2, 3, 4), [900.0, 700.0, 500.0, 300.0], [0, 2]
+    method, outputs = dpcache.Method(Schedule(computed, len(times)), site, Reuse()), []
+
+    def run():
+        outputs.append(torch.stack([model(hidden_states=x, timestep=torch.full((2,), time)) for time in times]))
+
+    unknown = "streams of a NewBlock are not known" if site == "stack" else "site=modules does not know NewBlock; known"
+    with pytest.raises(ValueError, match=unknown):
+        dpcache.enable(model, method)
+    new_family()
+    with dpcache.cached(model, method):
+        embedded = count_calls([model.embed[0]], run)
+    torch.testing.assert_close(outputs[0], by_hand(model, x, times, computed, site))
+    assert not torch.allclose(outputs[0], by_hand(model, x, times, [0, 1, 2, 3], site))
+    assert embedded == [2 if site == "stack" else 4]  # the blocks alone read it
+
+
+def test_all_of_a_new_family_is_known_from_its_file(new_family):
+    with pytest.raises(ValueError, match=r"neither a folder in diffusers format nor one of the known .*FLUX\.1-dev"):
+        architecture("somebody/new")
+    with pytest.raises(ValueError, match="modulated input is not known for NewBlock"):
+        family.modulated_input(NewBlock(), (torch.ones(1),), {})
+    new_family()
+    known = architecture("somebody/new")
+    inputs = known.inputs({"height": 16, "width": 24}, batch_size=5, device="cpu", dtype=torch.float32)
+    assert inputs["hidden_states"].shape == (5, 2 * 3, 4)
+    assert known.family.branches({}) == ["cond", "uncond"] and known.family.branches({"guidance_scale": 1}) == ["cond"]
+    assert family.modulated_input(NewBlock(), (torch.ones(1),), {}).tolist() == [2.0]
+    with pytest.raises(ValueError, match="diffusers has no transformer NewTransformer"):
+        known.build()
+
+
+def test_a_class_has_one_record(new_family):
+    new_family(NEW.replace("NewTransformer", "WanTransformer3DModel"))
+    with pytest.raises(ValueError, match="more than one record in dpcache/models has WanTransformer3DModel"):
+        families()
+    new_family(NEW.replace("NewBlock", "WanTransformerBlock"))
+    with pytest.raises(ValueError, match="more than one record in dpcache/models has WanTransformerBlock"):
+        family.block_of(NewBlock())
+
+
+def test_without_a_record_nothing_but_the_name_is_known():
+    known = Architecture({"_class_name": "NewTransformer"})
+    with pytest.raises(ValueError, match="the arguments of NewTransformer are not known"):
+        known.inputs({})
+    assert family_of(NewTransformer()) == known.family and known.family.embedders == ()
+    assert family.block_of(NewBlock()) == family.Block("NewBlock")
+
+
+@pytest.mark.parametrize("name", families())
+def test_a_record_names_what_the_model_has(name):
+    record = families()[name]
+    with torch.device("meta"):
+        blocks = transformer_blocks(model := record.transformer_class())
+    assert {type(block).__name__ for block in blocks} == {known.kind for known in record.blocks}
+    for name in record.embedders:
+        attrgetter(name)(model)
+    for block in blocks:
+        known, children = family.block_of(block), dict(block.named_children())
+        assert {*known.feeders, known.attention} <= {*children}
+        missing = {name for name in known.kept if getattr(block, name) is None}
+        assert missing <= {"attn2", "ff_context"} and {*known.kept} - missing <= {*children}
+        present = {name for pair in known.feed_forwards if pair[1] not in missing for name in pair}
+        assert present <= {*children}
+        assert {feed_forward for _, feed_forward in known.feed_forwards} <= {*known.kept}
+
+
+FEW = {"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1}
+CALL = {"height": 64, "width": 96, "num_frames": 5, "max_sequence_length": 16}
+
+
+@pytest.mark.parametrize("path", published())
+@torch.no_grad()
+def test_example_inputs_go_through_the_published_transformer(path):
+    known = published()[path]
+    known = Architecture({name: FEW.get(name, value) for name, value in known.config.items()})
+    inputs, transformer = known.inputs(CALL, batch_size=3), known.build()
+    output = transformer(**inputs, return_dict=False)[0]
+    shape, channels = inputs["hidden_states"].shape, transformer.config.out_channels or transformer.config.in_channels
+    if known.family.token_grid is not None:
+        assert known.family.token_grid(known.inputs(CALL, device="cpu")) == (4, 6)
+        assert output.shape == shape == (3, 4 * 6, known.config["in_channels"])
+    else:
+        assert output.shape == (shape[0], channels, *shape[2:]) and shape[0] in (3, 6)
+
+
+@pytest.mark.parametrize("pipeline, position", [(FluxPipeline, "img_ids"), (QwenImagePipeline, "img_shapes")])
+def test_packed_latents_are_unpacked_as_the_pipeline_packed_them(pipeline, position):
+    latents = torch.randn(2, 4, 6, 10)
+    packed = pipeline._pack_latents(latents, 2, 4, 6, 10)
+    ids = FluxPipeline._prepare_latent_image_ids(2, 3, 5, "cpu", torch.float32)
+    where = {"img_ids": ids, "img_shapes": [[(1, 3, 5)]] * 2}[position]
+    transformer = case({"img_ids": "flux", "img_shapes": "qwen_image"}[position]).pipe.transformer
+    unpacked = latents_of(transformer, (), {"hidden_states": packed, position: where})
+    assert torch.equal(torch.stack(unpacked), latents[:, :, None])
+    with pytest.raises(LookupError, match="how NewTransformer packs its latents is not known"):
+        latents_of(NewTransformer(), (packed,), {})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_guidance_branches_are_those_that_the_pipeline_calls(name):
+    one = case(name)
+    assert tuple(family_of(one.pipe.transformer).branches(one.family.call)) == one.family.branches

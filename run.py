@@ -19,6 +19,7 @@ from hydra.errors import CompactHydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from dpcache.errors import SettingError
 from eval import failures, sweep
 from eval.files import write_text
 from eval.processes import main_process, wait_for_all
@@ -52,7 +53,8 @@ def main(config: DictConfig) -> float | None:
         return objective(result)
     except Exception as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
-        known = isinstance(error, (ValueError, OSError, InstantiationException))
+        known = isinstance(cause, (SettingError, OSError, ImportError))
+        known |= isinstance(error, InstantiationException) and isinstance(cause, TypeError)  # an unknown argument
         line = f"error: {' '.join(str(cause).split())}"
         if config.stage is Stage.run:
             failures.record(folder, line if known else f"{type(cause).__name__} {line}")
@@ -73,7 +75,7 @@ def score(config: DictConfig) -> None:
     if not main_process():
         return
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise ValueError("stage=eval takes all runs of a folder in one command: dir=FOLDER, without -m")
+        raise SettingError("stage=eval takes all runs of a folder in one command: dir=FOLDER, without -m")
     others = [override for override in HydraConfig.get().overrides.task if not override.startswith("model=")]
     rescore.rescore(config, lambda model: compose("config", [*others, f"model={model}"]))
 
@@ -86,7 +88,7 @@ def settle(config: DictConfig) -> None:
 
     choices, method = HydraConfig.get().runtime.choices, instantiate(config.method)
     if not method.needs_calibration:
-        raise ValueError(f"stage=calibrate: method={choices.method} has nothing to calibrate")
+        raise SettingError(f"stage=calibrate: method={choices.method} has nothing to calibrate")
     runs.check(config)
     _, prompts = runs.read_prompts(config, True)
     one = runs.Run(config, runs.load_pipeline(config), Path(config.output_dir))

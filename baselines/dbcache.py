@@ -7,6 +7,7 @@ from diffusers import DiffusionPipeline
 
 from baselines.library import LibraryCache
 from baselines.search import rerun
+from dpcache.errors import SettingError
 from dpcache.method import dpcache
 
 CALIBRATORS = {"taylorseer": "TaylorSeerCalibratorConfig", "foca": "FoCaCalibratorConfig"}
@@ -43,7 +44,7 @@ class DBCache(LibraryCache):
         if find_spec("cache_dit") is None:
             raise ModuleNotFoundError("DBCache needs cache-dit: pip install -e '.[peers]'")
         if calibrator is not None and calibrator not in CALIBRATORS:
-            raise ValueError(f"calibrator={calibrator} is not one of {', '.join(CALIBRATORS)}, null")
+            raise SettingError(f"calibrator={calibrator} is not one of {', '.join(CALIBRATORS)}, null")
         super().__init__(budget, num_inference_steps)
         self.threshold, self.calibrator, self.separate_cfg = threshold, calibrator, separate_cfg
         self.shortens, self.warmup = warmup is None, max(1, min(8, budget // 2)) if warmup is None else warmup
@@ -74,7 +75,7 @@ class DBCache(LibraryCache):
         import cache_dit
 
         if not isinstance(pipe, DiffusionPipeline) or not cache_dit.BlockAdapterRegister.is_supported(pipe):
-            raise ValueError(f"cache-dit does not know {type(pipe).__name__}")
+            raise SettingError(f"cache-dit does not know {type(pipe).__name__}")
         settings = {"Fn_compute_blocks": 1, "num_inference_steps": self.num_inference_steps}
         if self.planned:
             settings |= {"steps_computation_mask": self._mask(), "steps_computation_policy": "static"}

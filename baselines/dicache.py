@@ -4,6 +4,7 @@ import torch
 
 from baselines.search import Searched
 from dpcache.calibration import relative_change
+from dpcache.errors import SettingError
 from dpcache.method import Method
 from dpcache.predictors import Predictor
 from dpcache.schedules import OnlineSchedule, check_budget
@@ -19,12 +20,12 @@ class ShallowProbe(OnlineSchedule):
         super().__init__(num_inference_steps)
         check_budget(budget, num_inference_steps, 2)
         if probe < 1:
-            raise ValueError(f"probe={probe} must be at least 1 block")
+            raise SettingError(f"probe={probe} must be at least 1 block")
         self.budget, self.probe, self.threshold, self.needs_calibration = budget, probe, threshold, threshold is None
         self.warmup = int(0.2 * budget if retention is None else retention * num_inference_steps)
         self.minus_input, self.clip = minus_input, clip
         if budget < self.warmup + 2:
-            raise ValueError(f"budget={budget}: retention={retention} and the last step take {self.warmup + 2} steps")
+            raise SettingError(f"budget={budget}: retention={retention} and the last step take {self.warmup + 2} steps")
 
     def start(self):
         return {"accumulated": 0.0, "gamma": 1.0}

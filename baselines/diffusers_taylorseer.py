@@ -3,6 +3,7 @@
 from diffusers import TaylorSeerCacheConfig
 
 from baselines.library import DiffusersCache
+from dpcache.errors import SettingError
 
 # As in diffusers, and Wan's, which are called attn1 and attn2: there it would cache nothing, without a word.
 ATTENTIONS = [r"(transformer_|single_transformer_|temporal_transformer_)?blocks.*attn\d?"]
@@ -30,7 +31,7 @@ class DiffusersTaylorSeer(DiffusersCache):
 
     def config(self, pipe):
         if self.lite and not hasattr(pipe.transformer, "proj_out"):
-            raise ValueError(
+            raise SettingError(
                 f"TaylorSeer lite of diffusers needs a proj_out, {type(pipe.transformer).__name__} has none"
             )
         return TaylorSeerCacheConfig(

@@ -4,6 +4,7 @@ arXiv 2507.02860), as in the authors' code."""
 import torch
 
 from baselines.search import Searched
+from dpcache.errors import SettingError
 from dpcache.method import Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import OnlineSchedule, check_budget
@@ -24,9 +25,9 @@ class TransformationRate(OnlineSchedule):
         self.warmup = max(2, min(5, budget // 2)) if warmup is None else warmup
         check_budget(budget, num_inference_steps, self.warmup)
         if self.warmup < 2:
-            raise ValueError(f"warmup={warmup} must be at least 2: a rate takes two computed steps")
+            raise SettingError(f"warmup={warmup} must be at least 2: a rate takes two computed steps")
         if budget < min(self.warmup + 1, num_inference_steps):
-            raise ValueError(f"budget={budget}: warmup={self.warmup} and the last step take {self.warmup + 1} steps")
+            raise SettingError(f"budget={budget}: warmup={self.warmup} and the last step take {self.warmup + 1} steps")
         self.budget, self.threshold, self.needs_calibration = budget, threshold, threshold is None
 
     def start(self):

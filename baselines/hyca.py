@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from dpcache.calibration import record
+from dpcache.errors import SettingError
 from dpcache.method import Method
 from dpcache.predictors import Multistep, Reuse
 from dpcache.schedules import EvenlySpaced
@@ -31,14 +32,14 @@ class HyCa(Method):
 
     def __init__(self, budget: int, num_inference_steps: int, warmup: int = 3, clusters: int = 2):
         if clusters < 1:
-            raise ValueError(f"clusters={clusters} must be at least 1")
+            raise SettingError(f"clusters={clusters} must be at least 1")
         super().__init__(EvenlySpaced(budget, num_inference_steps, warmup), "stack", Multistep(1.0, 0.0))
         self.clusters = clusters
 
     def prepare(self, pipe, calibration=None):
         T, call = self.num_inference_steps, calibration.made_from["call"]
         if T < 4:
-            raise ValueError(f"num_inference_steps={T}: the solvers are compared on at least 4 steps")
+            raise SettingError(f"num_inference_steps={T}: the solvers are compared on at least 4 steps")
         (batch,) = calibration.batches(1)
         branches = record(pipe, Method(EvenlySpaced(T, T), self.site, Reuse()), *batch, **call)[1].values()
         features = torch.cat([kept[self.site.name].flatten(1, -2) for kept in branches], 1)
@@ -50,7 +51,7 @@ class HyCa(Method):
 
     def session(self, pipe, observe=None):
         if not self.settled:
-            raise ValueError("the solvers are not chosen yet: call method.prepare(pipe, calibration) first")
+            raise SettingError("the solvers are not chosen yet: call method.prepare(pipe, calibration) first")
         return super().session(pipe, observe)
 
 

@@ -8,6 +8,7 @@ import torch
 from baselines.full import full
 from baselines.search import spend
 from dpcache._diffusers import without_offload
+from dpcache.errors import SettingError
 from dpcache.flops import LayerFlops, matrix_layers
 from dpcache.schedules import Schedule
 from dpcache.session import Part, RootHook, Session, denoiser
@@ -33,7 +34,7 @@ class LibraryCache(ABC):
 
     def __init__(self, budget: int, num_inference_steps: int):
         if not 1 <= budget <= num_inference_steps:
-            raise ValueError(f"budget={budget} must be between 1 and num_inference_steps={num_inference_steps}")
+            raise SettingError(f"budget={budget} must be between 1 and num_inference_steps={num_inference_steps}")
         self.budget, self.num_inference_steps = budget, num_inference_steps
         self.schedule, self.calibration_options = Schedule(None, num_inference_steps), {}
         self.settled: dict = {}
@@ -51,7 +52,7 @@ class LibraryCache(ABC):
 
     def session(self, pipe, observe=None) -> "LibrarySession":
         if isinstance(pipe, torch.nn.Module):
-            raise ValueError(f"{type(self).__name__} needs a pipeline, whose scheduler tells the steps")
+            raise SettingError(f"{type(self).__name__} needs a pipeline, whose scheduler tells the steps")
         transformer = denoiser(pipe)
         with without_offload(transformer):
             before = {
@@ -107,7 +108,7 @@ class DiffusersCache(LibraryCache):
 
     def start(self, pipe, transformer):
         if not hasattr(transformer, "enable_cache"):
-            raise ValueError(f"diffusers offers none of its caches for {type(transformer).__name__}")
+            raise SettingError(f"diffusers offers none of its caches for {type(transformer).__name__}")
         transformer.enable_cache(self.config(pipe))
 
     def stop(self, pipe, transformer):
@@ -147,7 +148,7 @@ class LibrarySession(Session):
         }
         self.attention = next((layer for layer in matrix_layers(transformer) if layer in inside), None)
         if self.attention is None:
-            raise ValueError(f"the last block of {type(transformer).__name__} has no attention to watch")
+            raise SettingError(f"the last block of {type(transformer).__name__} has no attention to watch")
         super().__init__(pipe, full(library.num_inference_steps))
         self.partial, self.beginning = library.partial, False
 
@@ -179,7 +180,7 @@ class LibrarySession(Session):
     def watched(self, branch):
         """Around the library's forward: tells it where the sampler is, and sees what it computes."""
         if len(self.branches) > 1 and not self.library.branches:
-            raise ValueError(
+            raise SettingError(
                 f"{type(self.library).__name__} has one cache for all guidance branches, but this pipeline runs them "
                 "one after the other"
             )

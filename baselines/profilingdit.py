@@ -4,6 +4,7 @@ from collections import defaultdict
 
 from baselines.search import spend
 from dpcache.calibration import relative_change
+from dpcache.errors import SettingError
 from dpcache.method import Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Schedule
@@ -37,9 +38,9 @@ class ProfilingDiT(Method):
         warmup: int = 6,
     ):
         if not 1 <= budget <= num_inference_steps:
-            raise ValueError(f"budget={budget} must be between 1 and num_inference_steps={num_inference_steps}")
+            raise SettingError(f"budget={budget} must be between 1 and num_inference_steps={num_inference_steps}")
         if not 0 < share <= 1:
-            raise ValueError(f"share={share} must be above 0 and at most 1")
+            raise SettingError(f"share={share} must be above 0 and at most 1")
         super().__init__(Schedule(None, num_inference_steps), Blocks(blocks), Reuse())
         self.budget, self.share, self.warmup, self.interval = budget, share, warmup, interval
         self.profiled = blocks is None

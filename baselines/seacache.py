@@ -4,6 +4,7 @@ import torch
 from diffusers import SeaCacheConfig
 
 from baselines.library import DiffusersCache
+from dpcache.errors import SettingError
 from dpcache.models.family import family_of
 from dpcache.sites import model_input
 
@@ -34,7 +35,7 @@ class SeaCache(DiffusersCache):
     def config(self, pipe):
         sigmas = getattr(pipe.scheduler, "sigmas", None)
         if sigmas is None or not 0 <= float(sigmas.max()) <= 1:
-            raise ValueError(f"SeaCache needs noise levels from 0 to 1, {type(pipe.scheduler).__name__} has none")
+            raise SettingError(f"SeaCache needs noise levels from 0 to 1, {type(pipe.scheduler).__name__} has none")
         return SeaCacheConfig(self.threshold, max_consecutive_cached=self.max_skip, raw_vision_callback=latents_of)
 
 

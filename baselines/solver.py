@@ -6,6 +6,7 @@ DPM-Solver++ (Lu et al., arXiv 2211.01095) and UniPC (Zhao et al., arXiv 2302.04
 import diffusers
 
 from baselines.fewer_steps import fewer_steps
+from dpcache.errors import SettingError
 from dpcache.method import Method
 
 
@@ -39,5 +40,5 @@ def solver(budget: int, num_inference_steps: int, scheduler: str, order: int = 2
         order: 1 to 3.
     """
     if scheduler not in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
-        raise ValueError(f"scheduler={scheduler} is not one of DPMSolverMultistepScheduler, UniPCMultistepScheduler")
+        raise SettingError(f"scheduler={scheduler} is not one of DPMSolverMultistepScheduler, UniPCMultistepScheduler")
     return Solver(fewer_steps(budget, num_inference_steps), scheduler, {"solver_order": order})

@@ -1,6 +1,7 @@
 """SpeCa: Accelerating Diffusion Transformers with Speculative Feature Caching (Liu et al., arXiv 2509.11628)."""
 
 from baselines.search import Searched
+from dpcache.errors import SettingError
 from dpcache.method import Method
 from dpcache.predictors import Taylor
 from dpcache.schedules import OnlineSchedule, check_budget
@@ -22,7 +23,7 @@ class Verified(OnlineSchedule):
         super().__init__(num_inference_steps)
         check_budget(budget, num_inference_steps, 2)
         if not 1 <= warmup <= 2 * budget:  # every other step of which is computed
-            raise ValueError(f"warmup={warmup} must be between 1 and twice budget={budget}")
+            raise SettingError(f"warmup={warmup} must be between 1 and twice budget={budget}")
         self.budget, self.threshold, self.needs_calibration = budget, threshold, threshold is None
         self.decay, self.floor, self.first, self.warmup = decay, floor, 1.0, warmup
         self.shortest, self.longest = (

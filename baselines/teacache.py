@@ -6,6 +6,7 @@ import numpy as np
 
 from baselines.search import Searched
 from dpcache.calibration import relative_change
+from dpcache.errors import SettingError
 from dpcache.method import Method
 from dpcache.models.family import modulated_input
 from dpcache.predictors import Reuse
@@ -30,7 +31,7 @@ class AccumulatedChange(OnlineSchedule):
     def __init__(self, budget, num_inference_steps, threshold=None, polynomial=None):
         super().__init__(num_inference_steps)
         if not 2 <= budget <= num_inference_steps:
-            raise ValueError(f"budget={budget} must be between 2 and num_inference_steps={num_inference_steps}")
+            raise SettingError(f"budget={budget} must be between 2 and num_inference_steps={num_inference_steps}")
         self.budget, self.threshold, self.polynomial = budget, threshold, polynomial
         self.needs_calibration = threshold is None or polynomial is None
         self.r_squared: float | None = None  # of a polynomial that was fitted
@@ -44,7 +45,7 @@ class AccumulatedChange(OnlineSchedule):
             return
         changes = calibration.input_change
         if not len(changes):
-            raise ValueError("teacache: the calibration holds no modulated inputs, because this model's are not known")
+            raise SettingError("teacache: the calibration holds no modulated inputs: this model's are not known")
         if self.polynomial is None:
             self.polynomial = fit_polynomial(changes, calibration.output_change)
             self.r_squared = r_squared(self.polynomial, changes, calibration.output_change)
@@ -136,6 +137,6 @@ def teacache(
     """
     if isinstance(polynomial, str):
         if polynomial != "flux":
-            raise ValueError(f"polynomial={polynomial} is not one of: flux, null, a list of coefficients")
+            raise SettingError(f"polynomial={polynomial} is not one of: flux, null, a list of coefficients")
         polynomial = FLUX_POLYNOMIAL
     return TeaCache(AccumulatedChange(budget, num_inference_steps, threshold, polynomial), "residual", Reuse())

@@ -7,6 +7,7 @@ import math
 import torch
 
 from baselines.search import rerun
+from dpcache.errors import SettingError
 from dpcache.method import Method
 from dpcache.models.family import block_named
 from dpcache.predictors import Reuse
@@ -71,7 +72,7 @@ def spread_out(score: torch.Tensor, bonus: float = 0.6) -> torch.Tensor:
     """Scores (B, N) of a square grid of tokens: the best one of every 2 x 2 cell gains by `bonus`."""
     side = math.isqrt(score.shape[1])
     if side**2 != score.shape[1] or side % 2:
-        raise ValueError(f"{score.shape[1]} tokens are not a square of an even number")
+        raise SettingError(f"{score.shape[1]} tokens are not a square of an even number")
     cells = score.view(-1, side // 2, 2, side // 2, 2).transpose(2, 3).flatten(3)  # (B, rows, columns, 4)
     best, place = cells.max(-1, keepdim=True)
     cells = cells.scatter_add(-1, place, bonus * best)

@@ -21,6 +21,8 @@ from diffusers.hooks.hooks import StateManager
 from diffusers.utils.torch_utils import unwrap_module
 from torch._dynamo.decorators import skip
 
+from dpcache.errors import SettingError
+
 __all__ = [
     "BLOCK_LISTS",
     "Hook",
@@ -65,10 +67,12 @@ class Hook(ModelHook):
         return self.fn_ref.original_forward
 
     def __deepcopy__(self, memo):
-        raise ValueError("a model cannot be copied while a caching method is enabled on it: call dpcache.disable first")
+        raise SettingError(
+            "a model cannot be copied while a caching method is enabled on it: call dpcache.disable first"
+        )
 
     def __reduce_ex__(self, protocol):
-        raise ValueError(
+        raise SettingError(
             "a model cannot be pickled while a caching method is enabled on it: call dpcache.disable first"
         )
 
@@ -97,9 +101,9 @@ def hook_on(module: torch.nn.Module) -> Hook | None:
 
 
 def add_hook(module: torch.nn.Module, hook: Hook) -> None:
-    """Put `hook` on `module`, outside of the hooks that are there. Raises ValueError if one of ours is there."""
+    """Put `hook` on `module`, outside of the hooks that are there. Raises SettingError if one of ours is there."""
     if hook_on(module) is not None:
-        raise ValueError(f"a caching method is already enabled on this {type(module).__name__}")
+        raise SettingError(f"a caching method is already enabled on this {type(module).__name__}")
     with without_offload(module):
         hook.had_registry, hook.instance_forward = hasattr(module, "_diffusers_hook"), vars(module).get("forward")
         HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _NAME)
@@ -185,7 +189,9 @@ class _WatchedStep:
         return watched
 
     def __reduce_ex__(self, protocol):
-        raise ValueError("a scheduler cannot be pickled while a caching method is enabled: call dpcache.disable first")
+        raise SettingError(
+            "a scheduler cannot be pickled while a caching method is enabled: call dpcache.disable first"
+        )
 
 
 def watch_steps(scheduler, listener: StepListener) -> Callable[[], None]:

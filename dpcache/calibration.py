@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
+from dpcache.errors import SettingError
 from dpcache.gram import gram
 from dpcache.method import Method, cached
 from dpcache.models.family import modulated_input
@@ -99,14 +100,14 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
-        """Raises ValueError if the file is not a calibration, FileNotFoundError if there is none."""
+        """Raises SettingError if the file is not a calibration, FileNotFoundError if there is none."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"calibration file {path} does not exist")
         try:
             with safe_open(path, "numpy") as file:
                 metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
-                raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
+                raise SettingError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
             arrays = load_file(path)
             return cls(
                 **{name: arrays[name] for name in _ARRAYS},
@@ -114,7 +115,7 @@ class Calibration:
                 made_from=json.loads(metadata["made_from"]),
             )
         except Exception as error:
-            raise ValueError(f"{path} is not a calibration file: {error}") from None
+            raise SettingError(f"{path} is not a calibration file: {error}") from None
 
     def batches(self, limit: int | None = None) -> list[tuple[list[str], list[int]]]:
         """The (first `limit`) prompts and their seeds as they were batched."""
@@ -146,7 +147,7 @@ class Calibration:
             if self.made_for.get(name) != value
         ]
         if differing:
-            raise ValueError("this calibration was made for something else: " + "; ".join(differing))
+            raise SettingError("this calibration was made for something else: " + "; ".join(differing))
         return self
 
 
@@ -165,7 +166,7 @@ class _Recorder:
 
     def __call__(self, branch, step, name, tensor):
         if isinstance(tensor, tuple):
-            raise ValueError(f"calibration takes a feature that is one tensor, but {name!r} has {len(tensor)} of them")
+            raise SettingError(f"calibration takes features of one tensor, but {name!r} has {len(tensor)}")
         steps, kept = self._steps(name), self.kept.setdefault(branch, {})
         if name not in kept:
             kept[name] = _room(tensor, len(steps))
@@ -176,10 +177,10 @@ class _Recorder:
         return self.every if name == "input" else self.computed
 
     def check(self) -> None:
-        """Raises ValueError where a branch was not there at every step: what is kept of the others is undefined."""
+        """Raises SettingError where a branch was not there at every step: what is kept of the others is undefined."""
         for (branch, name), steps in self.filled.items():
             if steps != self._steps(name):
-                raise ValueError(
+                raise SettingError(
                     f"calibration: the guidance branch {branch!r} passed {name!r} at the steps {steps}, not at "
                     f"{self._steps(name)}"
                 )
@@ -266,9 +267,9 @@ def calibrate(
         call: further arguments of the pipeline (height, width, guidance_scale, ...).
     """
     if not prompts:
-        raise ValueError("calibration needs at least one prompt")
+        raise SettingError("calibration needs at least one prompt")
     if site not in ("stack", "output"):
-        raise ValueError(f"site={site}: calibration takes stack or output")
+        raise SettingError(f"site={site}: calibration takes stack or output")
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     stack, full = site == "stack", EvenlySpaced(num_inference_steps, num_inference_steps)
     device, cost, pooled = pipe._execution_device, 0.0, 0.0

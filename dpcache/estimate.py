@@ -50,7 +50,10 @@ def history_bytes(
     steps = method.history
     online = isinstance(method.schedule, OnlineSchedule)
     dry = Method(_Computing(method.schedule) if online else EvenlySpaced(steps, steps), method.site, _Keeping(steps))
-    inputs, loop = architecture.inputs(call, batch_size, dtype=transformer.dtype), Loop(transformer, steps)
+    inputs, loop = (
+        architecture.inputs(call, batch_size, dtype=transformer.dtype),
+        Loop(transformer, dry.num_inference_steps),
+    )
     with cached(loop, dry) as session:
         for _ in range(steps):
             for branch in architecture.family.branches(call):

@@ -11,6 +11,7 @@ from itertools import combinations
 import numpy as np
 import torch
 
+from dpcache.errors import SettingError
 from dpcache.predictors import LeastSquares, Predictor
 
 
@@ -33,12 +34,12 @@ def gram(
         float64 array, (T, T), symmetric.
 
     Raises:
-        ValueError: for features that are not finite floats, or that are empty.
+        SettingError: for features that are not finite floats, or that are empty.
     """
     parts = [features] if isinstance(features, torch.Tensor) else list(features)
     for part in parts:
         if not part.numel() or not part.is_floating_point() or part.shape[1:] != parts[0].shape[1:]:
-            raise ValueError(
+            raise SettingError(
                 f"features of shape {tuple(part.shape)}, {part.dtype}: must be floats (T, ...) of one shape"
             )
     flat = [part.reshape(len(part), -1) for part in parts]
@@ -53,7 +54,7 @@ def gram(
         total += (x @ x.T).to(total.device)
     total = total.cpu()
     if not total.isfinite().all():
-        raise ValueError("features: must be finite")
+        raise SettingError("features: must be finite")
     return ((total + total.T) / (2 * flat[0].shape[1])).numpy()
 
 
@@ -92,17 +93,17 @@ def path_costs(
         float64 array, (T, ..., T, T+1).
 
     Raises:
-        ValueError: for a setting of the wrong shape or out of range.
+        SettingError: for a setting of the wrong shape or out of range.
     """
     gram = np.asarray(gram, np.float64)
     steps = (len(gram) if gram.ndim else 0) // (2 if predictor.sees_input else 1)
     step_weights = np.ones(steps) if step_weights is None else np.asarray(step_weights, np.float64)
     if gram.ndim != 2 or len(gram) != gram.shape[1] or not steps or not np.isfinite(gram).all():
-        raise ValueError(f"gram of shape {gram.shape}: must be (T, T) and finite")
+        raise SettingError(f"gram of shape {gram.shape}: must be (T, T) and finite")
     if step_weights.shape != (steps,) or not (np.isfinite(step_weights) & (step_weights >= 0)).all():
-        raise ValueError(f"step_weights of shape {step_weights.shape}: must be {steps} finite numbers, none negative")
+        raise SettingError(f"step_weights of shape {step_weights.shape}: must be {steps} finite numbers, none negative")
     if keys < 1:
-        raise ValueError(f"keys={keys}: must be at least 1")
+        raise SettingError(f"keys={keys}: must be at least 1")
 
     cost = np.full((*[steps] * keys, steps + 1), np.inf)
     for count in range(1, min(keys, steps) + 1):
@@ -161,7 +162,7 @@ def _weights(predictor: Predictor, keys: np.ndarray, steps: int) -> np.ndarray:
     One more row at the end for the model's input, where it is seen."""
     if isinstance(predictor, LeastSquares):
         if predictor.steps != steps:
-            raise ValueError(f"{predictor} is for {predictor.steps} steps, this Gram matrix has {steps}")
+            raise SettingError(f"{predictor} is for {predictor.steps} steps, this Gram matrix has {steps}")
         return predictor.solve(keys)
     shift = np.zeros(len(keys), int)
     if predictor.by_distance:

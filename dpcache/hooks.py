@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from dpcache._diffusers import Hook, block_metadata, leave_uncompiled, unwrap_module
+from dpcache.errors import SettingError
 from dpcache.models.family import Streams, block_of
 
 
@@ -21,13 +22,13 @@ class SessionHook(Hook):
 
 
 def streams_of(block: torch.nn.Module) -> Streams:
-    """As the block's record has them, or else diffusers. Raises ValueError for a block whose streams are not known."""
+    """As the block's record has them, or else diffusers. Raises SettingError where nobody knows them."""
     known = block_of(block)
     if known.streams is not None:
         return known.streams
     metadata = block_metadata(block)
     if metadata is None:
-        raise ValueError(f"the streams of a {known.kind} are not known: use site=output")
+        raise SettingError(f"the streams of a {known.kind} are not known: use site=output")
     names = argument_names(block)
     image, other = metadata.hidden_states_argument_name, metadata.encoder_hidden_states_argument_name
     return Streams(
@@ -127,7 +128,7 @@ class BlockHook(StreamHook):
         """The first block's input, with the text before it where the last one has both in one stream."""
         before, text = branch.stack_input, branch.run_input
         if before is None:
-            raise ValueError(
+            raise SettingError(
                 f"site=residual: step {branch.step} of {branch.part} does not pass the first block (pipelines may "
                 "leave layers out now and then): choose another site"
             )
@@ -135,7 +136,7 @@ class BlockHook(StreamHook):
             return before
         if self.block.text_first and text is not None:
             return torch.cat([text, before], 1)
-        raise ValueError(
+        raise SettingError(
             f"site=residual: the first block's stream {tuple(before.shape)} has another shape than that of the last, a "
             f"{self.block.kind} {tuple(image.shape)}: use site=stack"
         )

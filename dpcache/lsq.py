@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpcache.calibration import record
+from dpcache.errors import SettingError
 from dpcache.gram import gram, key_axes, path_costs
 from dpcache.method import Method
 from dpcache.planner import plan, through
@@ -66,16 +67,16 @@ class LeastSquaresPlan(Method):
     ):
         for name, values in dict(predictors=predictors, planners=planners, warmups=warmups, alphas=alphas).items():
             if not values:
-                raise ValueError(f"{name}=[] must name at least one candidate")
+                raise SettingError(f"{name}=[] must name at least one candidate")
         known = [*LEAST_SQUARES, *short_names()]
         if unknown := [name for name in predictors if name not in known]:
-            raise ValueError(f"predictors={unknown}: choose from {', '.join(known)}")
+            raise SettingError(f"predictors={unknown}: choose from {', '.join(known)}")
         if unknown := set(planners) - {"gram", "coherent", "l1", "even"}:
-            raise ValueError(f"planners={sorted(unknown)}: choose from gram, coherent, l1, even")
+            raise SettingError(f"planners={sorted(unknown)}: choose from gram, coherent, l1, even")
         if site not in ("stack", "output"):
-            raise ValueError(f"site={site}: the calibration takes stack or output")
+            raise SettingError(f"site={site}: the calibration takes stack or output")
         if site == "stack" and any(name.endswith("x") for name in predictors):
-            raise ValueError(f"predictors={list(predictors)}: those that see the current latents take site=output")
+            raise SettingError(f"predictors={list(predictors)}: those that see the current latents take site=output")
         check_budget(budget, num_inference_steps, min(warmups))
         super().__init__(Schedule(None, num_inference_steps), site, Reuse())
         self.budget, self.predictors, self.planners, self.refit = budget, list(predictors), list(planners), refit
@@ -93,7 +94,7 @@ class LeastSquaresPlan(Method):
 
     def prepare(self, pipe, calibration=None):
         if not len(calibration.gain):
-            raise ValueError("this calibration was made without the gains: calibrate with measure_gains=True")
+            raise SettingError("this calibration was made without the gains: calibrate with measure_gains=True")
         predictors, trials = self._candidates(calibration)
         runs = list(dict.fromkeys((trial["predictor"], *trial["steps"]) for trial in trials))  # some trials coincide
 
@@ -123,7 +124,9 @@ class LeastSquaresPlan(Method):
         seen = len(calibration.gram) == 2 * T
         names = [name for name in self.predictors if seen or not name.endswith("x")]
         if not names:
-            raise ValueError(f"predictors={self.predictors}: this model's input has another shape than its prediction")
+            raise SettingError(
+                f"predictors={self.predictors}: this model's input has another shape than its prediction"
+            )
         predictors, trials, fixed = {}, [], short_names()
         for name in names:
             G = calibration.gram if name.endswith("x") else features

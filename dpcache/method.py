@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from dpcache._diffusers import hook_on
+from dpcache.errors import SettingError
 from dpcache.predictors import Predictor, Taylor
 from dpcache.schedules import Planned, Schedule
 from dpcache.session import Report, Session, denoisers
@@ -26,7 +27,7 @@ class Method:
     def __init__(self, schedule: Schedule, site: Site | str, predictor: Predictor):
         self.schedule, self.site, self.predictor = schedule, as_site(site), predictor
         if predictor.sees_input and not self.site.sees_input:
-            raise ValueError(f"site={self.site.name}: a predictor that sees the model's input takes site=output")
+            raise SettingError(f"site={self.site.name}: a predictor that sees the model's input takes site=output")
         self.settled: dict = {}  # what `prepare` decided, for the record
 
     @property
@@ -58,10 +59,10 @@ class Method:
         self.schedule.prepare(calibration)
 
     def session(self, pipe, observe: Callable | None = None) -> Session:
-        """Start caching on a pipeline, or on its transformer alone. Raises ValueError where the model does not offer
+        """Start caching on a pipeline, or on its transformer alone. Raises SettingError where the model does not offer
         the site. `observe`: see `Session`."""
         if not self.schedule.ready:
-            raise ValueError("the schedule is not settled yet: call method.prepare(pipe, calibration) first")
+            raise SettingError("the schedule is not settled yet: call method.prepare(pipe, calibration) first")
         return Session(pipe, self, observe)
 
 
@@ -90,9 +91,9 @@ def dpcache(
             predictor, budget, num_inference_steps, warmup, solver, max_jump, cost, path_aware, cumulative
         )
     elif len(steps) != budget:
-        raise ValueError(f"steps has {len(steps)} entries: set budget={len(steps)}, not {budget}")
+        raise SettingError(f"steps has {len(steps)} entries: set budget={len(steps)}, not {budget}")
     elif list(steps[:warmup]) != list(range(warmup)):
-        raise ValueError(f"steps={list(steps)} does not begin with the warmup={warmup} steps 0..{warmup - 1}")
+        raise SettingError(f"steps={list(steps)} does not begin with the warmup={warmup} steps 0..{warmup - 1}")
     else:
         schedule = Schedule(steps, num_inference_steps)
     return Method(schedule, "stack", predictor)
@@ -117,17 +118,17 @@ def enable(pipe, method, observe: Callable | None = None) -> None:
             argument does.
         observe: see `dpcache.session.Session`.
 
-    Raises ValueError if a method is already enabled, or where the model does not offer the method's site.
+    Raises SettingError if a method is already enabled, or where the model does not offer the method's site.
     """
     if session_of(pipe) is not None:
-        raise ValueError("a method is already enabled on this pipeline: call dpcache.disable(pipe) first")
+        raise SettingError("a method is already enabled on this pipeline: call dpcache.disable(pipe) first")
     _sessions[pipe] = method.session(pipe, observe)
 
 
 def disable(pipe) -> Report:
     """Undo `enable`: the transformer is as it was before. Returns what the method did.
 
-    Raises ValueError if nothing is enabled.
+    Raises SettingError if nothing is enabled.
     """
     session = _known(pipe)
     for key in [key for key, value in _sessions.items() if value is session]:
@@ -148,12 +149,12 @@ def cached(pipe, method, observe: Callable | None = None) -> Iterator[Session]:
 
 
 def report(pipe) -> Report:
-    """What the method that is enabled on `pipe` has done so far. Raises ValueError if none is."""
+    """What the method that is enabled on `pipe` has done so far. Raises SettingError if none is."""
     return _known(pipe).report()
 
 
 def _known(pipe) -> Session:
     session = session_of(pipe)
     if session is None:
-        raise ValueError("no method is enabled on this pipeline")
+        raise SettingError("no method is enabled on this pipeline")
     return session

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch.nn.functional import embedding_bag
 
+from dpcache.errors import SettingError
 from dpcache.predictors import Predictor
 
 _ROWS = 4096  # residuals formed at a time: enough to hide the call, few enough to stay in cache
@@ -48,14 +49,14 @@ def l1_cost(
         float64 array, (T, T+1, T+1).
 
     Raises:
-        ValueError: for features that are not finite floats of at least two steps, or a setting out of range.
+        SettingError: for features that are not finite floats of at least two steps, or a setting out of range.
     """
     steps = len(features)
     if steps < 2 or not features.is_floating_point():
-        raise ValueError(f"features of shape {tuple(features.shape)}, {features.dtype}: must be floats (T >= 2, ...)")
+        raise SettingError(f"features of shape {tuple(features.shape)}, {features.dtype}: must be floats (T >= 2, ...)")
     for name, value, top in (("max_lookback", max_lookback, None), ("chunk", chunk, None), ("warmup", warmup, steps)):
         if value is not None and not 1 <= value <= (top or value):
-            raise ValueError(f"{name}={value}: must be at least 1" + (f" and at most {top}" if top else ""))
+            raise SettingError(f"{name}={value}: must be at least 1" + (f" and at most {top}" if top else ""))
 
     device = torch.device(device or features.device)
     chunk = chunk or (256 if device.type == "cpu" else 1 << 14)
@@ -104,7 +105,7 @@ def _errors(
         for rows, weights, offsets, total in blocks:
             total += embedding_bag(rows, x, offsets, mode="sum", per_sample_weights=weights).abs_().sum(1)
     if not totals.isfinite().all():
-        raise ValueError("features: must be finite")
+        raise SettingError("features: must be finite")
     return totals.cpu().numpy() / size
 
 

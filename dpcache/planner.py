@@ -12,6 +12,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from dpcache.errors import SettingError
+
 Cost = np.ndarray | torch.Tensor
 Plans = dict[int, list[int]]
 
@@ -32,16 +34,16 @@ def plan(cost: Cost, budget: int, warmup: int = 3, solver: str = "exact", max_ju
         The computed steps, 0-based and increasing; ties go to the smaller step.
 
     Raises:
-        ValueError: for a setting out of range, and when no schedule of this budget has a finite cost.
+        SettingError: for a setting out of range, and when no schedule of this budget has a finite cost.
     """
     cost, solve = _checked(cost, warmup, solver, max_jump)
     steps = cost.shape[-1] - 1
     if not warmup <= budget <= steps:
-        raise ValueError(f"budget={budget}: must lie in {warmup}..{steps}, from warmup to the number of steps")
+        raise SettingError(f"budget={budget}: must lie in {warmup}..{steps}, from warmup to the number of steps")
     plans = solve(cost, warmup, range(budget, budget + 1))
     if not plans:
         feasible = sorted(solve(cost, warmup, range(warmup, steps + 1)))
-        raise ValueError(
+        raise SettingError(
             f"budget={budget}: no schedule has a finite cost with warmup={warmup}, max_jump={max_jump}, "
             f"solver={solver!r}; feasible budgets: {feasible or 'none'}"
         )
@@ -66,13 +68,13 @@ def through(cost: np.ndarray, steps: Sequence[int]) -> np.ndarray:
 def path_cost(cost: Cost, steps: Sequence[int], warmup: int = 3) -> float:
     """Cost of a schedule: the sum of cost[s[a-1], s[a], s[a+1]] for a >= warmup-1, with T appended to ``steps``.
 
-    Moves inside the warm-up are forced and do not count. ValueError unless ``steps`` is increasing within 0..T-1 and
+    Moves inside the warm-up are forced and do not count. SettingError unless ``steps`` is increasing within 0..T-1 and
     begins with 0..warmup-1.
     """
     cost, _ = _checked(cost, warmup, "exact", None)
     steps, end = [int(s) for s in steps], cost.shape[-1] - 1
     if steps[:warmup] != list(range(warmup)) or any(a >= b for a, b in pairwise([*steps, end])):
-        raise ValueError(f"steps={steps}: must begin with 0..{warmup - 1} and increase within 0..{end - 1}")
+        raise SettingError(f"steps={steps}: must begin with 0..{warmup - 1} and increase within 0..{end - 1}")
     keys = [0] * (cost.ndim - 2) + steps + [end]
     return float(sum(cost[tuple(keys[a : a + cost.ndim])] for a in range(warmup - 1, len(steps))))
 
@@ -82,17 +84,17 @@ def _checked(cost: Cost, warmup: int, solver: str, max_jump: int | None) -> tupl
     cost = cost.detach().cpu().double().numpy() if isinstance(cost, torch.Tensor) else np.asarray(cost, np.float64)
     end = cost.shape[-1] - 1 if cost.ndim else 0
     if cost.ndim < 3 or end < 1 or min(cost.shape[:-1]) < end:
-        raise ValueError(f"cost of shape {cost.shape}: must be (T, T+1, T+1), or have more key axes of at least T")
+        raise SettingError(f"cost of shape {cost.shape}: must be (T, T+1, T+1), or have more key axes of at least T")
     if not (cost > -np.inf).all():
-        raise ValueError("cost: must hold no NaN and no -inf; +inf marks moves that are not allowed")
+        raise SettingError("cost: must hold no NaN and no -inf; +inf marks moves that are not allowed")
     if not 1 <= warmup <= end:
-        raise ValueError(f"warmup={warmup}: must lie in 1..{end}, the number of steps")
+        raise SettingError(f"warmup={warmup}: must lie in 1..{end}, the number of steps")
     if solver not in _SOLVERS:
-        raise ValueError(f"solver={solver!r}: must be one of {', '.join(_SOLVERS)}")
+        raise SettingError(f"solver={solver!r}: must be one of {', '.join(_SOLVERS)}")
     if solver == "paper" and cost.ndim != 3:
-        raise ValueError(f"solver='paper' takes a cost with three axes, not {cost.ndim}; use solver='exact'")
+        raise SettingError(f"solver='paper' takes a cost with three axes, not {cost.ndim}; use solver='exact'")
     if max_jump is not None and max_jump < 1:
-        raise ValueError(f"max_jump={max_jump}: must be at least 1, or None for no limit")
+        raise SettingError(f"max_jump={max_jump}: must be at least 1, or None for no limit")
     cost = cost[(slice(end),) * (cost.ndim - 1)]
     jump = np.arange(end + 1) - np.arange(end)[:, None]
     return np.where((jump >= 1) & (jump <= (max_jump or end)), cost, np.inf), _SOLVERS[solver]

@@ -15,6 +15,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from dpcache.errors import SettingError
+
 
 class Predictor(ABC):
     """Base of all predictors.
@@ -58,7 +60,7 @@ def short_names() -> dict[str, Callable[[], Predictor]]:
 def _check_order(predictor: Predictor) -> None:
     if predictor.order not in predictor.orders:
         lowest, highest = min(predictor.orders), max(predictor.orders)
-        raise ValueError(f"predictor order={predictor.order} is not one of {lowest}..{highest}")
+        raise SettingError(f"predictor order={predictor.order} is not one of {lowest}..{highest}")
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Hermite(Taylor):
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.scale <= 1:
-            raise ValueError(f"scale={self.scale} must be above 0 and at most 1")
+            raise SettingError(f"scale={self.scale} must be above 0 and at most 1")
 
     def basis(self, distance, power):
         value = np.polynomial.hermite.hermval(self.scale * distance, [0] * power + [1])
@@ -258,7 +260,7 @@ class Chebyshev(Predictor):
 
     def __post_init__(self):
         if self.degree < 0 or not 0 < self.ridge < math.inf or not 0 <= self.mix <= 1:
-            raise ValueError(
+            raise SettingError(
                 f"degree={self.degree}, ridge={self.ridge}, mix={self.mix}: must be at least 0, above 0 and from 0 to 1"
             )
 
@@ -312,13 +314,13 @@ class LeastSquares(Predictor):
     def __post_init__(self):
         gram = np.array(self.gram, np.float64)
         if gram.ndim != 2 or len(gram) != gram.shape[1] or not gram.size or not np.isfinite(gram).all():
-            raise ValueError(f"gram of shape {gram.shape}: must be (T, T) and finite")
+            raise SettingError(f"gram of shape {gram.shape}: must be (T, T) and finite")
         if self.sees_input and len(gram) % 2:
-            raise ValueError(f"gram of shape {gram.shape}: must be (2T, 2T), features and inputs, to see the input")
+            raise SettingError(f"gram of shape {gram.shape}: must be (2T, 2T), features and inputs, to see the input")
         if not 1 <= self.history <= 4:
-            raise ValueError(f"history={self.history} is not one of 1..4")
+            raise SettingError(f"history={self.history} is not one of 1..4")
         if not 0 <= self.ridge < math.inf:
-            raise ValueError(f"ridge={self.ridge} must be finite and not negative")
+            raise SettingError(f"ridge={self.ridge} must be finite and not negative")
         gram.setflags(write=False)
         object.__setattr__(self, "gram", gram)
 
@@ -334,7 +336,7 @@ class LeastSquares(Predictor):
 
     def weights(self, keys, step):
         if not keys[-1] < step < self.steps:
-            raise ValueError(f"step={step} must lie between key {keys[-1]} and the {self.steps} steps of the gram")
+            raise SettingError(f"step={step} must lie between key {keys[-1]} and the {self.steps} steps of the gram")
         return tuple(self.solve(np.array(keys[-self.history :]))[:, step].tolist())
 
     def solve(self, keys: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The one sampler interface: prompts and seeds in, images or videos and final latents out, whatever the method."""
 
 import inspect
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from diffusers.utils import load_image
 
 from dpcache._diffusers import StepListener, watch_steps
+from dpcache.errors import SettingError
 from dpcache.method import cached
 from dpcache.session import Report
 
@@ -40,7 +42,7 @@ def generate(
         call: further arguments of the pipeline (height, width, guidance_scale, ...); `image`, where the pipeline
             starts from one, may be a path, and `negative_prompt` is one string for all.
 
-    Raises ValueError for a class label that the pipeline does not know.
+    Raises SettingError for a class label that the pipeline does not know, and for arguments that it refuses.
     """
     if "class_labels" in inspect.signature(pipe.__call__).parameters:
         call["class_labels"] = [_class(pipe, prompt) for prompt in prompts]
@@ -60,10 +62,16 @@ def generate(
             output_type="np" if decode else "latent",
             **call,
         )
+    except ValueError as error:
+        if traceback.extract_tb(error.__traceback__)[-1].name != "check_inputs":
+            raise
+        raise SettingError(f"{type(pipe).__name__} does not take these arguments: {error}") from error
     finally:
         unwatch()
     if listener.latents is None:
-        raise ValueError(f"{type(pipe).__name__} samples with a copy of its scheduler, which the sampler cannot follow")
+        raise SettingError(
+            f"{type(pipe).__name__} samples with a copy of its scheduler, which the sampler cannot follow"
+        )
     images = None
     if decode:
         images = output.frames if "frames" in output else output.images
@@ -77,7 +85,7 @@ def _class(pipe, prompt: str) -> int:
         return int(prompt)
     if prompt not in pipe.labels:
         some = ", ".join(list(pipe.labels)[:10])
-        raise ValueError(
+        raise SettingError(
             f"prompt {prompt!r} is not one of the {len(pipe.labels)} class names of this model ({some}, ...)"
         )
     return pipe.labels[prompt]
@@ -89,7 +97,7 @@ def steps_to_ask_for(num_inference_steps: int, strength: float) -> int:
     if strength >= 1:
         return num_inference_steps
     if strength <= 0:
-        raise ValueError(f"strength={strength} must be above 0: a run of no steps has nothing to cache")
+        raise SettingError(f"strength={strength} must be above 0: a run of no steps has nothing to cache")
     asked = int(num_inference_steps / strength)
     while asked - int(max(asked - asked * strength, 0)) < num_inference_steps:
         asked += 1

@@ -6,6 +6,7 @@ steps that are always computed first.
 
 from collections.abc import Sequence
 
+from dpcache.errors import SettingError
 from dpcache.gram import key_axes, path_costs
 from dpcache.planner import plan, through
 from dpcache.predictors import Taylor
@@ -29,7 +30,7 @@ class Schedule:
         if self.steps is not None:
             legal = self.steps and self.steps[0] == 0 and self.steps[-1] < num_inference_steps
             if not legal or any(b <= a for a, b in zip(self.steps, self.steps[1:])):
-                raise ValueError(
+                raise SettingError(
                     f"steps={self.steps} must increase strictly from 0 and end below "
                     f"num_inference_steps={num_inference_steps}"
                 )
@@ -54,9 +55,9 @@ class Schedule:
 
 
 def check_budget(budget: int, num_inference_steps: int, warmup: int) -> None:
-    """Raises ValueError unless 1 <= warmup <= budget <= num_inference_steps."""
+    """Raises SettingError unless 1 <= warmup <= budget <= num_inference_steps."""
     if not 1 <= warmup <= budget <= num_inference_steps:
-        raise ValueError(
+        raise SettingError(
             f"budget={budget} must be between warmup={warmup} (at least 1) and "
             f"num_inference_steps={num_inference_steps}"
         )
@@ -84,12 +85,14 @@ class Interval(Schedule):
 
     def __init__(self, interval: int, budget: int, num_inference_steps: int, warmup: int = 1, from_end: bool = False):
         if interval < 1:
-            raise ValueError(f"interval={interval} must be at least 1")
+            raise SettingError(f"interval={interval} must be at least 1")
         last = num_inference_steps - 1
         every = range(last, warmup - 1, -interval) if from_end else range(warmup - 1, last + 1, interval)
         steps = sorted({*range(warmup), *every})
         if len(steps) != budget:
-            raise ValueError(f"interval={interval} computes {len(steps)} steps: set budget={len(steps)}, not {budget}")
+            raise SettingError(
+                f"interval={interval} computes {len(steps)} steps: set budget={len(steps)}, not {budget}"
+            )
         super().__init__(steps, num_inference_steps)
 
 
@@ -121,9 +124,9 @@ class Planned(Schedule):
     ):
         check_budget(budget, num_inference_steps, warmup)
         if cost not in ("l1", "gram"):
-            raise ValueError(f"cost={cost} is not one of l1, gram")
+            raise SettingError(f"cost={cost} is not one of l1, gram")
         if cost == "gram" and solver == "paper":
-            raise ValueError("cost=gram depends on more keys than solver=paper looks at: set solver=exact")
+            raise SettingError("cost=gram depends on more keys than solver=paper looks at: set solver=exact")
         super().__init__(None, num_inference_steps)
         self.predictor, self.budget, self.warmup, self.solver = predictor, budget, warmup, solver
         self.max_jump, self.cost = max_jump, cost

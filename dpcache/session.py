@@ -27,6 +27,7 @@ from dpcache._diffusers import (
     remove_hook,
     unwrap_module,
 )
+from dpcache.errors import SettingError
 from dpcache.flops import LayerFlops
 from dpcache.steps import SchedulerSteps, Steps, TimestepSteps
 
@@ -73,10 +74,10 @@ class History:
         self.count = 0
 
     def push(self, feature: torch.Tensor) -> None:
-        """Raises ValueError if the feature has another shape or dtype than the others of this generation."""
+        """Raises SettingError if the feature has another shape or dtype than the others of this generation."""
         before = self.buffers[self.newest]
         if self.count and (before.shape, before.dtype) != (feature.shape, feature.dtype):
-            raise ValueError(
+            raise SettingError(
                 f"the kept feature changes from {_say(before)} to {_say(feature)} within a generation, which no "
                 "prediction can bridge: choose another site"
             )
@@ -257,7 +258,7 @@ class RootHook(Hook):
 def denoisers(pipe) -> dict[str, torch.nn.Module]:
     """The transformers (or the U-Net) that a pipeline denoises with, by their names in it; a model alone has none.
 
-    Raises ValueError if there is none.
+    Raises SettingError if there is none.
     """
     if isinstance(pipe, torch.nn.Module):
         return {"": unwrap_module(pipe)}
@@ -265,15 +266,15 @@ def denoisers(pipe) -> dict[str, torch.nn.Module]:
     found = {name: getattr(pipe, name, None) for name in names}
     found = {name: unwrap_module(module) for name, module in found.items() if module is not None}
     if not found:
-        raise ValueError(f"{type(pipe).__name__} has neither a transformer nor a unet")
+        raise SettingError(f"{type(pipe).__name__} has neither a transformer nor a unet")
     return found
 
 
 def denoiser(pipe) -> torch.nn.Module:
-    """The only one of `denoisers(pipe)`. Raises ValueError where there are more."""
+    """The only one of `denoisers(pipe)`. Raises SettingError where there are more."""
     found = list(denoisers(pipe).values())
     if len(found) > 1:
-        raise ValueError(f"this {type(pipe).__name__} has {len(found)} transformers, where one is needed")
+        raise SettingError(f"this {type(pipe).__name__} has {len(found)} transformers, where one is needed")
     return found[0]
 
 
@@ -286,7 +287,7 @@ class Session:
         observe: called as `observe(branch, step, name, feature)` for every feature that is kept, and at the sites
             `output` and `output_residual` for the model's input ("input") at every step.
 
-    Raises ValueError where the model does not offer the site, or where something else is enabled on it.
+    Raises SettingError where the model does not offer the site, or where something else is enabled on it.
     """
 
     def __init__(self, pipe, method, observe: Callable | None = None):
@@ -325,19 +326,19 @@ class Session:
         return SchedulerSteps(pipe, T, self.end_step, self.check_models)
 
     def check_models(self) -> None:
-        """Raises ValueError if the pipeline has got another model since the method was enabled."""
+        """Raises SettingError if the pipeline has got another model since the method was enabled."""
         now = denoisers(self.pipe())
         for part in self.parts:
             if now.get(part.name) is not part.module:
-                raise ValueError(
+                raise SettingError(
                     f"pipe.{part.name} has been replaced while a method is enabled on it: call dpcache.disable(pipe), "
                     "and enable the method again"
                 )
 
     def check_other_caches(self, part: Part) -> None:
-        """Raises ValueError where a cache of diffusers is enabled on the model as well."""
+        """Raises SettingError where a cache of diffusers is enabled on the model as well."""
         if other := other_cache(part.module):
-            raise ValueError(
+            raise SettingError(
                 f"diffusers' own cache ({other}) is enabled on {part}: a model takes one cache at a time, so call its "
                 "disable_cache() first"
             )
@@ -405,17 +406,17 @@ class Session:
 
     def _check_thread(self) -> None:
         if self.thread != threading.get_ident():
-            raise ValueError(
+            raise SettingError(
                 "the pipeline is used from two threads at once, but its cache follows one generation after the other"
             )
 
     def end_step(self) -> None:
-        """Raises ValueError if the step had other branches than the first one, where no names keep them apart."""
+        """Raises SettingError if the step had other branches than the first one, where no names keep them apart."""
         self._check_thread()
         unnamed = [name for name in self.calls if name.startswith("default")]
         expected = [name for name in self.order if name.startswith("default")]
         if self.step and unnamed != expected:
-            raise ValueError(
+            raise SettingError(
                 f"step {self.step} calls the model {len(unnamed)} times and the first step {len(expected)} times, and "
                 "nothing tells which call is which guidance branch: keep the guidance as it is during a run"
             )
@@ -433,7 +434,7 @@ class Session:
         name = name if count == 0 else f"{name} #{count + 1}"
         self.calls.append(name)
         if len(self.calls) > MOST_CALLS:
-            raise ValueError(
+            raise SettingError(
                 f"{part} was called {len(self.calls)} times without a step of the scheduler: enable the method on the "
                 "pipeline that is run"
             )
@@ -442,7 +443,7 @@ class Session:
         branch = self.current = self.branches.setdefault(name, Branch(name))
         signature = tuple(_shapes(part.input(args, kwargs)))
         if branch.signature not in (None, signature):
-            raise ValueError(
+            raise SettingError(
                 f"the input of {part} changes from {_say_all(branch.signature)} to {_say_all(signature)} at step "
                 f"{step}: batch, resolution and dtype have to stay the same within a generation (guidance that is "
                 "switched off in mid-run changes the batch)"
@@ -465,14 +466,14 @@ class Session:
 
     def _compute_instead(self, branch: Branch, part: Part, step: int) -> None:
         """The first step of a pipeline's second model cannot be predicted: it is computed in place of the next one
-        that was to be. Raises ValueError where there is none, or where it is no second model."""
+        that was to be. Raises SettingError where there is none, or where it is no second model."""
         if not branch.computed:
-            raise ValueError(
+            raise SettingError(
                 f"the guidance branch {branch.name!r} of {part} first appears at step {step}, which the schedule skips"
             )
         later = [key for key in self.computed if key > step]
         if not later:
-            raise ValueError(
+            raise SettingError(
                 f"step {step} is the first of {part} and has to be computed, but the schedule computes none from there "
                 "on: raise the budget"
             )
@@ -528,26 +529,26 @@ class Session:
         branch = self.current
         self._once(name)
         if name not in branch.kept:
-            raise ValueError(f"site={self.site.name}: nothing was kept of {name!r} that step {branch.step} asks for")
+            raise SettingError(f"site={self.site.name}: nothing was kept of {name!r} that step {branch.step} asks for")
         predicted = tuple(history.combine(branch.weights, seen) for history in branch.histories[name])
         return predicted if len(predicted) > 1 else predicted[0]
 
     def _once(self, name: str) -> None:
         branch = self.current
         if name in branch.seen:
-            raise ValueError(
+            raise SettingError(
                 f"site={self.site.name}: {name!r} of {branch.part} runs twice in one call of the model: choose another "
                 "site"
             )
         branch.seen.add(name)
 
     def check_call(self, branch: Branch) -> None:
-        """Raises ValueError if the call has kept or predicted something else than the branch's first one."""
+        """Raises SettingError if the call has kept or predicted something else than the branch's first one."""
         if not branch.skip and len(branch.keys) == 1:
             branch.kept = frozenset(branch.seen)
         if branch.seen != branch.kept or not branch.seen:
             missing = ", ".join(sorted(branch.kept - branch.seen)) or "what it keeps"
-            raise ValueError(
+            raise SettingError(
                 f"site={self.site.name}: step {branch.step} of {branch.part} does not pass {missing} (layers that a "
                 "pipeline leaves out now and then cannot be kept): choose another site"
             )

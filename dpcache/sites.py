@@ -23,6 +23,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dpcache._diffusers import BLOCK_LISTS, Hook, unwrap_module
+from dpcache.errors import SettingError
 from dpcache.hooks import (
     BlockHook,
     BranchHook,
@@ -38,17 +39,17 @@ from dpcache.tokens import token_hooks
 
 
 def check_layout(site: "Site", transformer: torch.nn.Module) -> None:
-    """Raises ValueError where blocks over space and over time take turns: between them the stream is laid out anew, so
-    that what one leaves and what another takes cannot be told from each other's difference."""
+    """Raises SettingError where blocks over space and over time take turns: between them the stream is laid out anew,
+    so that what one leaves and what another takes cannot be told from each other's difference."""
     if getattr(transformer, "temporal_transformer_blocks", None) is not None:
-        raise ValueError(
+        raise SettingError(
             f"site={site.name}: {type(transformer).__name__} lays its stream out anew between its blocks: choose "
             "site=stack"
         )
 
 
 def transformer_blocks(transformer: torch.nn.Module) -> list[torch.nn.Module]:
-    """The transformer's blocks in the order in which they run. Raises ValueError where there are none."""
+    """The transformer's blocks in the order in which they run. Raises SettingError where there are none."""
     blocks = [
         block
         for name, children in unwrap_module(transformer).named_children()
@@ -56,7 +57,7 @@ def transformer_blocks(transformer: torch.nn.Module) -> list[torch.nn.Module]:
         for block in children
     ]
     if not blocks:
-        raise ValueError(f"{type(transformer).__name__} has no transformer blocks: use site=output")
+        raise SettingError(f"{type(transformer).__name__} has no transformer blocks: use site=output")
     return blocks
 
 
@@ -74,7 +75,7 @@ class Site:
     sees_input = False
 
     def hooks(self, session, transformer: torch.nn.Module) -> list[tuple[torch.nn.Module, Hook]]:
-        """(module, hook) pairs that make `session` work here. Raises ValueError where the model does not allow it."""
+        """(module, hook) pairs that make `session` work here. Raises SettingError where the model does not allow it."""
         return []
 
     def call(self, session, branch, forward: Callable, args: tuple, kwargs: dict):
@@ -94,7 +95,7 @@ class Stack(Site):
         if self.residual:
             check_layout(self, transformer)
         if probe > last:
-            raise ValueError(f"a probe of {probe} blocks leaves nothing of {type(transformer).__name__}'s {last + 1}")
+            raise SettingError(f"a probe of {probe} blocks leaves nothing of {type(transformer).__name__}'s {last + 1}")
         pairs = [(b, BlockHook(session, b, i, i == last, probe, self.residual)) for i, b in enumerate(blocks)]
         if not self.residual and not online:
             embedders = (attrgetter(name)(transformer) for name in family_of(transformer).embedders)
@@ -124,7 +125,7 @@ class Blocks(Site):
 
     def hooks(self, session, transformer):
         if session.fixed is None:
-            raise ValueError("site=blocks takes a schedule that is settled before the run")
+            raise SettingError("site=blocks takes a schedule that is settled before the run")
         check_layout(self, transformer)
         blocks = transformer_blocks(transformer)
         chosen = range(len(blocks)) if self.blocks is None else self.blocks
@@ -146,7 +147,7 @@ class Modules(Site):
         records = [block_of(block) for block in blocks]
         for index, (block, known) in enumerate(zip(blocks, records)):
             if not known.kept:
-                raise ValueError(unknown_block(self, known, "kept"))
+                raise SettingError(unknown_block(self, known, "kept"))
             present = {name: getattr(block, name) for name in known.kept if getattr(block, name) is not None}
             pairs += self.block_hooks(session, block, known, index, records[:index].count(known), present)
         return pairs
@@ -166,7 +167,7 @@ class Tokens(Modules):
 
     def block_hooks(self, session, block, known, index, layer, present):
         if not known.feed_forwards:
-            raise ValueError(unknown_block(self, known, "feed_forwards"))
+            raise SettingError(unknown_block(self, known, "feed_forwards"))
         return token_hooks(session, block, known, index, layer, present)
 
 
@@ -205,7 +206,7 @@ class Output(Site):
         """What is kept of the values that the model returned."""
         if not values or not all(torch.is_tensor(value) for value in values):
             kinds = ", ".join(sorted({type(value).__name__ for value in values}))
-            raise ValueError(f"site={self.name}: {branch.part} returns {kinds}, of which only tensors can be kept")
+            raise SettingError(f"site={self.name}: {branch.part} returns {kinds}, of which only tensors can be kept")
         return values[0] if len(values) == 1 else tuple(values)
 
     def prediction(self, branch, predicted: tuple[torch.Tensor, ...], latents) -> list[torch.Tensor]:
@@ -230,7 +231,7 @@ class OutputResidual(Output):
         cut = [self.like(x, value.shape) for x, value in zip(own, values)]
         if len(own) != len(values) or [x.shape for x in cut] != branch.shapes:
             shapes = [[tuple(x.shape) for x in part] for part in (own, values)]
-            raise ValueError(
+            raise SettingError(
                 f"site={self.name}: the model's input {shapes[0]} has another shape than its prediction {shapes[1]}"
             )
         feature = tuple(value - x for value, x in zip(values, cut))
@@ -255,19 +256,19 @@ SITES: dict[str, type[Site]] = {
 
 
 def as_site(site: Site | str) -> Site:
-    """A site, or the one of that short name. Raises ValueError for any other name."""
+    """A site, or the one of that short name. Raises SettingError for any other name."""
     if isinstance(site, Site):
         return site
     if site not in SITES:
-        raise ValueError(f"site={site} is not one of {', '.join(SITES)}")
+        raise SettingError(f"site={site} is not one of {', '.join(SITES)}")
     return SITES[site]()
 
 
 def runs(blocks: Sequence[int], streams: Sequence[Streams]) -> list[list[int]]:
-    """Indices of blocks as runs of consecutive ones with the same streams. Raises ValueError for one that `streams`,
+    """Indices of blocks as runs of consecutive ones with the same streams. Raises SettingError for one that `streams`,
     those of all blocks, does not have."""
     if illegal := [index for index in blocks if not 0 <= index < len(streams)]:
-        raise ValueError(f"blocks={illegal}: this model's blocks are 0..{len(streams) - 1}")
+        raise SettingError(f"blocks={illegal}: this model's blocks are 0..{len(streams) - 1}")
     parts = []
     for index in sorted(set(blocks)):
         if parts and parts[-1][-1] == index - 1 and streams[index - 1] == streams[index]:

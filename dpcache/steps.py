@@ -13,17 +13,18 @@ from typing import Protocol
 import torch
 
 from dpcache._diffusers import StepListener, watch_steps
+from dpcache.errors import SettingError
 
 
 class Steps(Protocol):
     """Finds the step of every call."""
 
     def locate(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[bool, int]:
-        """Whether this call of `module` begins a new generation, and its step. Raises ValueError where the calls do
+        """Whether this call of `module` begins a new generation, and its step. Raises SettingError where the calls do
         not fit the method's number of steps."""
 
     def ended(self) -> None:
-        """The pipeline's call is over: the next one begins a new generation. Raises ValueError where steps are
+        """The pipeline's call is over: the next one begins a new generation. Raises SettingError where steps are
         missing."""
 
     def detach(self) -> None:
@@ -51,7 +52,7 @@ class SchedulerSteps(StepListener):
     def locate(self, module, args, kwargs):
         pipe = self.pipe()
         if pipe is None:
-            raise ValueError("the pipeline that the method was enabled on is gone: enable it on the one that is run")
+            raise SettingError("the pipeline that the method was enabled on is gone: enable it on the one that is run")
         if pipe.scheduler is not self.scheduler:
             self.detach()
             self.scheduler = pipe.scheduler
@@ -62,7 +63,7 @@ class SchedulerSteps(StepListener):
             self._check(pipe)
             self.timesteps, self.step = self.scheduler.timesteps, 0
         if self.step >= self.num_inference_steps:
-            raise ValueError(
+            raise SettingError(
                 f"this {type(pipe).__name__} runs more steps than the num_inference_steps={self.num_inference_steps} "
                 "that the method was made for"
             )
@@ -82,11 +83,11 @@ class SchedulerSteps(StepListener):
         if runs == made_for:
             return
         if runs == asked:
-            raise ValueError(
+            raise SettingError(
                 f"num_inference_steps={asked} in the pipeline call, but the method was made for "
                 f"num_inference_steps={made_for}"
             )
-        raise ValueError(
+        raise SettingError(
             f"this {type(pipe).__name__} with its {type(self.scheduler).__name__} runs {runs} steps "
             f"(num_inference_steps={asked}), but the method was made for num_inference_steps={made_for}: it counts the "
             "steps that are really run"
@@ -98,12 +99,12 @@ class SchedulerSteps(StepListener):
         stepped = self.step > 0
         self.timesteps, self.step, self.called = None, 0, False
         if not complete and not stepped:
-            raise ValueError(
+            raise SettingError(
                 "the model was run, but not the scheduler of the pipeline that the method was enabled on: enable the "
                 "method on the pipeline that is run"
             )
         if not complete:
-            raise ValueError(
+            raise SettingError(
                 f"this {type(self.pipe()).__name__} ran {ran} steps, but the method was made for "
                 f"num_inference_steps={self.num_inference_steps}: it counts the steps that are really run"
             )
@@ -129,7 +130,7 @@ class TimestepSteps:
         names = list(inspect.signature(module.forward).parameters)
         self.name = next((name for name in self.NAMES if name in names), None)
         if self.name is None:
-            raise ValueError(
+            raise SettingError(
                 f"{type(module).__name__} has no timestep argument that tells its steps: enable the method on the "
                 "pipeline"
             )
@@ -154,7 +155,7 @@ class TimestepSteps:
             self.step, self.direction = self.step + 1, move
         if self.step >= self.num_inference_steps:
             self.first = self.last = None
-            raise ValueError(
+            raise SettingError(
                 f"this {type(module).__name__} is called at more steps than the "
                 f"num_inference_steps={self.num_inference_steps} that the method was made for"
             )
@@ -166,7 +167,7 @@ class TimestepSteps:
         self.first = self.last = None
         self.step, self.direction = 0, 0.0
         if began and ran < self.num_inference_steps:
-            raise ValueError(
+            raise SettingError(
                 f"the pipeline called the model at {ran} steps, but the method was made for "
                 f"num_inference_steps={self.num_inference_steps}"
             )

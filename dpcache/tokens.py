@@ -4,6 +4,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from dpcache._diffusers import leave_uncompiled
+from dpcache.errors import SettingError
 from dpcache.hooks import BranchHook, SessionHook
 from dpcache.models.family import Block
 
@@ -12,7 +13,7 @@ def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sc
     """Scaled dot-product attention, (B, H, N, D), and the attention that every token receives, (B, N): the mean over
     heads and queries. The maps, (B, H, n, N), are made for n queries at a time, as many as fit into 256 MiB."""
     if dropout_p or is_causal or enable_gqa:
-        raise ValueError("site=tokens knows neither dropout nor causal or grouped-query attention")
+        raise SettingError("site=tokens knows neither dropout nor causal or grouped-query attention")
     samples, heads, length, width = query.shape
     output, received = torch.empty_like(query), 0.0
     at_a_time = max(2**26 // (samples * heads * key.shape[2]), 1)
@@ -54,7 +55,7 @@ class AttentionHook(BranchHook):
         with _Received() as attention:
             output = super().new_forward(module, *args, **kwargs)
         if attention.received is None:
-            raise ValueError("site=tokens has to see PyTorch's own attention: set_attention_backend('native')")
+            raise SettingError("site=tokens has to see PyTorch's own attention: set_attention_backend('native')")
         branch.online[self.name] = attention.received
         return output
 

@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from dpcache.errors import SettingError
 from eval.methods import FULL, about, order, styles
 from eval.pictures import STYLE, save
 from eval.results import against_full, boards, column
@@ -24,7 +25,7 @@ def figure(path: str | Path, frame: pd.DataFrame, metric: str = "psnr") -> Path:
     one or two budgets a list of the rows, a mark with its interval for each budget.
 
     `full` is a level, or absent where the metric measures the distance to `full` itself.
-    Raises ValueError for a column that no result has.
+    Raises SettingError for a column that no result has.
     """
     panels = [(heading, _without_full(board, metric)) for heading, board in boards(frame, metric)]
     lists = [board["budget"].nunique() <= 2 for _, (board, _) in panels]
@@ -72,16 +73,16 @@ def pareto(
     (rows or methods) have their group's colour and their names, the others are grey. The dashed stairs are the front.
     Runs whose timed rounds disagree have no place on a measured gain.
 
-    Raises ValueError for a column that no result has, for one of which nobody knows that more is better (of a metric:
+    Raises SettingError for a column that no result has, for one of which nobody knows that more is better (of a metric:
     whether more is), and for a chosen row that no result has.
     """
     if (higher := column(metric).higher_is_better) is None:
-        raise ValueError(f"metric={metric} has no Pareto front: whether higher is better is not known")
+        raise SettingError(f"metric={metric} has no Pareto front: whether higher is better is not known")
     if not column(gain).higher_is_better:
-        raise ValueError(f"gain={gain} is not a column of which more is known to be better")
+        raise SettingError(f"gain={gain} is not a column of which more is known to be better")
     rows = set(frame["label"])
     if lost := [name for name in chosen if not any(name in (label, label.split()[0]) for label in rows)]:
-        raise ValueError(f"no result of {', '.join(lost)}; the board has {sorted(rows)}")
+        raise SettingError(f"no result of {', '.join(lost)}; the board has {sorted(rows)}")
     gains = {
         heading: board[~board["unreliable"]].set_index("budget", append=True)["mean"]
         for heading, board in boards(frame, gain)
@@ -94,7 +95,7 @@ def pareto(
         if len(points):
             panels[heading] = points
     if not panels:
-        raise ValueError(f"no run has both {metric} and {gain}")
+        raise SettingError(f"no run has both {metric} and {gain}")
     columns = min(len(panels), 3)
     lines = -(-len(panels) // 3)
     plot = Figure(figsize=(4.6 * columns, 3.4 * lines + 0.4))

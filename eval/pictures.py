@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
+from dpcache.errors import SettingError
 from eval.files import atomic
 
 STYLE = {
@@ -53,7 +54,7 @@ def grid(path: str | Path, rows: dict[str, np.ndarray], prompts: Sequence[str], 
     """Side-by-side comparison: one row per label, one column per prompt, at most `limit` columns.
 
     `rows[label]`: uint8 images (N, H, W, 3) or videos (N, F, H, W, 3), all of one shape; N prompts. About 1400 pixels
-    wide for 3 columns or more. Raises ValueError when the shapes or the number of prompts disagree.
+    wide for 3 columns or more. Raises SettingError when the shapes or the number of prompts disagree.
     """
     if any(np.ndim(images) == 5 for images in rows.values()):
         limit = limit // 3 + 1
@@ -61,7 +62,7 @@ def grid(path: str | Path, rows: dict[str, np.ndarray], prompts: Sequence[str], 
     prompts = prompts[:limit]
     shapes = {images.shape for images in rows.values()}
     if len(shapes) != 1 or next(iter(shapes))[0] != len(prompts):
-        raise ValueError(f"grid needs images of one shape and as many prompts, got {shapes}, {len(prompts)} prompts")
+        raise SettingError(f"grid needs images of one shape and as many prompts, got {shapes}, {len(prompts)} prompts")
     count, height, width, _ = next(iter(shapes))
     columns = min(count, limit)
     # All lengths in pixels, so that every image lands on whole pixels and is resampled once.
@@ -92,11 +93,11 @@ def grid(path: str | Path, rows: dict[str, np.ndarray], prompts: Sequence[str], 
 def timeline(path: str | Path, steps: Sequence[int], num_inference_steps: int, title: str = "") -> Path:
     """The schedule: one slot per step, computed ones dark and numbered, predicted ones light; 50 slots to a line.
 
-    `steps`: 0-based computed steps. Raises ValueError for a step outside 0..T-1.
+    `steps`: 0-based computed steps. Raises SettingError for a step outside 0..T-1.
     """
     computed = set(steps)
     if not computed <= set(range(num_inference_steps)):
-        raise ValueError(f"steps {sorted(computed)} do not all lie in 0..{num_inference_steps - 1}")
+        raise SettingError(f"steps {sorted(computed)} do not all lie in 0..{num_inference_steps - 1}")
     per_line = min(num_inference_steps, 50)
     lines = -(-num_inference_steps // per_line)
     figure = Figure(figsize=(7, 0.34 + 0.28 * lines))
@@ -133,13 +134,13 @@ def cost_heatmap(path: str | Path, cost: np.ndarray, steps: Sequence[int]) -> Pa
 
     `cost`: (T, T+1, T+1), or more leading axes for longer histories; infinite where not allowed. The picture shows the
     minimum over the earlier keys. `steps`: 0-based planned keys; the last jump goes to T, the end.
-    Raises ValueError when no entry of the cost is finite and positive.
+    Raises SettingError when no entry of the cost is finite and positive.
     """
     cost = np.asarray(cost, dtype=np.float64)
     best = cost.min(axis=tuple(range(cost.ndim - 2)))  # (T+1, T+1), [j, k]
     positive = best[np.isfinite(best) & (best > 0)]
     if not positive.size:
-        raise ValueError("the cost holds no finite positive entry to draw")
+        raise SettingError("the cost holds no finite positive entry to draw")
     # Jumps to the very next step predict nothing and cost 0, which has no logarithm: they get the lowest colour.
     shown = np.where(np.isfinite(best), np.maximum(best, positive.min()), np.nan)
 

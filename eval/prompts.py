@@ -5,6 +5,8 @@ import io
 import json
 from pathlib import Path
 
+from dpcache.errors import SettingError
+
 COLUMNS = ("prompt", "prompts", "caption", "captions", "text")
 """Names of the column that holds the prompts, in any case; the first of these that a file has."""
 
@@ -33,17 +35,17 @@ def read(setting: str, source: str | Path) -> list[str]:
         data = path.read_bytes()
         text = data.decode("utf-8-sig")
     except OSError as error:
-        raise ValueError(
+        raise SettingError(
             f"{setting}={source} is not a readable UTF-8 text file: {error} (known sets: {', '.join(SETS)})"
         ) from None
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{setting}={source} is not a readable UTF-8 text file: line {line}: {error}") from None
+        raise SettingError(f"{setting}={source} is not a readable UTF-8 text file: line {line}: {error}") from None
     parse = {".csv": _table, ".tsv": _table, ".jsonl": _jsonl}.get(path.suffix.lower(), _lines)
     try:
         return parse(text, path)
     except _Wrong as error:
-        raise ValueError(f"{setting}={source}, line {error.args[0]}: {error.args[1]}") from None
+        raise SettingError(f"{setting}={source}, line {error.args[0]}: {error.args[1]}") from None
 
 
 class _Wrong(Exception):
@@ -104,12 +106,12 @@ def _set(setting: str, name: str) -> list[str]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ValueError(f"{setting}={name} needs the package datasets: pip install 'dpcache[prompts]'") from None
+        raise SettingError(f"{setting}={name} needs the package datasets: pip install 'dpcache[prompts]'") from None
     try:
         values = load_dataset(repository, split=split)[column]
     except Exception as error:  # whatever a hub, a proxy or a cache can come up with
         call = f"load_dataset('{repository}', split='{split}')"
-        raise ValueError(
+        raise SettingError(
             f"{setting}={name} cannot be had ({type(error).__name__}: {error}); once, with a connection: "
             f'python -c "from datasets import load_dataset; {call}"'
         ) from None

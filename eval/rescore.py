@@ -8,6 +8,7 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from dpcache.errors import SettingError
 from eval.console import summary
 from eval.files import write_text
 from eval.metrics import Scorer, check
@@ -30,11 +31,11 @@ def rescore(config: DictConfig, compose: Callable[[str], DictConfig]) -> None:
             and, once all others are scored, for the folders that cannot be, each of which has been named.
     """
     if config.dir is None:
-        raise ValueError("stage=eval needs dir=FOLDER, a run folder or a folder of many")
+        raise SettingError("stage=eval needs dir=FOLDER, a run folder or a folder of many")
     check(config.eval.metrics)
     folders = sorted(path.parent for path in Path(config.dir).expanduser().rglob("result.json"))
     if not folders:
-        raise ValueError(f"dir={config.dir} holds no finished run: there is no result.json in it or below")
+        raise SettingError(f"dir={config.dir} holds no finished run: there is no result.json in it or below")
     names, failed = {}, {}  # metrics to load for each model; reasons
     for folder in folders:
         try:
@@ -52,7 +53,7 @@ def rescore(config: DictConfig, compose: Callable[[str], DictConfig]) -> None:
     for folder, error in failed.items():
         log.error("cannot be scored: %s: %s", folder, " ".join(str(error).split()))
     if failed:
-        raise ValueError(f"{len(failed)} of {len(folders)} runs cannot be scored, for the reasons above")
+        raise SettingError(f"{len(failed)} of {len(folders)} runs cannot be scored, for the reasons above")
 
 
 def _result(folder: Path) -> dict:
@@ -60,9 +61,9 @@ def _result(folder: Path) -> dict:
     needed = {"model", "method", "metrics", "per_prompt", "schedules", "timing"}
     lacking = needed - result.keys() if isinstance(result, dict) else needed
     if lacking:
-        raise ValueError(f"result.json lacks {', '.join(sorted(lacking))}")
+        raise SettingError(f"result.json lacks {', '.join(sorted(lacking))}")
     if result.get("reference") is None:
-        raise ValueError("result.json does not name its reference; overwrite=true with the run's command renews it")
+        raise SettingError("result.json does not name its reference; overwrite=true with the run's command renews it")
     return result
 
 
@@ -84,7 +85,7 @@ def _score(folder: Path, scorers: dict, config: DictConfig) -> None:
         result = _result(folder)
         loaded = scorers[result["model"]]
         if isinstance(loaded, HydraException):
-            raise ValueError(f"model={result['model']}: {loaded}")
+            raise SettingError(f"model={result['model']}: {loaded}")
         wanted = {name: loaded[name] for name in _missing(result, config) if name in loaded}
         if wanted:
             prompts = result["per_prompt"]["prompts"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from dpcache.errors import SettingError
 from eval.methods import FULL, order, records
 from eval.metrics import METRICS, Column
 from eval.schema import Group
@@ -75,7 +76,7 @@ def collect(folder: str | Path) -> pd.DataFrame:
             result = json.loads(path.read_text())
             row = flatten(result)
             if missing := {"method", "budget", "seed", "computed_steps", *SETTING} - row.keys():
-                raise ValueError(f"lacks {sorted(missing)}")
+                raise SettingError(f"lacks {sorted(missing)}")
             scores = result.get("per_prompt", {})
             rows.append(
                 {"label": row["method"]} | row | {"scores": scores, "path": str(path), "written": path.stat().st_mtime}
@@ -138,7 +139,7 @@ def boards(frame: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFrame
     halves combined as independent errors; with one seed these are the run's own mean and interval.
     """
     if metric not in frame:
-        raise ValueError(f"no result has {metric!r}; columns are {sorted(frame.columns)}")
+        raise SettingError(f"no result has {metric!r}; columns are {sorted(frame.columns)}")
     frame = newest(frame).assign(mean=pd.to_numeric(frame[metric])).dropna(subset="mean")
     doubted = metric in SPEED and "unreliable" in frame
     frame = frame.assign(unreliable=frame["unreliable"].notna() if doubted else False)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from baselines.full import full
 from dpcache.calibration import Calibration, calibrate, describe, purpose
+from dpcache.errors import SettingError
 from dpcache.models.pretrained import default_device
 from dpcache.sampler import Batch, sample
 from dpcache.schedules import Planned
@@ -35,16 +36,16 @@ ROOT = Path(__file__).parents[1]
 
 
 def check(config: DictConfig) -> None:
-    """Raises ValueError for settings that would only fail after the samples are made."""
+    """Raises SettingError for settings that would only fail after the samples are made."""
     metrics.check(config.eval.metrics)
     for name in ("batch_size", "model.batch_size", "eval.timing.batch_size"):
         value = OmegaConf.select(config, name)
         if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+            raise SettingError(f"{name}={value} must be at least 1")
     if missing := OmegaConf.missing_keys(config.model):
-        raise ValueError(f"{', '.join(sorted(missing))} must be given")
+        raise SettingError(f"{', '.join(sorted(missing))} must be given")
     if config.eval.timing.repeats < 0:
-        raise ValueError(f"eval.timing.repeats={config.eval.timing.repeats} must be at least 0")
+        raise SettingError(f"eval.timing.repeats={config.eval.timing.repeats} must be at least 0")
 
 
 def warn_few_steps(config: DictConfig) -> None:
@@ -61,19 +62,21 @@ def read_prompts(config: DictConfig, calibrating: bool) -> tuple[list[str], list
     """Prompts to evaluate, the first of `prompts`, and, if `calibrating` without a file of calibration, to calibrate
     with: the last of `calibration.prompts` (default: of what `prompts` has beyond the evaluated ones).
 
-    Raises ValueError if a file or set cannot be read or holds too few prompts.
+    Raises SettingError if a file or set cannot be read or holds too few prompts.
     """
     setting, path = ("prompts", config.prompts) if config.prompts else ("model.prompts", ROOT / config.model.prompts)
     prompts, wanted = read(setting, path), config.num_prompts
     if not 1 <= wanted <= len(prompts):
-        raise ValueError(f"num_prompts={wanted} must be between 1 and the {len(prompts)} prompts of {setting}={path}")
+        raise SettingError(f"num_prompts={wanted} must be between 1 and the {len(prompts)} prompts of {setting}={path}")
     if not calibrating or config.calibration.path:
         return prompts[:wanted], []
     own, count = config.calibration.prompts, config.calibration.num_prompts
     others = read("calibration.prompts", own) if own else prompts[wanted:]
     if not 1 <= count <= len(others):
         source = f"calibration.prompts={own}" if own else f"{setting}={path} beyond num_prompts={wanted}"
-        raise ValueError(f"calibration.num_prompts={count} must be between 1 and the {len(others)} prompts of {source}")
+        raise SettingError(
+            f"calibration.num_prompts={count} must be between 1 and the {len(others)} prompts of {source}"
+        )
     return prompts[:wanted], others[-count:]
 
 

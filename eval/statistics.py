@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dpcache.errors import SettingError
+
 RESAMPLES = 10_000
 LEVEL = 0.01  # gains that differ by less are level: no machine measures them closer
 
@@ -14,11 +16,11 @@ def summarise(values: Sequence[float], seed: int = 0) -> dict:
     One sample says nothing about spread: for N = 1 the interval is [None, None] (null in JSON), not a width of zero.
     The interval depends on `values` and `seed` only.
 
-    Raises ValueError for no values, for more than one dimension and for values that are not finite.
+    Raises SettingError for no values, for more than one dimension and for values that are not finite.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not values.size or not np.isfinite(values).all():
-        raise ValueError(f"expected a list of finite numbers, got {values!r}")
+        raise SettingError(f"expected a list of finite numbers, got {values!r}")
     n = len(values)
     interval = [None, None]
     if n > 1:
@@ -32,10 +34,10 @@ def paired_difference(a: Sequence[float], b: Sequence[float], seed: int = 0) -> 
 
     Pairing removes the spread between prompts, so two methods whose own intervals overlap can still differ clearly.
 
-    Raises ValueError when the lengths differ, and as `summarise` does.
+    Raises SettingError when the lengths differ, and as `summarise` does.
     """
     if len(a) != len(b):
-        raise ValueError(f"paired values need equal lengths, got {len(a)} and {len(b)}")
+        raise SettingError(f"paired values need equal lengths, got {len(a)} and {len(b)}")
     return summarise(np.subtract(a, b, dtype=np.float64), seed)
 
 

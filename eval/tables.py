@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from dpcache.errors import SettingError
 from eval.methods import FULL, order
 from eval.results import SETTING, boards, column, newest
 from eval.statistics import paired_difference
@@ -12,7 +13,7 @@ def table(frame: pd.DataFrame, metric: str = "psnr") -> str:
     """Markdown tables, one per setting: methods x budgets, mean ± half the width of the 95 % interval, of speeds
     half the range of the timed rounds, or "not reliable" where these disagree.
 
-    Runs in which the metric was unavailable are listed below with their reasons. Raises ValueError for a column that
+    Runs in which the metric was unavailable are listed below with their reasons. Raises SettingError for a column that
     no result has.
     """
     digits = column(metric).digits
@@ -45,10 +46,10 @@ def table(frame: pd.DataFrame, metric: str = "psnr") -> str:
 
 def paired_table(frame: pd.DataFrame, against: str, metric: str = "psnr") -> str:
     """Markdown table of every row's mean difference to the row `against` over the same prompts and noise, with its
-    paired 95 % bootstrap interval. Raises ValueError if there is no such row."""
+    paired 95 % bootstrap interval. Raises SettingError if there is no such row."""
     frame = newest(frame)
     if against not in set(frame["label"]):
-        raise ValueError(f"no result of {against!r}; the board has {sorted(set(frame['label']))}")
+        raise SettingError(f"no result of {against!r}; the board has {sorted(set(frame['label']))}")
     lines = [f"### {column(metric).title} against {against}, same prompts", ""]
     lines += ["| setting | K | method | difference | 95 % interval |", "|---|---:|---|---:|---|"]
     for (model, total, budget, _), part in frame.groupby([*SETTING, "budget", "seed"]):

@@ -14,6 +14,7 @@ from time import perf_counter
 import torch
 from tqdm.auto import tqdm
 
+from dpcache.errors import SettingError
 from dpcache.flops import FlopCounter
 from dpcache.session import stopwatch
 
@@ -33,10 +34,10 @@ def compare(
     within the rounds for the same reason. The device is synchronised before each clock reading.
 
     Returns medians `reference_s`, `cached_s` and `speedup`, the least and the largest of the rounds in `speedup_range`,
-    and the raw seconds of every round in `reference_all_s` and `cached_all_s`. Raises ValueError for `repeats` < 1.
+    and the raw seconds of every round in `reference_all_s` and `cached_all_s`. Raises SettingError for `repeats` < 1.
     """
     if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
+        raise SettingError(f"repeats must be at least 1, got {repeats}")
     device = torch.device(device)
 
     def seconds(function: Callable[[], object]) -> float:

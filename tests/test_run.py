@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import patch
 
 import pytest
 from PIL import Image
@@ -228,3 +229,22 @@ def test_unreadable_files_are_named(tmp_path, finished):
     changed = [*TINY[1:], "num_inference_steps=9", "budget=5"]
     code, _, err = run(f"calibration.path={calibration}", *changed, folder=tmp_path)
     assert code != 0 and "num_inference_steps: made for 8, this run has 9" in err
+
+
+def test_a_setting_is_one_line_and_a_bug_shows_its_traceback(tmp_path):
+    given = [*TINY, "method=uniform_skip", "budget=4", "eval.metrics=[psnr]"]
+    code, _, err = run(*given, "model.call.max_sequence_length=600", folder=tmp_path)
+    assert (
+        code == 1
+        and "FluxPipeline does not take these arguments: `max_sequence_length` cannot be greater than 512" in err
+    )
+    assert "Traceback" not in err
+    (tmp_path / "faulty.py").write_text(
+        "from dpcache.method import Method\nfrom baselines.full import full\n\n\nclass Faulty(Method):\n"
+        "    def prepare(self, pipe, calibration=None):\n        raise ValueError('a bug')\n\n\n"
+        "def faulty(budget, num_inference_steps):\n    plain = full(num_inference_steps)\n"
+        "    return Faulty(plain.schedule, plain.site, plain.predictor)\n"
+    )
+    with patch.dict(ENVIRONMENT, PYTHONPATH=str(tmp_path)):
+        code, _, err = run(*given, "method._target_=faulty.faulty", folder=tmp_path)
+    assert code == 1 and "Traceback" in err and "ValueError: a bug" in err

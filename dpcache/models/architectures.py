@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from dpcache.errors import SettingError
 from dpcache.models.family import Family, Request, families, family_named
 from dpcache.models.pretrained import EMBEDDED
 
@@ -29,7 +30,7 @@ class Architecture:
         return family_named(self.config["_class_name"])
 
     def build(self, device: str = "meta", dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
-        """The transformer, with random weights, or on the device "meta" without any. Raises ValueError for a class
+        """The transformer, with random weights, or on the device "meta" without any. Raises SettingError for a class
         that diffusers does not have."""
         transformer = self.family.transformer_class
         with torch.device(device):
@@ -45,10 +46,10 @@ class Architecture:
         Args:
             call: the pipeline's arguments: height, width, num_frames, max_sequence_length, guidance_scale.
 
-        Raises ValueError for a transformer whose arguments are not known.
+        Raises SettingError for a transformer whose arguments are not known.
         """
         if self.family.inputs is None:
-            raise ValueError(f"the arguments of {self.config['_class_name']} are not known")
+            raise SettingError(f"the arguments of {self.config['_class_name']} are not known")
         return self.family.inputs(Request(self.config, call, batch_size, self.spatial, self.temporal, device, dtype))
 
 
@@ -75,7 +76,7 @@ def architecture(path: str) -> Architecture:
             return Architecture(config, spatial, temporal, 1 + (folder / "transformer_2" / "config.json").is_file())
     known = published()
     if path not in known:
-        raise ValueError(
+        raise SettingError(
             f"model.path={path}: neither a folder in diffusers format nor one of the known {', '.join(known)}"
         )
     return known[path]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dpcache.errors import SettingError
 from dpcache.sampler import generate
 
 FILE = "expectation.json"
@@ -46,7 +47,7 @@ def check(folder: Path, made: Callable[[dict], dict[str, np.ndarray]]) -> None:
     Args:
         made: gives the outputs by name, for the settings in the file.
 
-    Raises ValueError if an output is missing, has another size, or deviates by more than `TOLERANCE`.
+    Raises SettingError if an output is missing, has another size, or deviates by more than `TOLERANCE`.
     """
     if not (folder / FILE).is_file():
         return
@@ -56,7 +57,7 @@ def check(folder: Path, made: Callable[[dict], dict[str, np.ndarray]]) -> None:
         values, output = np.array(values), _some(outputs[name])
         error = np.linalg.norm(output - values) / np.linalg.norm(values) if output.shape == values.shape else np.inf
         if not error <= TOLERANCE:  # also where it is not a number
-            raise ValueError(
+            raise SettingError(
                 f"{folder.name} is loaded wrongly here: its {name} of the prompt {expected['settings']['prompt']!r} "
                 f"deviate by {error:.2g} from what {FILE} beside its weights expects, more than {TOLERANCE}. "
                 f"Here: {_versions()}; expected with: {expected['versions']}. "

@@ -17,6 +17,7 @@ import torch
 
 from dpcache import models
 from dpcache._diffusers import unwrap_module
+from dpcache.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,9 @@ class Family:
 
     @property
     def transformer_class(self) -> type[torch.nn.Module]:
-        """The transformer's class. Raises ValueError where diffusers does not have it."""
+        """The transformer's class. Raises SettingError where diffusers does not have it."""
         if not hasattr(diffusers, self.transformer):
-            raise ValueError(f"diffusers has no transformer {self.transformer}")
+            raise SettingError(f"diffusers has no transformer {self.transformer}")
         return getattr(diffusers, self.transformer)
 
     def branches(self, call: Mapping) -> list[str]:
@@ -159,7 +160,7 @@ class Family:
 @functools.cache
 def families() -> dict[str, Family]:
     """The records of this folder by their transformer's class name. All its files are imported, so none may load what
-    takes long before it is asked to. Raises ValueError for a class that two files have."""
+    takes long before it is asked to. Raises SettingError for a class that two files have."""
     modules = [import_module(found.name) for found in iter_modules(models.__path__, f"{models.__name__}.")]
     records = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
     return _by_name([(family.transformer, family) for family in records])
@@ -167,14 +168,14 @@ def families() -> dict[str, Family]:
 
 @functools.cache
 def known_blocks() -> dict[str, Block]:
-    """The blocks of all families by their class name. Raises ValueError for a class that two families have."""
+    """The blocks of all families by their class name. Raises SettingError for a class that two families have."""
     return _by_name([(block.kind, block) for family in families().values() for block in family.blocks])
 
 
 def _by_name(named: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in named]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"more than one record in dpcache/models has {', '.join(sorted(twice))}")
+        raise SettingError(f"more than one record in dpcache/models has {', '.join(sorted(twice))}")
     return dict(named)
 
 
@@ -200,10 +201,10 @@ def block_of(block: torch.nn.Module) -> Block:
 
 def modulated_input(block: torch.nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
     """What TeaCache looks at in a call of the first block (arXiv 2411.19108, 3.3): its input after its adaptive norm,
-    (B, N, D), or what the family's record has instead. Raises ValueError where that is not known."""
+    (B, N, D), or what the family's record has instead. Raises SettingError where that is not known."""
     known = block_of(block)
     if known.modulated_input is None:
-        raise ValueError(f"TeaCache's modulated input is not known for {known.kind}")
+        raise SettingError(f"TeaCache's modulated input is not known for {known.kind}")
     return known.modulated_input(block, args, kwargs)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import diffusers
 import torch
 
+from dpcache.errors import SettingError
 from dpcache.models import expectation
 
 EMBEDDED = Path(__file__).parent
@@ -42,9 +43,9 @@ def load(
 
 
 def float_type(setting: str, name: str) -> torch.dtype:
-    """A dtype by its name in `model.{setting}`. Raises ValueError for any that models are not run in."""
+    """A dtype by its name in `model.{setting}`. Raises SettingError for any that models are not run in."""
     if name not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"model.{setting}={name} is not one of float32, bfloat16, float16")
+        raise SettingError(f"model.{setting}={name} is not one of float32, bfloat16, float16")
     return getattr(torch, name)
 
 
@@ -65,7 +66,7 @@ def _load(path, dtype, device, offload, vae_dtype, vae_tiling, scheduler) -> "di
     name = settings.pop("name", None) or type(pipe.scheduler).__name__
     if settings or name != type(pipe.scheduler).__name__:
         if not hasattr(getattr(diffusers, name, None), "set_timesteps"):
-            raise ValueError(f"model.scheduler.name={name} is not a scheduler of diffusers")
+            raise SettingError(f"model.scheduler.name={name} is not a scheduler of diffusers")
         pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **settings)
     if vae_dtype not in (None, dtype):
         _cast_for(pipe.vae)

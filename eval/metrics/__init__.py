@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from pkgutil import iter_modules
 
+from dpcache.errors import SettingError
 from eval.metrics.base import Column, Metric, Samples, Scorer, Settings, Unavailable
 from eval.metrics.fidelity import MAX_PSNR, latent_error, psnr, ssim
 
@@ -44,9 +45,9 @@ METRICS: dict[str, Metric] = {
 
 
 def check(names: Iterable[str]) -> None:
-    """Raises ValueError for a name that is not in `METRICS`."""
+    """Raises SettingError for a name that is not in `METRICS`."""
     if unknown := sorted(set(names) - METRICS.keys()):
-        raise ValueError(f"unknown metrics {unknown}; choose from {sorted(METRICS)}")
+        raise SettingError(f"unknown metrics {unknown}; choose from {sorted(METRICS)}")
 
 
 def _line(error: Exception) -> str:
@@ -57,7 +58,7 @@ def _line(error: Exception) -> str:
 def load(names: Iterable[str], settings: Settings, require_all: bool = False) -> dict[str, Scorer | Exception]:
     """The scorers of these metrics, for `evaluate`; the error in place of one that cannot be had.
 
-    Raises ValueError for a name that is not in `METRICS`, for wrong settings and, with `require_all`, if any metric
+    Raises SettingError for a name that is not in `METRICS`, for wrong settings and, with `require_all`, if any metric
     cannot be had, with every reason.
     """
     names = list(names)
@@ -73,7 +74,7 @@ def load(names: Iterable[str], settings: Settings, require_all: bool = False) ->
     lost = [f"{name}: {_line(scorer)}" for name, scorer in scorers.items() if isinstance(scorer, Exception)]
     if require_all and lost:
         reasons = " | ".join(lost)
-        raise ValueError(f"eval.require_all=true, but {len(lost)} of {len(names)} metrics cannot be had: {reasons}")
+        raise SettingError(f"eval.require_all=true, but {len(lost)} of {len(names)} metrics cannot be had: {reasons}")
     for reason in lost:
         log.warning("unavailable: %s", reason)
     return scorers
@@ -88,10 +89,10 @@ def evaluate(
     holds what it says about itself. A metric that could not be loaded, that raises, or yields a value that is not
     finite, is left out of `values` and its reason is one line in `unavailable[name]`; the others still run.
 
-    Raises ValueError when the two were not made from the same prompts.
+    Raises SettingError when the two were not made from the same prompts.
     """
     if list(sample.prompts) != list(reference.prompts):
-        raise ValueError("sample and reference were made from different prompts, so they cannot be compared in pairs")
+        raise SettingError("sample and reference were made from different prompts, so they cannot be compared in pairs")
     values, unavailable, details = {}, {}, {}
     for name, scorer in scorers.items():
         try:

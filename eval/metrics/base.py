@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dpcache.errors import SettingError
 from eval.schema import MetricsConfig
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +23,7 @@ class Samples:
     images: uint8 tensor or array (N, H, W, 3), or videos (N, F, H, W, 3). latents: float tensor (N, ...), or None where
     a sampler has none. prompts: N strings.
 
-    Raises ValueError for images of another dtype or shape, and for lengths that disagree.
+    Raises SettingError for images of another dtype or shape, and for lengths that disagree.
     """
 
     images: Tensor
@@ -32,12 +33,12 @@ class Samples:
     def __post_init__(self):
         images = torch.as_tensor(self.images).cpu()
         if images.dtype != torch.uint8 or images.ndim not in (4, 5) or images.shape[-1] != 3:
-            raise ValueError(
+            raise SettingError(
                 f"images must be uint8 (N, H, W, 3) or (N, F, H, W, 3), got {images.dtype} {tuple(images.shape)}"
             )
         sizes = {len(images), len(self.prompts)} | ({len(self.latents)} if self.latents is not None else set())
         if len(sizes) != 1:
-            raise ValueError(f"images, latents and prompts must have one length, got lengths {sorted(sizes)}")
+            raise SettingError(f"images, latents and prompts must have one length, got lengths {sorted(sizes)}")
         object.__setattr__(self, "images", images)
 
     @property
@@ -50,7 +51,7 @@ def pairs(sample: Samples, reference: Samples) -> Iterator[tuple[Tensor, Tensor]
     """Pairs of float64 frames (F, 3, H, W) in 0..255: in float32 SSIM's variances of flat regions are rounding noise.
     One image or video at a time, because SSIM and LPIPS keep several filtered copies of their input."""
     if sample.images.shape != reference.images.shape:
-        raise ValueError(f"image shapes differ: {tuple(sample.images.shape)} and {tuple(reference.images.shape)}")
+        raise SettingError(f"image shapes differ: {tuple(sample.images.shape)} and {tuple(reference.images.shape)}")
     for pair in zip(sample.videos, reference.videos, strict=True):
         yield tuple(frames.permute(0, 3, 1, 2).double() for frames in pair)
 
@@ -93,7 +94,7 @@ class Column:
 class Metric(Column):
     """One metric of `eval.metrics.METRICS`.
 
-    load: loads what the metric needs and returns its scorer. Raises ValueError for wrong settings, and `Unavailable`,
+    load: loads what the metric needs and returns its scorer. Raises SettingError for wrong settings, and `Unavailable`,
     or any other error, where something cannot be had. against_full: whether it compares with the full-step run, which
     itself is then perfect and shown in no picture.
     """

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dpcache.errors import SettingError
 from eval.metrics.base import Metric, Samples, Scorer, Settings, Unavailable, weights
 
 BATCH = 32
@@ -22,8 +23,8 @@ def load(settings: Settings) -> Scorer:
     `settings.clip_model` is an architecture of open_clip, of which `settings.clip_pretrained` is a tag or a file of
     weights; or, with weights of its own, `hf-hub:OWNER/NAME`, a folder in open_clip's format, or `tiny_clip`.
 
-    Raises ValueError for settings that open_clip does not know and where `tiny_clip` does not make what it should (see
-    `dpcache.models.expectation`), Unavailable where the weights cannot be had.
+    Raises SettingError for settings that open_clip does not know and where `tiny_clip` does not make what it should
+    (see `dpcache.models.expectation`), Unavailable where the weights cannot be had.
     """
     import open_clip  # here: these take seconds, which runs without CLIP need not wait for
 
@@ -40,12 +41,12 @@ def load(settings: Settings) -> Scorer:
     elif name.startswith("hf-hub:"):
         pretrained = None
     elif name not in open_clip.list_models():
-        raise ValueError(
+        raise SettingError(
             f"model.metrics.clip_model={name} is not tiny_clip, a folder with an open_clip_config.json, "
             f"hf-hub:OWNER/NAME, or one of {', '.join(open_clip.list_models())}"
         )
     elif pretrained not in tags and not Path(str(pretrained)).is_file():
-        raise ValueError(
+        raise SettingError(
             f"model.metrics.clip_pretrained={pretrained} is not a file or one of the tags of {name}: {', '.join(tags)}"
         )
     fetch = f'python -c "import open_clip; open_clip.create_model({name!r}, pretrained={pretrained!r})"'

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
+from dpcache.errors import SettingError
 from eval.files import atomic
 from eval.metrics.base import ROOT, Metric, Samples, Scorer, Settings, Unavailable, weights
 
@@ -94,7 +95,7 @@ def read_features(path: Path, extractor: str) -> Tensor:
         with safe_open(path, "pt") as file:
             found, features = (file.metadata() or {})["extractor"], file.get_tensor("features").float()
     except (SafetensorError, KeyError):
-        raise ValueError(f"model.metrics.fid_reference={path} is not a file of features") from None
+        raise SettingError(f"model.metrics.fid_reference={path} is not a file of features") from None
     if found != extractor:
         raise Unavailable(
             f"model.metrics.fid_reference={path} holds features of {found}, not of {extractor}: set it to a folder of "
@@ -111,7 +112,7 @@ def _reference(extractor: str, network: nn.Module, settings: Settings) -> Tensor
         return read_features(path, extractor)
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
-        raise ValueError(f"model.metrics.fid_reference={path} is neither a folder of images nor a file of features")
+        raise SettingError(f"model.metrics.fid_reference={path} is neither a folder of images nor a file of features")
     state = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(json.dumps([str(path.resolve()), state]).encode()).hexdigest()[:16]
     kept = settings.cache / f"{extractor}-{key}.safetensors"
@@ -128,7 +129,7 @@ def _read_image(file: Path) -> Tensor:
         with Image.open(file) as image:
             return pil_to_tensor(image.convert("RGB"))
     except OSError as error:
-        raise ValueError(f"model.metrics.fid_reference holds an image that cannot be read: {file}: {error}") from None
+        raise SettingError(f"model.metrics.fid_reference holds an image that cannot be read: {file}: {error}") from None
 
 
 def _given(features: Tensor) -> nn.Module:

@@ -6,6 +6,7 @@ Of a video, the mean over its frames.
 import torch
 from torch import Tensor
 
+from dpcache.errors import SettingError
 from eval.metrics.base import Metric, Samples, pairs
 
 MAX_PSNR = 100.0
@@ -38,9 +39,9 @@ def ssim(sample: Samples, reference: Samples) -> Tensor:
 def latent_error(sample: Samples, reference: Samples) -> Tensor:
     """Relative error ||z - z_ref|| / ||z_ref|| of the final latents in float32, shape (N,)."""
     if sample.latents is None or reference.latents is None:
-        raise ValueError("needs the latents of the sample and of the reference")
+        raise SettingError("needs the latents of the sample and of the reference")
     if sample.latents.shape != reference.latents.shape:
-        raise ValueError(f"latent shapes differ: {tuple(sample.latents.shape)} and {tuple(reference.latents.shape)}")
+        raise SettingError(f"latent shapes differ: {tuple(sample.latents.shape)} and {tuple(reference.latents.shape)}")
     z, z_ref = (s.latents.detach().cpu().float().flatten(1) for s in (sample, reference))
     return (z - z_ref).norm(dim=1) / z_ref.norm(dim=1)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from dpcache.errors import SettingError
 from eval.metrics.base import Metric, Samples, Scorer, Settings
 from eval.metrics.isolated import TIMEOUT, Script, complete, needed
 
@@ -40,7 +41,7 @@ def image_reward(sample: Samples, reference: Samples | None = None, **options) -
         RuntimeError, TimeoutError: as `score`.
     """
     if sample.images.ndim == 5:
-        raise ValueError("ImageReward scores images, not videos")
+        raise SettingError("ImageReward scores images, not videos")
     with tempfile.TemporaryDirectory(prefix="image_reward_") as folder:
         paths = [Path(folder) / f"{index:04d}.png" for index in range(len(sample.images))]
         for path, image in zip(paths, sample.images, strict=True):

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dpcache.errors import SettingError
 from eval.metrics.base import Unavailable
 
 TIMEOUT = 6 * 3600.0
@@ -97,10 +98,10 @@ class Script:
 
 
 def complete(scores: Tensor, errors: dict[Path, str], kind: str) -> Tensor:
-    """The `scores`. Raises ValueError with the name and the reason of each file that could not be scored."""
+    """The `scores`. Raises SettingError with the name and the reason of each file that could not be scored."""
     if errors:
         named = "; ".join(f"{path.name}: {reason}" for path, reason in errors.items())
-        raise ValueError(f"{len(errors)} of {len(scores)} {kind} could not be scored: {named}")
+        raise SettingError(f"{len(errors)} of {len(scores)} {kind} could not be scored: {named}")
     return scores
 
 

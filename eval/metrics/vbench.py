@@ -12,6 +12,7 @@ from pathlib import Path
 import imageio.v3 as iio
 from torch import Tensor
 
+from dpcache.errors import SettingError
 from eval.metrics.base import Metric, Samples, Scorer, Settings
 from eval.metrics.isolated import TIMEOUT, Script, complete, needed
 
@@ -52,7 +53,7 @@ def vbench(sample: Samples, reference: Samples | None = None, *, fps: float, **o
         RuntimeError, TimeoutError: as `score`.
     """
     if sample.images.ndim == 4:
-        raise ValueError("VBench scores videos, not images")
+        raise SettingError("VBench scores videos, not images")
     with tempfile.TemporaryDirectory(prefix="vbench_") as folder:
         paths = [Path(folder) / f"{index:04d}.mp4" for index in range(len(sample.images))]
         for path, video in zip(paths, sample.images, strict=True):

@@ -6,7 +6,6 @@ named by `cache_context` where the pipeline does so, else numbered in order; eac
 """
 
 import functools
-import inspect
 import threading
 import time
 import weakref
@@ -29,7 +28,7 @@ from dpcache._diffusers import (
 )
 from dpcache.errors import SettingError
 from dpcache.flops import LayerFlops
-from dpcache.steps import SchedulerSteps, Steps, TimestepSteps
+from dpcache.steps import SchedulerSteps, Steps, TimestepSteps, argument_names
 
 MOST_CALLS = 8  # of a model in one step; more show that its scheduler is not the one that is watched
 
@@ -213,7 +212,7 @@ class Part:
 
     def __init__(self, name: str, module: torch.nn.Module):
         self.name, self.module = name, module
-        self.input_name = next(iter(inspect.signature(module.forward).parameters), "")
+        self.input_name = argument_names(module)[0]
         self.watch: LayerFlops | None = None
         self.places: list[tuple[torch.nn.Module, str, torch.nn.Module]] = []  # (parent, name, hooked module)
         self.hooked: list[torch.nn.Module] = []

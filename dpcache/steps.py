@@ -16,6 +16,11 @@ from dpcache._diffusers import StepListener, watch_steps
 from dpcache.errors import SettingError
 
 
+def argument_names(module: torch.nn.Module) -> list[str]:
+    """Of a call of the module, as its class declares them: something else may stand in for its own `forward`."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
 class Steps(Protocol):
     """Finds the step of every call."""
 
@@ -127,7 +132,7 @@ class TimestepSteps:
 
     def __init__(self, module: torch.nn.Module, num_inference_steps: int, on_step_end: Callable[[], None]):
         self.num_inference_steps, self.on_step_end = num_inference_steps, on_step_end
-        names = list(inspect.signature(module.forward).parameters)
+        names = argument_names(module)
         self.name = next((name for name in self.NAMES if name in names), None)
         if self.name is None:
             raise SettingError(

@@ -45,7 +45,8 @@ def test_added_memory_is_that_of_the_features(measured):
     name, rollout, rows = measured
     config, branches, batch = rollout.model.config, len(rollout.branches), rollout.batch
     width, row = config.num_attention_heads * config.attention_head_dim, {row.name: row for row in rows}
-    assert row["dpcache"].memory == 3 * branches * batch * 9 * width * 4  # keys, 9 tokens, float32
+    features = 3 * branches * batch * 9 * width * 4  # keys, 9 tokens, float32
+    assert 0 <= row["dpcache"].memory - features < 100  # zeros that stand for the embedders' outputs
     assert row["uniform_skip"].memory == branches * batch * (2 if name == "dit" else 1) * rollout.start.numel() * 4
 
 

@@ -12,6 +12,7 @@ import dpcache
 from baselines.ertacache import ERTACache, rectification, refreshed
 from baselines.full import full
 from baselines.profilingdit import ProfilingDiT, profile
+from dpcache.models.family import Streams
 from dpcache.sites import runs, transformer_blocks
 from helpers.embedded import CALL
 from helpers.rollout import Rollout
@@ -27,7 +28,7 @@ def calibration(pipe):
 
 @given(st.sets(st.integers(0, 11)))
 def test_runs_are_consecutive_and_as_long_as_can_be(blocks):
-    parts = runs(sorted(blocks), 12)
+    parts = runs(sorted(blocks), [Streams()] * 12)
     assert [index for part in parts for index in part] == sorted(blocks)
     assert all(b == a + 1 for part in parts for a, b in pairwise(part))
     assert all(b[0] > a[-1] + 1 for a, b in pairwise(parts))

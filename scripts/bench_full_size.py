@@ -134,13 +134,15 @@ def random_weights(known: Architecture, device: str, dtype: torch.dtype) -> torc
 
 
 class Rollout:
-    """A transformer in an Euler loop of T steps with fixed inputs."""
+    """A transformer in an Euler loop of T steps with fixed inputs. It stands for the pipeline whose scheduler tells a
+    session the steps."""
 
     def __init__(self, name: str, scale: str, steps: int, device: str, dtype: torch.dtype, clock=time.perf_counter):
         torch.manual_seed(0)
         self.clock, self.steps, self.device = clock, steps, torch.device(device)
         known, call = scaled(name, scale)
         self.model, self.branches = random_weights(known, device, dtype), known.family.branches(call)
+        self.transformer = self.model  # as pipelines have it
         self.conditions = known.inputs(call, 1, device, dtype)
         latents, timestep = self.conditions.pop("hidden_states"), self.conditions.pop("timestep")
         self.start, self.batch = latents[:1], len(latents)  # 2 where guidance is by the halves of a batch
@@ -196,14 +198,14 @@ class Rollout:
         return self.clock()
 
 
-# --- Methods: name -> (model, plan, T) -> a context in which the model is cached. What it yields is called before every
-# step with its number, if anything. `plan`: the K steps to compute, where a method can be told.
+# --- Methods: name -> (rollout, plan, T) -> a context in which its model is cached. What it yields is called before
+# every step with its number, if anything. `plan`: the K steps to compute, where a method can be told.
 
 
 def own(make):
     @contextmanager
-    def attached(model, plan, steps):
-        with dpcache.cached(model, make(model, plan, steps)):
+    def attached(rollout, plan, steps):
+        with dpcache.cached(rollout, make(rollout.model, plan, steps)):
             yield
 
     return attached
@@ -220,13 +222,13 @@ def driven(make):
     """An online schedule is told by its threshold, but for the last step, which it computes whatever that is."""
 
     @contextmanager
-    def attached(model, plan, steps):
+    def attached(rollout, plan, steps):
         method, plan = make(len(plan), steps), {*plan[:-1], steps - 1}
 
         def drive(step):
             method.schedule.threshold = -math.inf if step in plan else math.inf
 
-        with dpcache.cached(model, method):
+        with dpcache.cached(rollout, method):
             yield drive
 
     return attached
@@ -248,7 +250,8 @@ def profilingdit_of(model, plan, steps):
 
 def diffusers_taylorseer(lite: bool):
     @contextmanager
-    def attached(model, plan, steps):
+    def attached(rollout, plan, steps):
+        model = rollout.model
         if lite and not hasattr(model, "proj_out"):
             raise ValueError("lite mode predicts proj_out, which this model has not")
         settings = (
@@ -274,9 +277,9 @@ def diffusers_taylorseer(lite: bool):
 
 
 @contextmanager
-def diffusers_first_block(model, plan, steps):
-    model.enable_cache(FirstBlockCacheConfig())
-    hook = transformer_blocks(model)[0]._diffusers_hook.get_hook("fbc_leader_block_hook")
+def diffusers_first_block(rollout, plan, steps):
+    rollout.model.enable_cache(FirstBlockCacheConfig())
+    hook = transformer_blocks(rollout.model)[0]._diffusers_hook.get_hook("fbc_leader_block_hook")
 
     def drive(step):
         hook.threshold = -1.0 if step in plan else math.inf
@@ -285,10 +288,10 @@ def diffusers_first_block(model, plan, steps):
 
 
 @contextmanager
-def diffusers_magcache(model, plan, steps):
+def diffusers_magcache(rollout, plan, steps):
     """Its ratios are the model's, so any may be given."""
     ratios = torch.tensor([2.0 if step in plan else 1.0 for step in range(steps)])
-    model.enable_cache(
+    rollout.model.enable_cache(
         MagCacheConfig(
             threshold=0.5, max_skip_steps=steps, retention_ratio=0.0, num_inference_steps=steps, mag_ratios=ratios
         )
@@ -298,7 +301,8 @@ def diffusers_magcache(model, plan, steps):
 
 def cache_dit_dbcache(order: int | None):
     @contextmanager
-    def attached(model, plan, steps):
+    def attached(rollout, plan, steps):
+        model = rollout.model
         os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
         try:
             import cache_dit
@@ -449,7 +453,7 @@ def probe(rollout: Rollout, attach, plan: list[int], row: Row, uncached_peak: in
         else:
             yield
 
-    with attach(rollout.model, plan, rollout.steps) as drive:
+    with attach(rollout, plan, rollout.steps) as drive:
         handle = attention.register_forward_hook(lambda *_: computed.add(step_now))
         row.memory = peak_bytes(rollout, lambda: rollout(drive=drive, around=counting)) - uncached_peak
         handle.remove()
@@ -462,10 +466,10 @@ def time_once(rollout: Rollout, attach, plan: list[int], row: Row) -> None:
     reference, reference_loop = rollout(steps=REFERENCE_STEPS)
     if rollout.device.type == "cuda":  # how the loop runs when nobody waits for single steps
         reference_loop = rollout(steps=REFERENCE_STEPS, wait=False)[1]
-    with attach(rollout.model, plan, rollout.steps) as drive:
+    with attach(rollout, plan, rollout.steps) as drive:
         seconds, loop = rollout(drive=drive)
     if rollout.device.type == "cuda":
-        with attach(rollout.model, plan, rollout.steps) as drive:
+        with attach(rollout, plan, rollout.steps) as drive:
             loop = rollout(drive=drive, wait=False)[1]
     row.full.append(statistics.median(reference))
     row.own.append(row.median_of(seconds, True))

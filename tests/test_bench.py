@@ -23,7 +23,7 @@ def test_every_method_computes_the_budget_and_skipped_steps_do_less(measured):
     assert full.computed == list(range(8))
     for row in rows:
         if (name, row.name) in FAILING:
-            assert row.failure.startswith("ValueError: ")
+            assert row.failure.startswith(("SettingError: ", "ValueError: "))
             continue
         if row.name.startswith("cache_dit") and not find_spec("cache_dit"):
             assert "'.[peers]'" in row.failure
@@ -47,7 +47,8 @@ def test_added_memory_is_that_of_the_features(measured):
     width, row = config.num_attention_heads * config.attention_head_dim, {row.name: row for row in rows}
     features = 3 * branches * batch * 9 * width * 4  # keys, 9 tokens, float32
     assert 0 <= row["dpcache"].memory - features < 100  # zeros that stand for the embedders' outputs
-    assert row["uniform_skip"].memory == branches * batch * (2 if name == "dit" else 1) * rollout.start.numel() * 4
+    prediction = branches * batch * (2 if name == "dit" else 1) * rollout.start.numel() * 4
+    assert 0 <= row["uniform_skip"].memory - prediction < 100
 
 
 def test_methods_leave_the_model_as_it_was(measured):

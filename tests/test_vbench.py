@@ -67,7 +67,7 @@ def test_images_cost_this_metric_only():
     images = Samples(np.zeros((2, 8, 8, 3), np.uint8), None, ["a", "b"])
     scorers = {"psnr": psnr, "vbench": lambda *pair: vbench(*pair, **FLICKERING)}
     values, unavailable, _ = evaluate(scorers, images, images)
-    assert unavailable == {"vbench": "ValueError: VBench scores videos, not images"} and values.keys() == {"psnr"}
+    assert unavailable == {"vbench": "SettingError: VBench scores videos, not images"} and values.keys() == {"psnr"}
 
 
 def test_the_models_rate_and_device_reach_the_scorer(fake_uv):

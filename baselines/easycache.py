@@ -8,6 +8,7 @@ from dpcache.errors import SettingError
 from dpcache.method import Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import OnlineSchedule, check_budget
+from dpcache.sites import OutputResidual
 
 
 class TransformationRate(OnlineSchedule):
@@ -62,8 +63,7 @@ def whole(latents, context) -> torch.Tensor:
     """Latents as one tensor, without what an image-to-video model has appended to their channels."""
     if not torch.is_tensor(latents):
         return torch.stack(tuple(latents))
-    shape = context.shapes[0] if context.shapes else latents.shape
-    return latents[:, : shape[1]] if latents.ndim == len(shape) else latents
+    return OutputResidual.like(latents, context.shapes[0]) if context.shapes else latents
 
 
 def easycache(

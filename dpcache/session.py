@@ -416,8 +416,9 @@ class Session:
         expected = [name for name in self.order if name.startswith("default")]
         if self.step and unnamed != expected:
             raise SettingError(
-                f"step {self.step} calls the model {len(unnamed)} times and the first step {len(expected)} times, and "
-                "nothing tells which call is which guidance branch: keep the guidance as it is during a run"
+                f"step {self.step} calls {' and '.join(map(str, self.parts))} {len(unnamed)} times and the first step "
+                f"{len(expected)} times, and nothing tells which call is which guidance branch: keep the guidance as "
+                "it is during a run"
             )
         self.calls = []
 

@@ -42,6 +42,7 @@ class Call:
     """One call of a transformer: the `number`-th of its `step` in its `generation` (all from 0).
 
     Attributes:
+        part: which of the pipeline's transformers.
         arguments, output: copies.
         ran: which linear layers of its blocks ran, by name.
     """
@@ -49,6 +50,7 @@ class Call:
     generation: int
     step: int
     number: int
+    part: int = 0
     arguments: tuple = ()
     output: object = None
     ran: set[str] = field(default_factory=set)
@@ -107,11 +109,11 @@ def linears(transformer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     }
 
 
-def first_of(calls: list[Call]) -> dict[tuple[int, int], Call]:
-    """The first call of each generation and number."""
+def first_of(calls: list[Call]) -> dict[tuple[int, int, int], Call]:
+    """The first call of each generation, transformer and number."""
     first = {}
     for call in calls:
-        first.setdefault((call.generation, call.number), call)
+        first.setdefault((call.generation, call.part, call.number), call)
     return first
 
 
@@ -172,9 +174,9 @@ class Watch:
             self.current.ran.add(name)
 
     def _before(self, module, args, kwargs):
-        call = self.current = Call(self.generation, self.step, self.number)
+        call = self.current = Call(self.generation, self.step, self.number, self.transformers.index(module))
         if self.replay is not None:
-            args, kwargs = copied(self.replay[call.generation, call.number].arguments)
+            args, kwargs = copied(self.replay[call.generation, call.part, call.number].arguments)
         call.arguments = copied((args, kwargs))
         if self.name and hasattr(module, "cache_context"):
             self.context = module.cache_context(f"call {call.number}")
@@ -365,7 +367,7 @@ def same_input_every_step(subject: Subject, site: str) -> None:
         subject.run(method, replay=subject.calls)
     finally:
         for call in subject.latest:
-            off = difference(call.output, first[call.generation, call.number].output)
+            off = difference(call.output, first[call.generation, call.part, call.number].output)
             if off > (1e-4 if site in _SUMS else 0):
                 kind = "computed" if call.ran else "predicted"
                 raise Wrong(f"with the same input at every step, {call} ({kind}) is off by {off:.1e}")

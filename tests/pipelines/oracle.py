@@ -380,7 +380,7 @@ def too_late(subject: Subject, site: str) -> str | None:
             same_input_every_step(subject, site)
         except Wrong as error:
             return str(error)
-        except ValueError:  # the refusal itself
+        except Exception:  # the refusal itself, or a pipeline whose shapes change in mid-run, so that it cannot go on
             return None
     return None
 

@@ -39,7 +39,7 @@ FAMILY = Family(
         Block(
             "BasicTransformerBlock",
             square_grid=True,
-            kept=("attn1", "ff"),
+            kept=("attn1", "attn2", "ff"),  # attn2: in PixArt's and Latte's blocks of this class
             attention="attn1",
             feed_forwards=(("norm3", "ff"),),
             modulated_input=modulated_input,

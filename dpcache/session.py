@@ -313,10 +313,10 @@ class Session:
         try:
             for part in self.parts:
                 self._hook(part)
+            self.steps = self._steps(pipe)
         except BaseException:
             self._unhook()
             raise
-        self.steps = self._steps(pipe)
 
     def _steps(self, pipe) -> Steps:
         T = self.schedule.num_inference_steps

@@ -558,3 +558,10 @@ def test_two_transformers_from_the_command_line(video, tmp_path):
     assert {len(result["schedules"][0]) for result in made if result["method"] == "dpcache"} == {5}
     code, out, err = run(*common, "method=fora", "budget=4", "+dry_run=true", folder=tmp_path)
     assert code == 0 and "2 WanTransformer3DModel" in out
+
+
+def test_a_model_whose_steps_nothing_tells_is_refused_without_a_trace():
+    model = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="has no timestep argument that tells its steps"):
+        dpcache.enable(model, method(site="output"))
+    assert not hasattr(model, "_diffusers_hook") and "forward" not in vars(model)

@@ -1,7 +1,7 @@
 """Caches that libraries bring along, under the protocol of `dpcache.Method`: switched on and off, and watched."""
 
 from abc import ABC, abstractmethod
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 
@@ -163,7 +163,7 @@ class LibrarySession(Session):
         return LayerFlops(part.module, self.library.partial)
 
     def hooks(self, part):
-        return [(part.module, LibraryHook(self, part))]
+        return [(part.module, RootHook(self, part))]
 
     def begin(self):
         super().begin()
@@ -176,9 +176,8 @@ class LibrarySession(Session):
         self.times = scheduler.timesteps.tolist()  # once: on a GPU every look waits for it
         self.sigmas = None if sigmas is None else sigmas.tolist()
 
-    @contextmanager
-    def watched(self, branch):
-        """Around the library's forward: tells it where the sampler is, and sees what it computes."""
+    def run(self, branch, forward, args, kwargs):
+        """Tells the library where the sampler is, and sees what it computes."""
         if len(self.branches) > 1 and not self.library.branches:
             raise SettingError(
                 f"{type(self.library).__name__} has one cache for all guidance branches, but this pipeline runs them "
@@ -191,20 +190,8 @@ class LibrarySession(Session):
             position["sigma"] = self.sigmas[step]
         named = getattr(part.module, "cache_context", None)
         with named(branch.name, **position) if named else nullcontext(), part.watch.call(branch.signature):
-            yield
+            output = forward(*args, **kwargs)
         if all(layer is not self.attention for layer, _ in part.watch.ran):
             branch.computed.pop()
             branch.skip = True
-
-
-class LibraryHook(RootHook):
-    """On the transformer, around whatever the library has put there."""
-
-    @torch.compiler.disable(recursive=False)
-    def new_forward(self, module, *args, **kwargs):
-        session, start = self.session, self.session.stopwatch.now()
-        branch = session.open(self.part, self.branch_name, args, kwargs)
-        with session.watched(branch):
-            output = self.forward(*args, **kwargs)
-        session.close(branch, start)
         return output

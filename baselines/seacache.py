@@ -4,9 +4,9 @@ import torch
 from diffusers import SeaCacheConfig
 
 from baselines.library import DiffusersCache
+from dpcache.arguments import argument
 from dpcache.errors import SettingError
 from dpcache.models.family import family_of
-from dpcache.sites import model_input
 
 
 class SeaCache(DiffusersCache):
@@ -42,7 +42,7 @@ class SeaCache(DiffusersCache):
 def latents_of(module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
     """The latents of a transformer's call, (C, F, H, W) each; packed ones have 2 x 2 in a token. Raises LookupError
     where the model packs them and its family's record does not say how (diffusers would hide a ValueError)."""
-    latents = model_input(args, kwargs)
+    latents = argument(0, "hidden_states", args, kwargs)
     if latents.ndim == 3:
         family = family_of(module)
         if family.token_grid is None:

@@ -107,7 +107,7 @@ class Calibration:
             with safe_open(path, "numpy") as file:
                 metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
-                raise SettingError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
+                raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
             arrays = load_file(path)
             return cls(
                 **{name: arrays[name] for name in _ARRAYS},

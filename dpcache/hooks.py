@@ -3,12 +3,11 @@
 Each asks the session (`session.py`) whether the current call is skipped, and otherwise leaves its module alone.
 """
 
-import inspect
-
 import torch
 from torch.utils._pytree import tree_map
 
-from dpcache._diffusers import Hook, block_metadata, leave_uncompiled, unwrap_module
+from dpcache._diffusers import Hook, block_metadata, leave_uncompiled
+from dpcache.arguments import argument, argument_names
 from dpcache.errors import SettingError
 from dpcache.models.family import Streams, block_of
 
@@ -26,10 +25,10 @@ def streams_of(block: torch.nn.Module) -> Streams:
     known = block_of(block)
     if known.streams is not None:
         return known.streams
-    metadata = block_metadata(block)
-    if metadata is None:
+    metadata, names = block_metadata(block), argument_names(block)
+    returns_other = metadata is not None and metadata.return_encoder_hidden_states_index is not None
+    if metadata is None or (returns_other and metadata.encoder_hidden_states_argument_name not in names):
         raise SettingError(f"the streams of a {known.kind} are not known: use site=output")
-    names = argument_names(block)
     image, other = metadata.hidden_states_argument_name, metadata.encoder_hidden_states_argument_name
     return Streams(
         image if image in names else names[0],
@@ -39,28 +38,24 @@ def streams_of(block: torch.nn.Module) -> Streams:
     )
 
 
-def argument_names(block: torch.nn.Module) -> list[str]:
-    """Of the block's `forward`."""
-    return list(inspect.signature(type(unwrap_module(block)).forward).parameters)[1:]
-
-
 class StreamHook(SessionHook):
     """Knows a block's streams."""
 
     def __init__(self, session, block):
         super().__init__(session)
-        self.block, self.streams, self.names = block_of(block), streams_of(block), argument_names(block)
-
-    def argument(self, name: str, args: tuple, kwargs: dict):
-        return kwargs[name] if name in kwargs else args[self.names.index(name)]
+        self.block, self.streams, names = block_of(block), streams_of(block), argument_names(block)
+        self.image_place = names.index(self.streams.image)
+        self.other_place = None if self.streams.other_index is None else names.index(self.streams.other)
 
     def image_in(self, args, kwargs) -> torch.Tensor:
         """The image stream that enters the block."""
-        return self.argument(self.streams.image, args, kwargs)
+        return argument(self.image_place, self.streams.image, args, kwargs)
 
     def other_in(self, args, kwargs) -> torch.Tensor | None:
         """The other stream that enters the block, if it also returns one."""
-        return None if self.streams.other_index is None else self.argument(self.streams.other, args, kwargs)
+        if self.other_place is None:
+            return None
+        return argument(self.other_place, self.streams.other, args, kwargs)
 
     def image(self, output) -> torch.Tensor:
         """The image stream of what the block returned."""

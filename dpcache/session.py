@@ -26,9 +26,10 @@ from dpcache._diffusers import (
     remove_hook,
     unwrap_module,
 )
+from dpcache.arguments import argument, argument_names
 from dpcache.errors import SettingError
 from dpcache.flops import LayerFlops
-from dpcache.steps import SchedulerSteps, Steps, TimestepSteps, argument_names
+from dpcache.steps import SchedulerSteps, Steps, TimestepSteps
 
 MOST_CALLS = 8  # of a model in one step; more show that its scheduler is not the one that is watched
 
@@ -222,7 +223,7 @@ class Part:
 
     def input(self, args: tuple, kwargs: dict):
         """The noisy latents among the arguments of a call: the first, whatever its name."""
-        return kwargs[self.input_name] if self.input_name in kwargs else args[0]
+        return argument(0, self.input_name, args, kwargs)
 
 
 class RootHook(Hook):
@@ -247,9 +248,7 @@ class RootHook(Hook):
     def new_forward(self, module, *args, **kwargs):
         session, start = self.session, self.session.stopwatch.now()
         branch = session.open(self.part, self.branch_name, args, kwargs)
-        with nullcontext() if self.part.watch is None else self.part.watch.call(branch.signature):
-            output = session.site.call(session, branch, self.forward, args, kwargs)
-        session.check_call(branch)
+        output = session.run(branch, self.forward, args, kwargs)
         session.close(branch, start)
         return output
 
@@ -440,7 +439,9 @@ class Session:
             )
         if step == 0:
             self.order.append(name)
-        branch = self.current = self.branches.setdefault(name, Branch(name))
+        if name not in self.branches:
+            self.branches[name] = Branch(name)
+        branch = self.current = self.branches[name]
         signature = tuple(_shapes(part.input(args, kwargs)))
         if branch.signature not in (None, signature):
             raise SettingError(
@@ -541,6 +542,14 @@ class Session:
                 "site"
             )
         branch.seen.add(name)
+
+    def run(self, branch: Branch, forward: Callable, args: tuple, kwargs: dict):
+        """The call itself, with the model's own `forward`."""
+        watch = branch.part.watch
+        with nullcontext() if watch is None else watch.call(branch.signature):
+            output = self.site.call(self, branch, forward, args, kwargs)
+        self.check_call(branch)
+        return output
 
     def check_call(self, branch: Branch) -> None:
         """Raises SettingError if the call has kept or predicted something else than the branch's first one."""

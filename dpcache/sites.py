@@ -276,8 +276,3 @@ def runs(blocks: Sequence[int], streams: Sequence[Streams]) -> list[list[int]]:
         else:
             parts.append([index])
     return parts
-
-
-def model_input(args: tuple, kwargs: dict) -> torch.Tensor:
-    """The noisy latents in the arguments of a transformer's or U-Net's call."""
-    return args[0] if args else kwargs["hidden_states"] if "hidden_states" in kwargs else kwargs["sample"]

@@ -5,7 +5,6 @@ generation really runs, which are fewer than the scheduler's timesteps where a p
 (`strength`).
 """
 
-import inspect
 import weakref
 from collections.abc import Callable
 from typing import Protocol
@@ -13,12 +12,8 @@ from typing import Protocol
 import torch
 
 from dpcache._diffusers import StepListener, watch_steps
+from dpcache.arguments import argument, argument_names
 from dpcache.errors import SettingError
-
-
-def argument_names(module: torch.nn.Module) -> list[str]:
-    """Of a call of the module, as its class declares them: something else may stand in for its own `forward`."""
-    return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
 class Steps(Protocol):
@@ -144,7 +139,7 @@ class TimestepSteps:
         self.step, self.direction = 0, 0.0
 
     def locate(self, module, args, kwargs):
-        time = kwargs[self.name] if self.name in kwargs else args[self.place]
+        time = argument(self.place, self.name, args, kwargs)
         time = torch.as_tensor(time).detach().float().flatten().cpu()
         if self.last is not None and torch.equal(time, self.last):
             return False, self.step  # another branch

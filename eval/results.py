@@ -76,7 +76,7 @@ def collect(folder: str | Path) -> pd.DataFrame:
             result = json.loads(path.read_text())
             row = flatten(result)
             if missing := {"method", "budget", "seed", "computed_steps", *SETTING} - row.keys():
-                raise SettingError(f"lacks {sorted(missing)}")
+                raise ValueError(f"lacks {sorted(missing)}")
             scores = result.get("per_prompt", {})
             rows.append(
                 {"label": row["method"]} | row | {"scores": scores, "path": str(path), "written": path.stat().st_mtime}

@@ -17,6 +17,7 @@ import torch
 
 from dpcache import models
 from dpcache._diffusers import unwrap_module
+from dpcache.arguments import argument
 from dpcache.errors import SettingError
 
 
@@ -211,8 +212,3 @@ def modulated_input(block: torch.nn.Module, args: tuple, kwargs: dict) -> torch.
 def adaptive_norm(block: torch.nn.Module, args: tuple, kwargs: Mapping) -> torch.Tensor:
     """The modulated input of blocks that give the time embedding, their third argument, to their first norm."""
     return block.norm1(argument(0, "hidden_states", args, kwargs), emb=argument(2, "temb", args, kwargs))[0]
-
-
-def argument(place: int, name: str, args: tuple, kwargs: Mapping):
-    """An argument of a call, by name or by place."""
-    return kwargs[name] if name in kwargs else args[place]

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 import torch
 
-from dpcache.models.family import Block, Family, Request, argument
+from dpcache.arguments import argument
+from dpcache.models.family import Block, Family, Request
 
 
 def inputs(request: Request) -> dict:

@@ -1,0 +1,18 @@
+"""Arguments of a module's call, which a caller may give by place or by name."""
+
+import inspect
+from collections.abc import Mapping
+
+import torch
+
+from dpcache._diffusers import unwrap_module
+
+
+def argument_names(module: torch.nn.Module) -> list[str]:
+    """As the module's class declares them: something else may stand in for its own `forward`."""
+    return list(inspect.signature(type(unwrap_module(module)).forward).parameters)[1:]
+
+
+def argument(place: int, name: str, args: tuple, kwargs: Mapping):
+    """An argument of a call, by name or by place."""
+    return kwargs[name] if name in kwargs else args[place]

@@ -172,9 +172,10 @@ class LibrarySession(Session):
             self.beginning = True
             part.module._reset_stateful_cache()
             self.beginning = False
+        skipped = len(scheduler.timesteps) - self.schedule.num_inference_steps  # of a run that starts from an image
         sigmas = getattr(scheduler, "sigmas", None)
-        self.times = scheduler.timesteps.tolist()  # once: on a GPU every look waits for it
-        self.sigmas = None if sigmas is None else sigmas.tolist()
+        self.times = scheduler.timesteps.tolist()[skipped:]  # once: on a GPU every look waits for it
+        self.sigmas = None if sigmas is None else sigmas.tolist()[skipped:]
 
     def run(self, branch, forward, args, kwargs):
         """Tells the library where the sampler is, and sees what it computes."""

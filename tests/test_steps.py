@@ -21,7 +21,9 @@ from diffusers.callbacks import SD3CFGCutoffCallback
 from PIL import Image
 
 import dpcache
+from baselines.library import LibraryCache
 from baselines.uniform_skip import uniform_skip
+from dpcache.method import session_of
 from dpcache.predictors import Reuse, Taylor
 from dpcache.sampler import generate, sample
 from dpcache.schedules import EvenlySpaced, Schedule
@@ -565,3 +567,29 @@ def test_a_model_whose_steps_nothing_tells_is_refused_without_a_trace():
     with pytest.raises(ValueError, match="has no timestep argument that tells its steps"):
         dpcache.enable(model, method(site="output"))
     assert not hasattr(model, "_diffusers_hook") and "forward" not in vars(model)
+
+
+class Told(LibraryCache):
+    """A library's cache that computes everything, and writes down where it is told that the sampler is."""
+
+    def start(self, pipe, transformer):
+        forward, self.told = transformer.forward, []
+
+        def watched(*args, **kwargs):
+            self.told.append((session_of(pipe).timestep, 1000 * kwargs["timestep"].item()))
+            return forward(*args, **kwargs)
+
+        transformer.forward = watched
+
+    def stop(self, pipe, transformer):
+        pass
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_libraries_are_told_the_timesteps_that_are_run(strength):
+    pipe = tiny_flux(FluxImg2ImgPipeline)
+    library = Told(6, 6)
+    sample(pipe, library, ["two boats"], [0], decode=False, image=IMAGE, strength=strength, **SIZE)
+    told, real = zip(*library.told)
+    assert len(told) == 6
+    np.testing.assert_allclose(told, real, rtol=1e-5)

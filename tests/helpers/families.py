@@ -191,19 +191,21 @@ def hunyuan_video() -> HunyuanVideoPipeline:
     )
 
 
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": WIDTH,
+    "freq_dim": 32,
+    "ffn_dim": 32,
+    "num_layers": 2,
+}
+"""Sizes of a small transformer of Wan's kind."""
+
+
 def wan_transformer(**other) -> WanTransformer3DModel:
-    sizes = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "in_channels": 16,
-        "out_channels": 16,
-        "text_dim": WIDTH,
-        "freq_dim": 32,
-        "ffn_dim": 32,
-        "num_layers": 2,
-        "rope_max_seq_len": 32,
-    }
-    return WanTransformer3DModel(**sizes | other)
+    return WanTransformer3DModel(**WAN | {"rope_max_seq_len": 32} | other)
 
 
 def wan_scheduler() -> UniPCMultistepScheduler:

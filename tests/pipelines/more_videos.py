@@ -56,35 +56,15 @@ def motif(kind):
 
 
 def chrono_edit(kind):
-    transformer = diffusers.ChronoEditTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=36,
-        out_channels=16,
-        text_dim=WIDTH,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=2,
-        image_dim=16,
-        added_kv_proj_dim=24,
-        rope_max_seq_len=32,
-    )
+    sizes = {"in_channels": 36, "image_dim": 16, "added_kv_proj_dim": 24, "rope_max_seq_len": 32}
+    transformer = diffusers.ChronoEditTransformer3DModel(**families.WAN | sizes)
     return assemble(kind, **families.wan21_i2v().components | {"transformer": transformer})
 
 
 def wan_animate(kind):
     transformer = diffusers.WanAnimateTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=36,
+        **families.WAN | {"in_channels": 36, "image_dim": 16, "rope_max_seq_len": 32},
         latent_channels=16,
-        out_channels=16,
-        text_dim=WIDTH,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=2,
-        image_dim=16,
-        rope_max_seq_len=32,
         motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16},
         motion_encoder_size=16,
         motion_style_dim=8,

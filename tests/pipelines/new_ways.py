@@ -45,22 +45,10 @@ def ideogram(kind):
     return pipe
 
 
-_WAN = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": WIDTH,
-    "freq_dim": 32,
-    "ffn_dim": 32,
-    "num_layers": 2,
-}
-
-
 def any_flow(kind):
     return assemble(
         kind,
-        transformer=diffusers.AnyFlowTransformer3DModel(**_WAN, rope_max_seq_len=32),
+        transformer=diffusers.AnyFlowTransformer3DModel(**families.WAN, rope_max_seq_len=32),
         vae=families.wan_vae(),
         scheduler=diffusers.FlowMapEulerDiscreteScheduler(),
     )
@@ -69,7 +57,7 @@ def any_flow(kind):
 def helios(kind):
     return assemble(
         kind,
-        transformer=diffusers.HeliosTransformer3DModel(**_WAN, rope_dim=(4, 4, 4)),
+        transformer=diffusers.HeliosTransformer3DModel(**families.WAN, rope_dim=(4, 4, 4)),
         vae=families.wan_vae(),
         scheduler=diffusers.HeliosScheduler(stage_range=[0, 1], stages=1, use_dynamic_shifting=True),
     )

@@ -8,6 +8,7 @@
 - The calls of a scheduler's `step` (`watch_steps`).
 """
 
+import copy
 import inspect
 import types
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ __all__ = [
     "StepListener",
     "add_hook",
     "block_metadata",
+    "copy_of_scheduler",
     "forget_children",
     "hook_on",
     "leave_uncompiled",
@@ -157,6 +159,9 @@ class StepListener:
     def before_step(self, scheduler, sample: torch.Tensor, kwargs: dict) -> None:
         """`sample`: the latents that the step starts from; `kwargs` may be changed."""
 
+    def called(self, scheduler, arguments: dict) -> None:
+        """`arguments`: what this step is given, by name; not to be changed."""
+
     def after_step(self, scheduler, output) -> None:
         """`output`: what the scheduler's `step` returned."""
 
@@ -175,6 +180,9 @@ class _WatchedStep:
         sample = kwargs["sample"] if "sample" in kwargs else args[2] if len(args) > 2 else None
         for listener in list(self.listeners):
             listener.before_step(self.scheduler, sample, kwargs)
+        arguments = self.__signature__.bind(*args, **kwargs).arguments
+        for listener in list(self.listeners):
+            listener.called(self.scheduler, arguments)
         output = self.original(*args, **kwargs)
         for listener in list(self.listeners):
             listener.after_step(self.scheduler, output)
@@ -192,6 +200,14 @@ class _WatchedStep:
         raise SettingError(
             "a scheduler cannot be pickled while a caching method is enabled: call dpcache.disable first"
         )
+
+
+def copy_of_scheduler(scheduler):
+    """A copy in the same state, whose steps nobody watches."""
+    twin = copy.deepcopy(scheduler)
+    if isinstance(vars(twin).get("step"), _WatchedStep):
+        del twin.step
+    return twin
 
 
 def watch_steps(scheduler, listener: StepListener) -> Callable[[], None]:

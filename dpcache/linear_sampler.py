@@ -1,0 +1,114 @@
+"""How the latents depend on the model's predictions: a scheduler's arithmetic, read off by running it on unit vectors.
+
+Most samplers are linear in what they are given. With the predictions m_0 .. m_{T-1} (what `scheduler.step` takes, after
+guidance) and the first latents x_0,
+
+    x_s = P_s x_0 + sum_{r<s} R[s, r] m_r + n_s,
+
+where n_s, the noise that some of them add, does not depend on x_0 or m. So an error of the predictions moves the
+latents by dx_s = sum_r R[s, r] dm_r, whatever the order of the solver and whatever it remembers. For long simulations
+the same is written as a short recurrence, with p = 1 for one-step solvers (Euler, DDIM, DDPM), 2 for DPM-Solver++ of
+order 2, 3 for UniPC of order 2:
+
+    dx_{s+1} = sum_{j<p} carry[s, j] dx_{s-j} + drive[s, j] dm_{s-j}.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dpcache._diffusers import copy_of_scheduler
+from dpcache.errors import SettingError
+
+LONGEST_MEMORY = 6
+TOLERANCE = 1e-4  # relative; schedulers that count in float32 are off by 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class LinearSampler:
+    """A scheduler's steps as a linear recurrence.
+
+    Attributes:
+        response: (T+1, T), R above: row s is how x_s depends on each prediction.
+        start: (T+1,), P above.
+        carry, drive: (T, p), the recurrence above.
+        noisy: whether it adds noise.
+    """
+
+    response: np.ndarray
+    start: np.ndarray
+    carry: np.ndarray
+    drive: np.ndarray
+    noisy: bool
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return len(self.drive)
+
+
+@torch.no_grad()
+def read_sampler(scheduler, calls: Sequence[dict]) -> LinearSampler:
+    """Run a copy of `scheduler` on unit vectors: element 0 of the latents starts at 1, element r + 1 is given a
+    prediction of 1 at step r alone.
+
+    Args:
+        scheduler: with its timesteps set and before its first step, so that it remembers nothing.
+        calls: of every step the arguments beside prediction and latents ("timestep" and others), by name.
+
+    Raises SettingError for a scheduler whose step is not linear.
+    """
+    steps, name = len(calls), type(scheduler).__name__
+    random = torch.randn(steps + 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # Columns: unit vectors, one random combination of them, nothing. In row 0 the start, in row r + 1 prediction r.
+    inputs = torch.cat([torch.eye(steps + 1, dtype=torch.float64), random, torch.zeros_like(random)], 1)
+    # One generator for each column, all alike, so that a noisy scheduler adds the same to all.
+    noise = [torch.Generator().manual_seed(0) for _ in range(steps + 3)]
+    twin, shape = copy_of_scheduler(scheduler), (steps + 3, 1, 1, 1)
+    latents, trajectory = inputs[0].reshape(shape), [inputs[0]]
+    for prediction, call in zip(inputs[1:], calls):
+        if "generator" in call:
+            call = call | {"generator": noise}
+        latents = twin.step(model_output=prediction.reshape(shape), sample=latents, **call)[0]
+        trajectory.append(latents.double().flatten())
+    trajectory = torch.stack(trajectory).numpy()
+    added, linear = trajectory[:, -1:], trajectory[:, :-1] - trajectory[:, -1:]
+    matrix, combined = linear[:, :-1], linear[:, -1]
+    expected = matrix @ random[:, 0].numpy()
+    if not np.abs(combined - expected).max() <= TOLERANCE * np.abs(matrix).max():
+        raise SettingError(f"{name}: the simulator takes schedulers whose step is linear in what it is given")
+    start, response = matrix[:, 0], matrix[:, 1:]
+    return LinearSampler(response, start, *_recurrence(response, name), bool(np.abs(added).max() > 0))
+
+
+def _recurrence(response: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The shortest memory p, and (carry, drive), that reproduce the response. Row s + 1 is a combination of the rows
+    s, s-1, ... and of the predictions s, s-1, ... themselves."""
+    steps = response.shape[1]
+    for memory in range(1, LONGEST_MEMORY + 1):
+        carry, drive = np.zeros((steps, memory)), np.zeros((steps, memory))
+        for step in range(steps):
+            back = min(memory, step + 1)
+            lately = np.arange(step, step - back, -1)
+            parts = np.concatenate([response[lately], np.eye(steps)[lately]])
+            scale = np.linalg.norm(parts, axis=1)
+            parts, scale = parts[scale > 0], np.where(scale > 0, scale, np.inf)
+            found = np.zeros(len(scale))
+            solution = np.linalg.lstsq((parts / scale[scale < np.inf, None]).T, response[step + 1], rcond=1e-9)[0]
+            found[scale < np.inf] = solution
+            carry[step, :back], drive[step, :back] = np.split(found / scale, 2)
+        if np.abs(unroll(carry, drive) - response).max() <= TOLERANCE * np.abs(response).max():
+            return carry, drive
+    raise SettingError(f"{name}: its step depends on more than {LONGEST_MEMORY} steps before it")
+
+
+def unroll(carry: np.ndarray, drive: np.ndarray) -> np.ndarray:
+    """The response (T+1, T) of a recurrence (T, p)."""
+    steps, memory = carry.shape
+    response, unit = np.zeros((steps + 1, steps)), np.eye(steps)
+    for step in range(steps):
+        for back in range(min(memory, step + 1)):
+            response[step + 1] += carry[step, back] * response[step - back] + drive[step, back] * unit[step - back]
+    return response

@@ -159,7 +159,7 @@ class StepListener:
     def before_step(self, scheduler, sample: torch.Tensor, kwargs: dict) -> None:
         """`sample`: the latents that the step starts from; `kwargs` may be changed."""
 
-    def called(self, scheduler, arguments: dict) -> None:
+    def given(self, scheduler, arguments: dict) -> None:
         """`arguments`: what this step is given, by name; not to be changed."""
 
     def after_step(self, scheduler, output) -> None:
@@ -182,7 +182,7 @@ class _WatchedStep:
             listener.before_step(self.scheduler, sample, kwargs)
         arguments = self.__signature__.bind(*args, **kwargs).arguments
         for listener in list(self.listeners):
-            listener.called(self.scheduler, arguments)
+            listener.given(self.scheduler, arguments)
         output = self.original(*args, **kwargs)
         for listener in list(self.listeners):
             listener.after_step(self.scheduler, output)

@@ -1,0 +1,57 @@
+"""The steps to compute, searched in the simulator."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from dpcache.simulator import Simulator, Weights, decibels
+
+Plan = tuple[int, ...]
+
+
+def search_plans(
+    simulator: Simulator, weights: Weights, starts: Iterable[Sequence[int]], keep: int = 1
+) -> list[tuple[float, Plan]]:
+    """Improve plans until no move helps: each key to any free step, and each two neighbours by up to two steps each.
+
+    Args:
+        weights: of the predictor.
+        starts: plans of K steps, each beginning with step 0, which stays.
+        keep: how many of the plans found to return.
+
+    Returns:
+        The best different plans and their simulated decibels, best first.
+    """
+    known: dict[Plan, float] = {}
+
+    def best(plans: Iterable[Plan]) -> Plan:
+        plans = list(dict.fromkeys(plans))
+        new = [plan for plan in plans if plan not in known]
+        if new:
+            known.update(zip(new, decibels(simulator.errors(weights.fill(new))).tolist()))
+        return max(plans, key=known.__getitem__)
+
+    for start in starts:
+        plan = tuple(start)
+        while (moved := best([plan, *_moves_of_one(plan, weights.steps)])) != plan or (
+            moved := best([plan, *_moves_of_two(plan, weights.steps)])
+        ) != plan:
+            plan = moved
+    return sorted(((score, plan) for plan, score in known.items()), reverse=True)[:keep]
+
+
+def _moves_of_one(plan: Plan, steps: int) -> list[Plan]:
+    free = [step for step in range(1, steps) if step not in plan]
+    return [tuple(sorted({*plan} - {key} | {step})) for key in plan[1:] for step in free]
+
+
+def _moves_of_two(plan: Plan, steps: int, reach: int = 2) -> list[Plan]:
+    found = []
+    for one, two in zip(plan[1:], plan[2:]):
+        rest = {*plan} - {one, two}
+        for a in range(one - reach, one + reach + 1):
+            for b in range(two - reach, two + reach + 1):
+                moved = rest | {a, b}
+                if len(moved) == len(plan) and min(a, b) > 0 and max(a, b) < steps:
+                    found.append(tuple(sorted(moved)))
+    return found

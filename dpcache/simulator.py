@@ -1,0 +1,248 @@
+"""How far a plan's accelerated run will end from the full-step one, without running the model.
+
+Full-step runs are recorded once: the predictions v_0 .. v_{T-1} that the scheduler is given (after guidance), the first
+latents x_0, and how far the latents x_s still are from their end. An accelerated run is then simulated:
+
+    computed step   q_s = v_s + lambda_s dx_s                  the model answers an error of its latents with another
+    skipped step    q_s = sum_a w_a q_a + u (x_s + dx_s)       the predictor's weights of earlier keys a (and the input)
+    the sampler     dx_{s+1} = sum_j carry[s, j] dx_{s-j} + drive[s, j] (q_{s-j} - v_{s-j})       (`linear_sampler`)
+
+from dx_0 = 0 to dx_T, the error of the final latents. All q, v, x and dx are combinations of v_0 .. v_{T-1} and x_0, so
+they are vectors of T + 1 coefficients c, and the length of what they stand for is sqrt(c' G c), with G the Gram matrix
+of v_0 .. v_{T-1}, x_0. The model is only run to learn G and lambda.
+
+The response lambda_s is measured where accelerated runs compute a step: there both dx_s and the model's answer
+q_s - v_s are known. In units of 1 / distance to the end it is a smooth curve, about 1 where the latents are noise to
+the model, which it takes out again (a perfect denoiser of one image has lambda = 1 / sigma), and 0 where it takes an
+error for a part of the image. The sites `stack` and `output` differ little here: the simulator takes the predictor for
+one of the predictions themselves.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from dpcache._diffusers import StepListener, copy_of_scheduler, watch_steps
+from dpcache.errors import SettingError
+from dpcache.gram import _weights, gram
+from dpcache.linear_sampler import LinearSampler, read_sampler
+from dpcache.predictors import LeastSquares, Predictor
+from dpcache.sampler import generate
+
+KNOTS = 12  # values of the response curve
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectories:
+    """What is kept of the full-step runs of P prompts.
+
+    Attributes:
+        gram: (P, T+1, T+1), mean products of v_0 .. v_{T-1} and x_0 over the elements, divided by those of the final
+            latents with themselves: errors come out relative, and loud prompts count no more than others.
+        remaining: (P, T), |x_s - x_T| / |x_T|.
+        latents: (P, ...), final, float32.
+        sampler: the scheduler's arithmetic.
+    """
+
+    gram: np.ndarray
+    remaining: np.ndarray
+    latents: np.ndarray
+    sampler: LinearSampler
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return self.sampler.steps
+
+    def only(self, which: Sequence[int] | slice) -> "Trajectories":
+        """Those of some of the prompts."""
+        return replace(self, gram=self.gram[which], remaining=self.remaining[which], latents=self.latents[which])
+
+    @cached_property
+    def with_inputs(self) -> np.ndarray:
+        """(2T, 2T): mean Gram matrix of v_0 .. v_{T-1} and the latents x_0 .. x_{T-1}, as `LeastSquares` takes it."""
+        rows = np.concatenate([np.eye(self.steps, self.steps + 1), self.inputs])
+        return rows @ self.gram.mean(0) @ rows.T
+
+    @cached_property
+    def inputs(self) -> np.ndarray:
+        """(T, T+1): the latents x_s in terms of v_0 .. v_{T-1}, x_0."""
+        return np.concatenate([self.sampler.response, self.sampler.start[:, None]], 1)[:-1]
+
+    def least_squares(self, history: int, sees_input: bool = False, ridge: float = 1e-6) -> LeastSquares:
+        """The predictor with the smallest mean error on these trajectories."""
+        if sees_input and self.sampler.noisy:
+            raise SettingError("a scheduler that adds noise: predictors that see the input cannot be simulated")
+        G = self.with_inputs if sees_input else self.gram.mean(0)[: self.steps, : self.steps]
+        return LeastSquares(G, history, ridge, sees_input)
+
+
+class _Recorder(StepListener):
+    """Keeps what the scheduler is given at every step of one batch, and a copy of it from before the first."""
+
+    def __init__(self, prompts: int):
+        self.prompts, self.scheduler = prompts, None
+        self.calls, self.predictions, self.latents = [], [], []
+
+    def given(self, scheduler, arguments):
+        if self.scheduler is None:
+            self.scheduler = copy_of_scheduler(scheduler)
+        rest = {k: v for k, v in arguments.items() if k not in ("model_output", "sample", "return_dict")}
+        prediction, latents = arguments["model_output"], arguments["sample"]
+        if prediction.shape != latents.shape:
+            raise SettingError(
+                f"{type(scheduler).__name__} takes predictions {tuple(prediction.shape)} for latents "
+                f"{tuple(latents.shape)}: the simulator takes one value for each"
+            )
+        self.calls.append(rest)
+        # Where guidance doubles the batch within the sampler, both halves are the same.
+        self.predictions.append(prediction[: self.prompts].float().cpu())
+        self.latents.append(latents[: self.prompts].float().cpu())
+
+
+def record_runs(pipe, prompts: Sequence[str], seeds: Sequence[int], num_inference_steps: int, batch_size=8, **call):
+    """Every batch of prompts run with the method that is enabled on `pipe` (none: every step is computed).
+
+    Yields (recorder, predictions (T, B, ...), latents (T+1, B, ...)), the last of them final.
+    """
+    for start in range(0, len(prompts), batch_size):
+        some = slice(start, start + batch_size)
+        recorder = _Recorder(len(prompts[some]))
+        unwatch = watch_steps(pipe.scheduler, recorder)
+        try:
+            batch = generate(pipe, prompts[some], seeds[some], num_inference_steps, decode=False, **call)
+        finally:
+            unwatch()
+        yield recorder, torch.stack(recorder.predictions), torch.stack([*recorder.latents, batch.latents])
+
+
+def record_trajectories(
+    pipe, prompts: Sequence[str], seeds: Sequence[int], num_inference_steps: int, batch_size: int = 8, **call
+) -> Trajectories:
+    """Run the prompts with every step computed. Raises SettingError for a scheduler whose step is not linear."""
+    grams, remaining, finals, sampler = [], [], [], None
+    for recorder, predictions, latents in record_runs(pipe, prompts, seeds, num_inference_steps, batch_size, **call):
+        sampler = sampler or read_sampler(recorder.scheduler, recorder.calls)
+        for v, x in zip(predictions.unbind(1), latents.unbind(1)):
+            size = x[-1].double().square().mean().item()
+            grams.append(gram([v, x[:1]]) / size)
+            to_go = (x[:-1] - x[-1]).double().square().flatten(1).mean(1)
+            remaining.append((to_go / size).sqrt().numpy())
+        finals.append(latents[-1])
+    return Trajectories(np.stack(grams), np.stack(remaining), torch.cat(finals).numpy(), sampler)
+
+
+@dataclass(frozen=True, eq=False)
+class Fill:
+    """How N plans fill in their steps: the plans and the predictor's weights as arrays.
+
+    Attributes:
+        computed: (N, T), bool.
+        sources, weights: (N, T, h), the steps that a skipped one is predicted from, and their weights; weight 0 where
+            there are fewer than h.
+        own: (N, T), the weight of the input, where the predictor sees it.
+    """
+
+    computed: np.ndarray
+    sources: np.ndarray
+    weights: np.ndarray
+    own: np.ndarray | None
+
+    @classmethod
+    def join(cls, fills: Sequence["Fill"]) -> "Fill":
+        """All of their plans."""
+        if len(fills) == 1:
+            return fills[0]
+        longest = max(fill.weights.shape[2] for fill in fills)
+        pad = lambda x: np.pad(x, ((0, 0), (0, 0), (0, longest - x.shape[2])))  # noqa: E731
+        own = [np.zeros(fill.computed.shape) if fill.own is None else fill.own for fill in fills]
+        return cls(
+            np.concatenate([fill.computed for fill in fills]),
+            np.concatenate([pad(fill.sources) for fill in fills]),
+            np.concatenate([pad(fill.weights) for fill in fills]),
+            np.concatenate(own) if any(fill.own is not None for fill in fills) else None,
+        )
+
+
+class Weights:
+    """A predictor's weights over T steps, asked for once for each set of latest keys."""
+
+    def __init__(self, predictor: Predictor, steps: int):
+        self.predictor, self.steps, self.known = predictor, steps, {}
+
+    def fill(self, plans: Sequence[Sequence[int]]) -> Fill:
+        """Of plans that begin with step 0."""
+        history, T = self.predictor.history, self.steps
+        tails = [[tuple(plan[max(i - history + 1, 0) : i + 1]) for i in range(len(plan))] for plan in plans]
+        self._learn({tail for plan in tails for tail in plan} - self.known.keys())
+        computed = np.zeros((len(plans), T), bool)
+        width = min(history, max(map(len, plans)))
+        sources, weights = np.zeros((len(plans), T, width), int), np.zeros((len(plans), T, width))
+        own = np.zeros((len(plans), T)) if self.predictor.sees_input else None
+        for n, plan in enumerate(plans):
+            computed[n, plan] = True
+            for tail, end in zip(tails[n], [*plan[1:], T]):
+                begin, table = tail[-1] + 1, self.known[tail]
+                if begin < end:
+                    sources[n, begin:end, : len(tail)] = tail
+                    weights[n, begin:end, : len(tail)] = table[: len(tail), begin:end].T
+                    if own is not None:
+                        own[n, begin:end] = table[-1, begin:end]
+        return Fill(computed, sources, weights, own)
+
+    def _learn(self, tails: set[tuple[int, ...]]) -> None:
+        for length in {len(tail) for tail in tails}:
+            rows = [tail for tail in tails if len(tail) == length]
+            self.known.update(zip(rows, _weights(self.predictor, np.array(rows), self.steps)))
+
+
+@dataclass(frozen=True, eq=False)
+class Simulator:
+    """Accelerated runs of the recorded prompts, simulated.
+
+    Attributes:
+        trajectories: of the full-step runs.
+        response: (T,), lambda.
+    """
+
+    trajectories: Trajectories
+    response: np.ndarray
+
+    @cached_property
+    def _space(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Coordinates of v_0 .. v_{T-1} and of x_0 .. x_{T-1}, (T, r), and every prompt's Gram matrix of the r axes.
+
+        Trajectories are smooth, so that r < T + 1 directions hold all but 1e-10 of their squared length.
+        """
+        each, T = self.trajectories.gram, self.trajectories.steps
+        values, vectors = np.linalg.eigh(each.mean(0))
+        left_out = values.clip(0).cumsum() <= 1e-10 * values.sum()
+        axes = vectors[:, ~left_out]
+        return axes[:T], self.trajectories.inputs @ axes, axes.T @ each @ axes
+
+    def errors(self, fill: Fill) -> np.ndarray:
+        """Relative errors of the final latents, (N, P)."""
+        sampler, (v, x, metrics) = self.trajectories.sampler, self._space
+        T, shape = self.trajectories.steps, (len(fill.computed), v.shape[1])
+        q, dx = np.zeros((T, *shape)), np.zeros((T + 1, *shape))
+        for s in range(T):
+            run, skip = np.flatnonzero(fill.computed[:, s]), np.flatnonzero(~fill.computed[:, s])
+            q[s, run] = v[s] + self.response[s] * dx[s, run]
+            if len(skip):
+                kept = q[fill.sources[skip, s], skip[:, None]]  # (n, h, r)
+                q[s, skip] = (fill.weights[skip, s, None] @ kept)[:, 0]
+                if fill.own is not None:
+                    q[s, skip] += fill.own[skip, s, None] * (x[s] + dx[s, skip])
+            for back in range(min(sampler.carry.shape[1], s + 1)):
+                dx[s + 1] += sampler.carry[s, back] * dx[s - back]
+                dx[s + 1] += sampler.drive[s, back] * (q[s - back] - v[s - back])
+        squares = np.einsum("pnr,nr->np", dx[T] @ metrics, dx[T])
+        return np.sqrt(np.maximum(squares, 1e-20))
+
+
+def decibels(errors: np.ndarray) -> np.ndarray:
+    """Of relative errors (..., P), the mean over prompts of -20 log10: each prompt counts alike, as in a mean PSNR."""
+    return -20 * np.log10(errors).mean(-1)

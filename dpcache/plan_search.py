@@ -1,12 +1,9 @@
 """The steps to compute, searched in the simulator."""
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
-import numpy as np
-
-from dpcache.simulator import Simulator, Weights, decibels
-
-Plan = tuple[int, ...]
+from dpcache.simulator import Plan, Simulator, Weights, decibels
 
 
 def search_plans(
@@ -47,7 +44,7 @@ def _moves_of_one(plan: Plan, steps: int) -> list[Plan]:
 
 def _moves_of_two(plan: Plan, steps: int, reach: int = 2) -> list[Plan]:
     found = []
-    for one, two in zip(plan[1:], plan[2:]):
+    for one, two in pairwise(plan[1:]):
         rest = {*plan} - {one, two}
         for a in range(one - reach, one + reach + 1):
             for b in range(two - reach, two + reach + 1):

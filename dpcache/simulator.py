@@ -19,7 +19,7 @@ one of the predictions themselves.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -29,10 +29,13 @@ from dpcache._diffusers import StepListener, copy_of_scheduler, watch_steps
 from dpcache.errors import SettingError
 from dpcache.gram import _weights, gram
 from dpcache.linear_sampler import LinearSampler, read_sampler
-from dpcache.predictors import LeastSquares, Predictor
+from dpcache.method import Method, cached
+from dpcache.predictors import AdamsBashforth, Lagrange, LeastSquares, Predictor, Taylor
 from dpcache.sampler import generate
+from dpcache.schedules import Schedule
 
 KNOTS = 12  # values of the response curve
+Plan = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,16 +60,6 @@ class Trajectories:
         """T."""
         return self.sampler.steps
 
-    def only(self, which: Sequence[int] | slice) -> "Trajectories":
-        """Those of some of the prompts."""
-        return replace(self, gram=self.gram[which], remaining=self.remaining[which], latents=self.latents[which])
-
-    @cached_property
-    def with_inputs(self) -> np.ndarray:
-        """(2T, 2T): mean Gram matrix of v_0 .. v_{T-1} and the latents x_0 .. x_{T-1}, as `LeastSquares` takes it."""
-        rows = np.concatenate([np.eye(self.steps, self.steps + 1), self.inputs])
-        return rows @ self.gram.mean(0) @ rows.T
-
     @cached_property
     def inputs(self) -> np.ndarray:
         """(T, T+1): the latents x_s in terms of v_0 .. v_{T-1}, x_0."""
@@ -74,10 +67,32 @@ class Trajectories:
 
     def least_squares(self, history: int, sees_input: bool = False, ridge: float = 1e-6) -> LeastSquares:
         """The predictor with the smallest mean error on these trajectories."""
-        if sees_input and self.sampler.noisy:
-            raise SettingError("a scheduler that adds noise: predictors that see the input cannot be simulated")
-        G = self.with_inputs if sees_input else self.gram.mean(0)[: self.steps, : self.steps]
-        return LeastSquares(G, history, ridge, sees_input)
+        rows = np.eye(self.steps, self.steps + 1)
+        if sees_input:
+            if self.sampler.noisy:
+                raise SettingError("predictors that see the input cannot be simulated with a scheduler that adds noise")
+            rows = np.concatenate([rows, self.inputs])
+        return LeastSquares(rows @ self.gram.mean(0) @ rows.T, history, ridge, sees_input)
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """How the model answered errors of its latents where accelerated runs computed a step, n observations.
+
+    Attributes:
+        step: (n,), which step.
+        error, product, answer: (n,), <dx, dx>, <dx, dv> and <dv, dv>, in units of |x_T|^2.
+    """
+
+    step: np.ndarray
+    error: np.ndarray
+    product: np.ndarray
+    answer: np.ndarray
+
+    @classmethod
+    def join(cls, parts: Sequence["Answers"]) -> "Answers":
+        """All of their observations."""
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
 
 
 class _Recorder(StepListener):
@@ -90,49 +105,112 @@ class _Recorder(StepListener):
     def given(self, scheduler, arguments):
         if self.scheduler is None:
             self.scheduler = copy_of_scheduler(scheduler)
-        rest = {k: v for k, v in arguments.items() if k not in ("model_output", "sample", "return_dict")}
         prediction, latents = arguments["model_output"], arguments["sample"]
         if prediction.shape != latents.shape:
             raise SettingError(
                 f"{type(scheduler).__name__} takes predictions {tuple(prediction.shape)} for latents "
                 f"{tuple(latents.shape)}: the simulator takes one value for each"
             )
-        self.calls.append(rest)
+        rest = ("model_output", "sample", "return_dict")
+        self.calls.append({name: value for name, value in arguments.items() if name not in rest})
         # Where guidance doubles the batch within the sampler, both halves are the same.
         self.predictions.append(prediction[: self.prompts].float().cpu())
         self.latents.append(latents[: self.prompts].float().cpu())
 
 
-def record_runs(pipe, prompts: Sequence[str], seeds: Sequence[int], num_inference_steps: int, batch_size=8, **call):
-    """Every batch of prompts run with the method that is enabled on `pipe` (none: every step is computed).
+def _run(pipe, prompts, seeds, num_inference_steps, call) -> tuple[_Recorder, np.ndarray, np.ndarray]:
+    """One batch, with the method that is enabled on `pipe`: predictions (T, B, D) and latents (T+1, B, D)."""
+    recorder = _Recorder(len(prompts))
+    unwatch = watch_steps(pipe.scheduler, recorder)
+    try:
+        final = generate(pipe, prompts, seeds, num_inference_steps, decode=False, **call).latents
+    finally:
+        unwatch()
+    return recorder, torch.stack(recorder.predictions), torch.stack([*recorder.latents, final])
 
-    Yields (recorder, predictions (T, B, ...), latents (T+1, B, ...)), the last of them final.
+
+def record(
+    pipe,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    num_inference_steps: int,
+    site: str = "output",
+    probes: Sequence[tuple[Plan, Predictor]] | None = None,
+    batch_size: int = 2,
+    **call,
+) -> tuple[Trajectories, Answers]:
+    """Run the prompts with every step computed, and some of them again with plans that are only to be learnt from.
+
+    Predictions and latents of one batch are held at a time.
+
+    Args:
+        site: where the probes keep and put back.
+        probes: plans and predictors, dealt out to the batches in turn; None: `random_probes(24, T)`.
+        call: further arguments of the pipeline.
+
+    Raises SettingError for a scheduler whose step is not linear.
     """
-    for start in range(0, len(prompts), batch_size):
+    T = num_inference_steps
+    probes = random_probes(24, T) if probes is None else probes
+    grams, remaining, finals, answers, sampler = [], [], [], [], None
+    starts = range(0, len(prompts), batch_size)
+    for number, start in enumerate(starts):
         some = slice(start, start + batch_size)
-        recorder = _Recorder(len(prompts[some]))
-        unwatch = watch_steps(pipe.scheduler, recorder)
-        try:
-            batch = generate(pipe, prompts[some], seeds[some], num_inference_steps, decode=False, **call)
-        finally:
-            unwatch()
-        yield recorder, torch.stack(recorder.predictions), torch.stack([*recorder.latents, batch.latents])
-
-
-def record_trajectories(
-    pipe, prompts: Sequence[str], seeds: Sequence[int], num_inference_steps: int, batch_size: int = 8, **call
-) -> Trajectories:
-    """Run the prompts with every step computed. Raises SettingError for a scheduler whose step is not linear."""
-    grams, remaining, finals, sampler = [], [], [], None
-    for recorder, predictions, latents in record_runs(pipe, prompts, seeds, num_inference_steps, batch_size, **call):
+        recorder, v, x = _run(pipe, prompts[some], seeds[some], T, call)
         sampler = sampler or read_sampler(recorder.scheduler, recorder.calls)
-        for v, x in zip(predictions.unbind(1), latents.unbind(1)):
-            size = x[-1].double().square().mean().item()
-            grams.append(gram([v, x[:1]]) / size)
-            to_go = (x[:-1] - x[-1]).double().square().flatten(1).mean(1)
+        finals.append(x[-1])
+        for one in range(x.shape[1]):
+            size = x[-1, one].double().square().mean().item()
+            grams.append(gram([v[:, one], x[:1, one]]) / size)
+            to_go = (x[:-1, one] - x[-1, one]).double().square().flatten(1).mean(1)
             remaining.append((to_go / size).sqrt().numpy())
-        finals.append(latents[-1])
-    return Trajectories(np.stack(grams), np.stack(remaining), torch.cat(finals).numpy(), sampler)
+        for plan, predictor in probes[number :: len(starts)]:
+            with cached(pipe, Method(Schedule(plan, T), site, predictor)):
+                _, q, y = _run(pipe, prompts[some], seeds[some], T, call)
+            answers.append(_answers(plan, v, x, q, y))
+    return Trajectories(np.stack(grams), np.stack(remaining), torch.cat(finals).numpy(), sampler), Answers.join(answers)
+
+
+def _answers(plan: Plan, v: torch.Tensor, x: torch.Tensor, q: torch.Tensor, y: torch.Tensor) -> Answers:
+    """From predictions and latents of the full-step run (v, x) and of a plan's (q, y), (T, B, ...) each. Where nothing
+    was skipped before, there is no error to answer."""
+    skipped = next((step for step in range(len(v)) if step not in plan), len(v))
+    keys = [step for step in plan if step > skipped]
+    size = x[-1].double().square().flatten(1).sum(1)
+    dx = (y[keys] - x[keys]).double().flatten(2)
+    dv = (q[keys] - v[keys]).double().flatten(2)
+    products = [(a * b).sum(2) / size for a, b in ((dx, dx), (dx, dv), (dv, dv))]
+    return Answers(np.repeat(keys, len(size)).astype(int), *(part.flatten().numpy() for part in products))
+
+
+def random_probes(number: int, num_inference_steps: int, seed: int = 0) -> list[tuple[Plan, Predictor]]:
+    """Plans of a tenth to four tenths of the steps, wherever these fall, with three predictors in turn: their errors
+    are of many sizes, at all steps."""
+    random, T = np.random.default_rng(seed), num_inference_steps
+    budgets = np.exp(random.uniform(np.log(0.1 * T), np.log(0.4 * T), number)).round().astype(int)
+    plans = [(0, *sorted((1 + random.permutation(T - 1)[: max(budget, 2) - 1]).tolist())) for budget in budgets]
+    predictors = (Taylor(1), Lagrange(2), AdamsBashforth(2))
+    return [(plan, predictors[i % len(predictors)]) for i, plan in enumerate(plans)]
+
+
+def fit_response(answers: Answers, trajectories: Trajectories, knots: int = KNOTS, smooth: float = 1e-3) -> np.ndarray:
+    """lambda, (T,): a curve c(s) / remaining, c linear between evenly spaced steps, that least squares fit to the
+    answers: the least sum over observations of remaining |dv - lambda dx|^2 / (|dv| |dx|).
+
+    Args:
+        knots: how many values the curve has.
+        smooth: the weight of the curve's squared second differences, against one observation's.
+    """
+    T, remaining = trajectories.steps, trajectories.remaining.mean(0)
+    at = np.linspace(0, knots - 1, T)[:, None]
+    hats = np.maximum(1 - np.abs(at - np.arange(knots)), 0)  # (T, knots)
+    heard = (answers.error > 1e-12) & (answers.answer > 0)
+    step, error, product, answer = (getattr(answers, name)[heard] for name in Answers.__dataclass_fields__)
+    each, unit = hats[step], remaining[step]
+    normal = each.T @ (each * (np.sqrt(error / answer) / unit)[:, None])
+    bend = np.diff(np.eye(knots), 2, axis=0)
+    right = each.T @ (product / np.sqrt(error * answer))
+    return hats @ np.linalg.solve(normal + smooth * len(step) * bend.T @ bend, right) / remaining
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,3 +324,21 @@ class Simulator:
 def decibels(errors: np.ndarray) -> np.ndarray:
     """Of relative errors (..., P), the mean over prompts of -20 log10: each prompt counts alike, as in a mean PSNR."""
     return -20 * np.log10(errors).mean(-1)
+
+
+def predict_error(simulator: Simulator, method: Method) -> float:
+    """The relative error that `method` will leave in the final latents, |x - full-step x| / |full-step x|: the
+    geometric mean over the recorded prompts, so that its decibels are the mean of theirs.
+
+    Raises SettingError for a method whose steps are not fixed, or that keeps something else than the stack's output or
+    the prediction.
+    """
+    T, steps = simulator.trajectories.steps, method.schedule.steps
+    if steps is None:
+        raise SettingError(f"{type(method.schedule).__name__} decides online: the simulator takes fixed steps")
+    if method.num_inference_steps != T:
+        raise SettingError(f"num_inference_steps={method.num_inference_steps}: the simulator was made for {T}")
+    if method.site.name not in ("stack", "output"):
+        raise SettingError(f"site={method.site.name}: the simulator takes stack or output")
+    errors = simulator.errors(Weights(method.predictor, T).fill([steps]))
+    return float(10 ** (-decibels(errors)[0] / 20))

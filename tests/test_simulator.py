@@ -1,0 +1,271 @@
+"""The simulator against real runs of models that answer errors linearly, and schedulers against their own steps."""
+
+import inspect
+from itertools import combinations
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dpcache
+from dpcache.linear_sampler import read_sampler, unroll
+from dpcache.method import Method
+from dpcache.plan_search import search_plans
+from dpcache.predictors import AdamsBashforth, Chebyshev, FoCa, Hermite, Lagrange, Reuse, Taylor, Zeus
+from dpcache.sampler import sample
+from dpcache.schedules import EvenlySpaced, Schedule
+from dpcache.simulator import (
+    Answers,
+    Fill,
+    Simulator,
+    Trajectories,
+    Weights,
+    decibels,
+    fit_response,
+    predict_error,
+    random_probes,
+    record,
+)
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+LINEAR = {
+    "Euler, flow": (diffusers.FlowMatchEulerDiscreteScheduler, {"shift": 3.0}, 1),
+    "DDIM": (diffusers.DDIMScheduler, {"clip_sample": False}, 1),
+    "DDIM, velocity": (diffusers.DDIMScheduler, {"clip_sample": False, "prediction_type": "v_prediction"}, 1),
+    "DDPM": (diffusers.DDPMScheduler, {"clip_sample": False}, 1),
+    "DPM-Solver++ 2": (diffusers.DPMSolverMultistepScheduler, {}, 2),
+    "DPM-Solver++ 3": (diffusers.DPMSolverMultistepScheduler, {"solver_order": 3}, 3),
+    "DPM-Solver++, flow": (diffusers.DPMSolverMultistepScheduler, FLOW, 2),
+    "SDE-DPM-Solver++": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, 2),
+    "UniPC 2": (diffusers.UniPCMultistepScheduler, {}, 3),
+    "UniPC 3": (diffusers.UniPCMultistepScheduler, {"solver_order": 3}, 4),
+    "UniPC, flow": (diffusers.UniPCMultistepScheduler, FLOW, 3),
+}
+NOT_LINEAR = [
+    (diffusers.DDIMScheduler, {"clip_sample": True}),
+    (diffusers.DDPMScheduler, {"thresholding": True, "clip_sample": False}),
+]
+PREDICTORS = [Reuse(), Taylor(1), Taylor(2), Taylor(2, since=2), Hermite(2), Lagrange(2), Lagrange(3)]
+PREDICTORS += [AdamsBashforth(2), AdamsBashforth(3), FoCa(), Zeus()]
+
+
+def ready(kind, config, steps):
+    """A scheduler with its timesteps set, and the arguments of its steps beside prediction and latents."""
+    scheduler = kind(**config)
+    scheduler.set_timesteps(steps)
+    noisy = "generator" in inspect.signature(scheduler.step).parameters
+    return scheduler, [{"timestep": time} | ({"generator": None} if noisy else {}) for time in scheduler.timesteps]
+
+
+def sampled(scheduler, calls, start, predictions):
+    """The latents before every step and at the end, of the scheduler itself; its noise is always the same."""
+    latents, noise = [start], [torch.Generator().manual_seed(5) for _ in start]
+    for prediction, call in zip(predictions, calls):
+        call = call | ({"generator": noise} if "generator" in call else {})
+        latents.append(scheduler.step(prediction, sample=latents[-1], return_dict=False, **call)[0])
+    return torch.stack(latents)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("steps", [16, 25])  # with fewer, solvers lower their order
+def test_the_recurrence_gives_the_schedulers_own_trajectory(name, steps):
+    kind, config, memory = LINEAR[name]
+    scheduler, calls = ready(kind, config, steps)
+    sampler = read_sampler(scheduler, calls)
+    assert sampler.drive.shape == (steps, memory)
+    random = torch.Generator().manual_seed(1)
+    start = torch.randn(3, 2, 4, 4, generator=random, dtype=torch.float64)
+    one, two = (torch.randn(steps, 3, 2, 4, 4, generator=random, dtype=torch.float64) for _ in range(2))
+    first = sampled(scheduler, calls, start, one)
+    second = sampled(*ready(kind, config, steps), start, two)
+    moved, expected = (two - one).numpy(), (second - first).numpy()
+    tolerance = dict(rtol=0, atol=2e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(np.tensordot(sampler.response, moved, 1), expected, **tolerance)
+    dx = np.zeros_like(expected)
+    for s in range(steps):
+        for back in range(min(memory, s + 1)):
+            dx[s + 1] += sampler.carry[s, back] * dx[s - back] + sampler.drive[s, back] * moved[s - back]
+    np.testing.assert_allclose(dx, expected, **tolerance)
+    np.testing.assert_allclose(unroll(sampler.carry, sampler.drive), sampler.response, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in LINEAR if "DDPM" not in name and "SDE" not in name])
+def test_start_and_response_give_the_latents_themselves_where_no_noise_is_added(name):
+    kind, config, _ = LINEAR[name]
+    scheduler, calls = ready(kind, config, 8)
+    sampler = read_sampler(scheduler, calls)
+    start, predictions = torch.randn(2, 1, 4, 4).double(), torch.randn(8, 2, 1, 4, 4).double()
+    latents = sampled(scheduler, calls, start, predictions).numpy()
+    expected = np.multiply.outer(sampler.start, start.numpy()) + np.tensordot(sampler.response, predictions.numpy(), 1)
+    assert not sampler.noisy
+    np.testing.assert_allclose(latents, expected, atol=2e-5 * np.abs(latents).max())
+
+
+@pytest.mark.parametrize("name", ["DDPM", "SDE-DPM-Solver++"])
+def test_schedulers_that_add_noise_are_marked(name):
+    kind, config, _ = LINEAR[name]
+    assert read_sampler(*ready(kind, config, 6)).noisy
+
+
+@pytest.mark.parametrize("kind, config", NOT_LINEAR)
+def test_a_scheduler_that_is_not_linear_is_refused_by_name(kind, config):
+    with pytest.raises(dpcache.SettingError, match=f"^{kind.__name__}: .* linear") as error:
+        read_sampler(*ready(kind, config, 8))
+    assert "\n" not in str(error.value)
+
+
+def test_reading_a_scheduler_leaves_it_as_it_was():
+    scheduler, calls = ready(*LINEAR["UniPC 2"][:2], 6)
+    read_sampler(scheduler, calls)
+    assert scheduler.step_index is None and scheduler.last_sample is None
+    assert "step" not in vars(scheduler)
+
+
+class ToyRun:
+    """A real sampling loop of a toy model with a real scheduler, with a plan or (None) with every step computed.
+
+    The model is v = rate(s) x + a vector that changes from step to step, so it answers every error of x with rate(s)
+    times the error.
+    """
+
+    def __init__(self, name, rates, seed=0, size=40):
+        kind, config, _ = LINEAR[name]
+        self.make = lambda: ready(kind, config, len(rates))
+        self.rates = rates
+        random = torch.Generator().manual_seed(seed)
+        self.own = torch.randn(len(rates), size, generator=random, dtype=torch.float64).cumsum(0) / 4
+        self.start = torch.randn(1, size, generator=random, dtype=torch.float64)
+        self.sampler = read_sampler(*self.make())
+
+    def __call__(self, plan=None, predictor=None):
+        """Predictions (T, size) and latents (T+1, size)."""
+        scheduler, calls = self.make()
+        x, used, latents = self.start, [], [self.start]
+        for s, call in enumerate(calls):
+            if plan is None or s in plan:
+                used.append(self.rates[s] * x + self.own[s])
+            else:
+                keys = [key for key in plan if key < s]
+                weights = list(predictor.weights(keys, s))
+                seen = weights.pop() * x if predictor.sees_input else 0
+                used.append(seen + sum(w * used[k] for w, k in zip(weights, keys[-len(weights) :])))
+            x = scheduler.step(used[-1], sample=x, return_dict=False, **call)[0]
+            latents.append(x)
+        return torch.cat(used).numpy(), torch.cat(latents).numpy()
+
+    def trajectories(self):
+        v, x = self()
+        rows, size = np.concatenate([v, x[:1]]), x[-1] @ x[-1]
+        remaining = np.linalg.norm(x[:-1] - x[-1], axis=1) / np.sqrt(size)
+        return Trajectories((rows @ rows.T)[None] / size, remaining[None], x[-1:], self.sampler)
+
+    def error(self, plan, predictor):
+        truth, moved = self()[1][-1], self(plan, predictor)[1][-1]
+        return np.linalg.norm(moved - truth) / np.linalg.norm(truth)
+
+
+def rates(steps):
+    return np.linspace(0.9, 0.1, steps)
+
+
+@pytest.mark.parametrize("name", ["Euler, flow", "DDIM", "DPM-Solver++, flow", "UniPC, flow"])
+@given(seed=st.integers(0, 10**6), steps=st.integers(6, 14))
+@settings(deadline=None, max_examples=8)
+def test_simulated_and_real_errors_of_a_linear_model_agree(name, seed, steps):
+    toy, random = ToyRun(name, rates(steps), seed), np.random.default_rng(seed)
+    trajectories = toy.trajectories()
+    simulator = Simulator(trajectories, toy.rates)
+    predictors = [*PREDICTORS, Chebyshev(steps)]
+    predictors += [trajectories.least_squares(3, ridge=1e-4), trajectories.least_squares(2, True, ridge=1e-4)]
+    for predictor in random.choice(np.array(predictors, dtype=object), 4, replace=False):
+        plan = [0, *sorted(1 + random.choice(steps - 1, random.integers(2, steps - 2), replace=False))]
+        real = toy.error(plan, predictor)
+        simulated = simulator.errors(Weights(predictor, steps).fill([plan]))[0, 0]
+        assert simulated == pytest.approx(real, rel=1e-3, abs=1e-6)
+
+
+def test_a_plan_that_computes_every_step_has_no_error():
+    toy = ToyRun("DDIM", rates(8))
+    errors = Simulator(toy.trajectories(), toy.rates).errors(Weights(Taylor(2), 8).fill([range(8)]))
+    assert errors.max() <= 1e-9
+
+
+@given(st.integers(0, 10**6))
+@settings(deadline=None, max_examples=10)
+def test_a_batch_of_plans_gives_what_they_give_one_by_one(seed):
+    toy, random = ToyRun("UniPC, flow", rates(12)), np.random.default_rng(seed)
+    simulator = Simulator(toy.trajectories(), toy.rates)
+    parts = []
+    for predictor in (Taylor(2), AdamsBashforth(4), toy.trajectories().least_squares(2, True)):
+        plans = [[0, *sorted(1 + random.permutation(11)[: random.integers(1, 8)])] for _ in range(5)]
+        parts += [Weights(predictor, 12).fill([plan]) for plan in plans]
+    together = simulator.errors(Fill.join(parts))
+    np.testing.assert_allclose(together, np.concatenate([simulator.errors(part) for part in parts]), rtol=1e-6)
+
+
+def test_weights_are_those_of_the_predictor():
+    for predictor in PREDICTORS:
+        fill = Weights(predictor, 9).fill([[0, 2, 3, 6]])
+        for step in (1, 4, 5, 7, 8):
+            keys = [key for key in (0, 2, 3, 6) if key < step]
+            expected = np.zeros(9)
+            weights = predictor.weights(keys, step)
+            expected[keys[len(keys) - len(weights) :]] = weights
+            found = np.bincount(fill.sources[0, step], fill.weights[0, step], minlength=9)
+            np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_the_response_of_a_linear_model_is_found_from_its_answers():
+    toy = ToyRun("DDIM", rates(20))
+    trajectories = toy.trajectories()
+    (v, x), parts = toy(), []
+    for plan, predictor in random_probes(12, 20):
+        q, y = toy(plan, predictor)
+        keys = [key for key in plan if np.abs(y[key] - x[key]).max() > 1e-9]
+        dx, dv = y[keys] - x[keys], q[keys] - v[keys]
+        size = x[-1] @ x[-1]
+        parts.append(Answers(np.array(keys), *(((a * b).sum(1) / size) for a, b in ((dx, dx), (dx, dv), (dv, dv)))))
+    response = fit_response(Answers.join(parts), trajectories, knots=10, smooth=1e-6)
+    units = trajectories.remaining[0]
+    np.testing.assert_allclose(response[2:-1] * units[2:-1], (toy.rates * units)[2:-1], atol=0.03)
+
+
+def test_the_best_of_all_plans_is_found():
+    toy = ToyRun("Euler, flow", rates(12), seed=3)
+    simulator, weights = Simulator(toy.trajectories(), toy.rates), Weights(Taylor(1), 12)
+    every = [(0, *rest) for rest in combinations(range(1, 12), 4)]
+    best = decibels(simulator.errors(weights.fill(every))).max()
+    found = search_plans(simulator, weights, [EvenlySpaced(5, 12).steps], keep=3)
+    assert found[0][0] == pytest.approx(best)
+    assert len({plan for _, plan in found}) == 3 and found == sorted(found, reverse=True)
+
+
+def test_recorded_runs_of_a_pipeline_foretell_an_accelerated_run(pipe):
+    call = {"height": 64, "width": 64, "max_sequence_length": 12}
+    trajectories, answers = record(pipe, ["dog", "car"], [0, 1], 10, probes=random_probes(4, 10), **call)
+    simulator = Simulator(trajectories, fit_response(answers, trajectories, knots=5))
+    assert (trajectories.steps, len(trajectories.latents)) == (10, 2)
+    assert pipe.scheduler.__dict__.get("step") is None
+    method = Method(Schedule([0, 3, 6, 8], 10), "output", Taylor(1))
+    latents = sample(pipe, method, ["dog", "car"], [0, 1], decode=False, **call).latents.numpy()
+    moved = (latents - trajectories.latents).reshape(2, -1)
+    real = np.linalg.norm(moved, axis=1) / np.linalg.norm(trajectories.latents.reshape(2, -1), axis=1)
+    assert predict_error(simulator, method) == pytest.approx(np.exp(np.log(real).mean()), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "method, message",
+    [
+        (Method(EvenlySpaced(4, 8), "modules", Reuse()), "site=modules"),
+        (Method(EvenlySpaced(4, 9), "output", Reuse()), "num_inference_steps=9"),
+        (SimpleNamespace(schedule=SimpleNamespace(steps=None), num_inference_steps=8), "decides online"),
+    ],
+)
+def test_methods_that_cannot_be_simulated_are_refused(method, message):
+    toy = ToyRun("DDIM", rates(8))
+    with pytest.raises(dpcache.SettingError, match=message):
+        predict_error(Simulator(toy.trajectories(), toy.rates), method)

@@ -3,7 +3,11 @@
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from dpcache.simulator import Plan, Simulator, Weights, decibels
+from dpcache.gram import key_axes, path_costs
+from dpcache.planner import plan as plan_exactly
+from dpcache.predictors import Predictor
+from dpcache.schedules import EvenlySpaced
+from dpcache.simulator import Plan, Simulator, Trajectories, Weights, decibels
 
 
 def search_plans(
@@ -35,6 +39,23 @@ def search_plans(
         ) != plan:
             plan = moved
     return sorted(((score, plan) for plan, score in known.items()), reverse=True)[:keep]
+
+
+def starting_plans(trajectories: Trajectories, predictor: Predictor, budget: int) -> list[Plan]:
+    """Plans of K steps to search from: evenly spaced ones, some that grow denser towards the end, and the exact plan
+    over open-loop costs, in which a step's error counts by how far it moves the final latents."""
+    T = trajectories.steps
+    starts = [tuple(EvenlySpaced(budget, T, warmup).steps) for warmup in (1, 3) if warmup <= budget]
+    for power in (1.5, 2, 3):
+        plan = [0]
+        for key in range(1, budget):
+            step = int(T * (1 - (1 - key / budget) ** power))
+            plan.append(min(max(step, plan[-1] + 1), T - budget + key))
+        starts.append(tuple(plan))
+    if not predictor.sees_input:
+        G, moved = trajectories.gram.mean(0)[:T, :T], trajectories.sampler.response[-1] ** 2
+        starts.append(tuple(plan_exactly(path_costs(G, predictor, key_axes(predictor, T), moved), budget, warmup=1)))
+    return starts
 
 
 def _moves_of_one(plan: Plan, steps: int) -> list[Plan]:

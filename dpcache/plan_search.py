@@ -1,6 +1,6 @@
 """The steps to compute, searched in the simulator."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 from dpcache.gram import key_axes, path_costs
@@ -13,7 +13,8 @@ from dpcache.simulator import Plan, Simulator, Trajectories, Weights, decibels
 def search_plans(
     simulator: Simulator, weights: Weights, starts: Iterable[Sequence[int]], keep: int = 1
 ) -> list[tuple[float, Plan]]:
-    """Improve plans until no move helps: each key to any free step, and each two neighbours by up to two steps each.
+    """Improve plans until no move helps: one key to any other step, or two neighbours by up to two steps each. With
+    many steps keys are first moved on a grid of about fifty, then by less than its mesh.
 
     Args:
         weights: of the predictor.
@@ -24,6 +25,7 @@ def search_plans(
         The best different plans and their simulated decibels, best first.
     """
     known: dict[Plan, float] = {}
+    steps, mesh = weights.steps, max(weights.steps // 50, 1)
 
     def best(plans: Iterable[Plan]) -> Plan:
         plans = list(dict.fromkeys(plans))
@@ -32,13 +34,35 @@ def search_plans(
             known.update(zip(new, decibels(simulator.errors(weights.fill(new))).tolist()))
         return max(plans, key=known.__getitem__)
 
-    for start in starts:
-        plan = tuple(start)
-        while (moved := best([plan, *_moves_of_one(plan, weights.steps)])) != plan or (
-            moved := best([plan, *_moves_of_two(plan, weights.steps)])
-        ) != plan:
+    def anywhere(plan: Plan) -> list[Plan]:
+        places = [(step,) for step in range(mesh, steps, mesh)]
+        return [moved for key in plan[1:] for moved in _moved(plan, (key,), places, steps)]
+
+    def nearby(plan: Plan) -> list[Plan]:
+        by = range(1 - mesh, mesh)
+        return [moved for key in plan[1:] for moved in _moved(plan, (key,), [(key + b,) for b in by], steps)]
+
+    def both(plan: Plan) -> list[Plan]:
+        by = range(-2, 3)
+        pairs = [(one, two, [(one + a, two + b) for a in by for b in by]) for one, two in pairwise(plan[1:])]
+        return [moved for one, two, places in pairs for moved in _moved(plan, (one, two), places, steps)]
+
+    def improved(plan: Plan, *kinds: Callable[[Plan], list[Plan]]) -> Plan:
+        """Moves of the first kind as long as they help, then one of the next kind, and so on."""
+        while True:
+            for moves in kinds:
+                moved = best([plan, *moves(plan)])
+                if moved != plan:
+                    break
+            else:
+                return plan
             plan = moved
-    return sorted(((score, plan) for plan, score in known.items()), reverse=True)[:keep]
+
+    for start in starts:
+        plan = improved(tuple(start), anywhere)
+        improved(plan, *((nearby, both) if mesh > 1 else (anywhere, both)))
+    found = [(score, plan) for plan, score in known.items()]
+    return sorted(found, reverse=True)[:keep]
 
 
 def starting_plans(trajectories: Trajectories, predictor: Predictor, budget: int) -> list[Plan]:
@@ -58,18 +82,8 @@ def starting_plans(trajectories: Trajectories, predictor: Predictor, budget: int
     return starts
 
 
-def _moves_of_one(plan: Plan, steps: int) -> list[Plan]:
-    free = [step for step in range(1, steps) if step not in plan]
-    return [tuple(sorted({*plan} - {key} | {step})) for key in plan[1:] for step in free]
-
-
-def _moves_of_two(plan: Plan, steps: int, reach: int = 2) -> list[Plan]:
-    found = []
-    for one, two in pairwise(plan[1:]):
-        rest = {*plan} - {one, two}
-        for a in range(one - reach, one + reach + 1):
-            for b in range(two - reach, two + reach + 1):
-                moved = rest | {a, b}
-                if len(moved) == len(plan) and min(a, b) > 0 and max(a, b) < steps:
-                    found.append(tuple(sorted(moved)))
-    return found
+def _moved(plan: Plan, keys: Plan, places: Iterable[Plan], steps: int) -> list[Plan]:
+    """The plan with `keys` at other places, wherever these are free."""
+    rest = set(plan) - set(keys)
+    moved = (rest.union(place) for place in places if min(place) > 0 and max(place) < steps)
+    return [tuple(sorted(plan)) for plan in moved if len(plan) == len(rest) + len(keys)]

@@ -43,7 +43,7 @@ def main(config: DictConfig) -> float | None:
             score(config)
             return None
         if config.stage is Stage.calibrate:
-            settle(config)
+            calibrate(config)
             return None
         result = run(config, folder)
         failures.clear(folder)
@@ -80,29 +80,29 @@ def score(config: DictConfig) -> None:
     rescore.rescore(config, lambda model: compose("config", [*others, f"model={model}"]))
 
 
-def settle(config: DictConfig) -> None:
-    """Calibrate and let the method settle what it needs; print that and leave it in a file."""
+def calibrate(config: DictConfig) -> None:
+    """Calibrate and build the method; print what was decided and leave it in a file."""
     from hydra.utils import instantiate
 
     from eval import runs
 
-    choices, method = HydraConfig.get().runtime.choices, instantiate(config.method)
-    if not method.needs_calibration:
+    choices, recipe = HydraConfig.get().runtime.choices, instantiate(config.method)
+    if recipe.statistics is None:
         raise SettingError(f"stage=calibrate: method={choices.method} has nothing to calibrate")
     runs.check(config)
     _, prompts = runs.read_prompts(config, True)
     one = runs.Run(config, runs.load_pipeline(config), Path(config.output_dir))
-    calibration, path = one.calibration(method, prompts)
-    method.prepare(one.pipe, calibration)
+    calibration, path = one.calibration(recipe.statistics, prompts)
+    decided = dict(recipe.build(one.pipe, calibration).decided)
+    cost = {"statistics": calibration.took(recipe.statistics), "method": calibration.reran}
     name = f"{choices.model}-{choices.method}-K{config.budget}-T{config.num_inference_steps}.json"
-    steps = {} if method.schedule.steps is None else {"steps": method.schedule.steps}
-    settled = steps | method.settled | {"made_from": str(path)}
-    write_text(path.with_name(name), json.dumps(settled, indent=1))
-    print(*(f"{key}: {json.dumps(value)}" for key, value in settled.items()), path.with_name(name), sep="\n")
+    found = decided | {"calibration_trajectories": cost, "made_from": str(path)}
+    write_text(path.with_name(name), json.dumps(found, indent=1))
+    print(*(f"{key}: {json.dumps(value)}" for key, value in found.items()), path.with_name(name), sep="\n")
 
 
 def run(config: DictConfig, folder: Path) -> dict:
-    """Compose, prepare the method, sample, evaluate, report. Returns what `result.json` holds."""
+    """Compose, build the method, sample, evaluate, report. Returns what `result.json` holds."""
     from hydra.utils import instantiate  # here: a wrong command is answered before torch is loaded
 
     from eval import dry_run, runs
@@ -111,14 +111,15 @@ def run(config: DictConfig, folder: Path) -> dict:
     from eval.store import locked
 
     choices = HydraConfig.get().runtime.choices
-    method = instantiate(config.method)
-    name = label(config, choices.method, method.needs_calibration, HydraConfig.get().overrides.task)
+    recipe = instantiate(config.method)
+    calibrates = recipe.statistics is not None
+    name = label(config, choices.method, calibrates, HydraConfig.get().overrides.task)
     runs.check(config)
     runs.warn_few_steps(config)
-    prompts, calibration_prompts = runs.read_prompts(config, method.needs_calibration)
+    prompts, calibration_prompts = runs.read_prompts(config, calibrates)
     main = main_process()
     if config.dry_run:
-        plan = dry_run.describe(config, choices.model, choices.method, method, len(prompts), len(calibration_prompts))
+        plan = dry_run.describe(config, choices.model, choices.method, recipe, len(prompts), len(calibration_prompts))
         print(plan)
         return {}
     with locked(folder / "run") if main else nullcontext():
@@ -139,17 +140,17 @@ def run(config: DictConfig, folder: Path) -> dict:
         if main:
             group = sweep.group(HydraConfig.get()) or choices.model
             logger.start(OmegaConf.to_container(config, resolve=True), folder.name, group, folder)
-            print(f"{choices.model}  {choices.method}  {dry_run.announce(config, method, len(prompts))}")
+            print(f"{choices.model}  {choices.method}  {dry_run.announce(config, recipe, len(prompts))}")
         with phase("metrics loaded"):
             scorers = runs.load_metrics(config) if main else {}
         with phase("model loaded"):
             one = runs.Run(config, runs.load_pipeline(config), folder)
         calibration = None
-        if method.needs_calibration:
+        if calibrates:
             with phase("calibration"):
-                calibration, _ = one.calibration(method, calibration_prompts)
-        with phase("method prepared"):
-            method.prepare(one.pipe, calibration)
+                calibration, _ = one.calibration(recipe.statistics, calibration_prompts)
+        with phase("method built"):
+            method = recipe.build(one.pipe, calibration)
         with phase("full-step reference"):
             reference = one.reference(prompts)
         with phase("samples"):
@@ -165,10 +166,14 @@ def run(config: DictConfig, folder: Path) -> dict:
             "seed": config.seed,
             "config_hash": config_hash(config),
             "calibration_prompts": len(calibration.made_from["prompts"]) if calibration else 0,
+            "calibration_trajectories": {
+                "statistics": calibration.took(recipe.statistics) if calibration else 0.0,
+                "method": calibration.reran if calibration else 0.0,
+            },
             **one.evaluate(method, samples, reference, computed, scorers),
         }
         with phase("pictures"):
-            pictures = one.pictures(method, samples, reference, result)
+            pictures = one.pictures(recipe, calibration, samples, reference, result)
         write_text(folder / "result.json", json.dumps(result, indent=1))
         logger.log(result | {"objective": objective(result)}, pictures, one.rows(samples, reference, result))
         logger.finish()

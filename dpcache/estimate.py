@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +18,13 @@ class _Computing(OnlineSchedule):
 
     def __init__(self, schedule: OnlineSchedule):
         super().__init__(schedule.num_inference_steps)
-        self.schedule, self.probe = copy(schedule), schedule.probe
-        self.start, self.learn = self.schedule.start, self.schedule.learn
+        self.schedule = schedule
+
+    def start(self):
+        return self.schedule.start()
+
+    def learn(self, context, name, feature):
+        self.schedule.learn(context, name, feature)
 
     def decide(self, context, block, args, kwargs):
         with suppress(RuntimeError):  # from the second step on it may want numbers, of which there are none
@@ -39,7 +43,7 @@ class _Keeping(Reuse):
 def history_bytes(
     architecture: Architecture, transformer: torch.nn.Module, method: Method, call: Mapping, batch_size: int = 1
 ) -> int:
-    """Bytes that `method`, prepared or not, keeps on the device while sampling, all guidance branches together.
+    """Bytes that `method` keeps on the device while sampling, all guidance branches together.
 
     Args:
         transformer: `architecture.build()`, on the device "meta".
@@ -47,7 +51,7 @@ def history_bytes(
 
     Raises ValueError for a model that does not offer the site, or whose arguments are not known.
     """
-    steps = method.history
+    steps = method.predictor.history
     online = isinstance(method.schedule, OnlineSchedule)
     dry = Method(_Computing(method.schedule) if online else EvenlySpaced(steps, steps), method.site, _Keeping(steps))
     inputs, loop = (

@@ -3,6 +3,8 @@
 Each asks the session (`session.py`) whether the current call is skipped, and otherwise leaves its module alone.
 """
 
+from typing import Protocol
+
 import torch
 from torch.utils._pytree import tree_map
 
@@ -176,18 +178,34 @@ class ProbeHook(SessionHook):
         return self.forward(*args, **kwargs)
 
 
+class Verifier(Protocol):
+    """What looks at how well the last block's outputs were predicted."""
+
+    def verifies(self, context) -> bool:
+        """Whether the last block is to run in earnest as well on this skipped step."""
+        ...
+
+    def verify(self, context, draft: torch.Tensor, real: torch.Tensor) -> None:
+        """Told of the image stream that the block made of predicted outputs, and in earnest, (B, N, D)."""
+        ...
+
+
 class VerifyHook(StreamHook):
-    """On the last block: where an online schedule wants a skipped step verified, runs the block in earnest as well."""
+    """On the last block: where the verifier wants a skipped step verified, runs the block in earnest as well."""
+
+    def __init__(self, session, block, verifier: Verifier):
+        super().__init__(session, block)
+        self.verifier = verifier
 
     @leave_uncompiled
     def new_forward(self, module, *args, **kwargs):
-        branch, schedule = self.session.current, self.session.schedule
+        branch, verifier = self.session.current, self.verifier
         draft = self.forward(*args, **kwargs)
-        if branch.skip and schedule.verifies(branch):
+        if branch.skip and verifier.verifies(branch):
             branch.skip, branch.verifying = False, True
             real = self.forward(*args, **kwargs)
             branch.skip, branch.verifying = True, False
-            schedule.verify(branch, self.image(draft), self.image(real))
+            verifier.verify(branch, self.image(draft), self.image(real))
         return draft
 
 

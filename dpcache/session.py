@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 from dpcache._diffusers import (
     Hook,
@@ -29,6 +30,7 @@ from dpcache._diffusers import (
 from dpcache.arguments import argument, argument_names
 from dpcache.errors import SettingError
 from dpcache.flops import LayerFlops
+from dpcache.schedules import OnlineSchedule
 from dpcache.steps import SchedulerSteps, Steps, TimestepSteps
 
 MOST_CALLS = 8  # of a model in one step; more show that its scheduler is not the one that is watched
@@ -128,7 +130,7 @@ class Branch:
         computed: all computed steps of this generation.
         skip: whether the current call is predicted.
         leader: the first branch of this generation.
-        online: an online schedule's state.
+        state: of an online schedule, or of a site that keeps one, in this generation.
     """
 
     def __init__(self, name: str):
@@ -138,7 +140,7 @@ class Branch:
         self.leader = self
         self.keys: list[int] = []
         self.computed: list[int] = []
-        self.online: dict = {}
+        self.state: object = None
         self.state_bytes = 0  # its most in the finished generations
         self.work = 0.0  # full-step equivalents in this generation, where they are counted
         self.generations: list[tuple[list[int], int, float]] = []  # computed, calls and work of the finished ones
@@ -163,17 +165,18 @@ class Branch:
     def enter(self, part: "Part | None") -> None:
         """Another model takes over: nothing of what is kept serves it."""
         self.part, self.keys, self.kept = part, [], frozenset()
-        self.state_bytes = max(self.state_bytes, self.online_bytes)
-        self.online, self.verifying = {}, False
+        self.state_bytes = max(self.state_bytes, self.current_state_bytes)
+        self.state, self.verifying = None, False
         self.placeholders.clear()
         for histories in self.histories.values():
             for history in histories:
                 history.clear()
 
     @property
-    def online_bytes(self) -> int:
-        """Of the online schedule's state."""
-        return sum(value.nbytes for value in self.online.values() if isinstance(value, torch.Tensor))
+    def current_state_bytes(self) -> int:
+        """Memory of the tensors in `state`."""
+        values = [] if self.state is None else tree_leaves(vars(self.state))
+        return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
 class Stopwatch:
@@ -297,9 +300,10 @@ class Session:
         self.order: list[str] = []  # the branches of this generation's first step
         self.calls: list[str] = []  # the branches that the current step has called so far
         self.step, self.thread = 0, None
-        self.fixed = None if self.schedule.steps is None else frozenset(self.schedule.steps)
+        self.online = isinstance(self.schedule, OnlineSchedule)
+        self.fixed = None if self.online else frozenset(self.schedule.steps)
         self.computed = self.fixed  # in this generation
-        self.pipe, self.partial = weakref.ref(pipe), method.partial
+        self.pipe, self.partial = weakref.ref(pipe), self.site.partial
         self.switches: set[int] = set()
         self.final: Report | None = None
         self.on_detach: list[Callable[[], None]] = []
@@ -347,7 +351,7 @@ class Session:
 
     def watching(self, part: Part) -> LayerFlops | None:
         """What counts the FLOPs of steps that are skipped in parts."""
-        return LayerFlops(part.module) if self.method.partial else None
+        return LayerFlops(part.module) if self.partial else None
 
     def _hook(self, part: Part) -> None:
         for module, hook in self.hooks(part):
@@ -422,8 +426,8 @@ class Session:
         self.calls = []
 
     def open(self, part: Part, name: str, args: tuple, kwargs: dict) -> Branch:
-        """Begin a call of `part`, in a `cache_context` of that name; whether it is computed is settled here, but for
-        schedules that decide online."""
+        """Begin a call of `part`, in a `cache_context` of that name. Fixed schedules decide here whether it is
+        computed."""
         began, step = self.steps.locate(part.module, args, kwargs)
         if began:
             self.begin()
@@ -455,14 +459,13 @@ class Session:
             if branch.part is not None:
                 self.switches.add(step)
             branch.enter(part)
-            if self.computed is None:
-                branch.online = self.schedule.start()
-        if self.computed is None:
+            branch.state = self.schedule.start() if self.online else self.site.start()
+        if self.online:
             branch.skip = False  # until it is decided
             return branch
         if not branch.keys and step not in self.computed:
             self._compute_instead(branch, part, step)
-        self._settle(branch, step in self.computed)
+        self._decided(branch, step in self.computed)
         return branch
 
     def _compute_instead(self, branch: Branch, part: Part, step: int) -> None:
@@ -482,19 +485,19 @@ class Session:
 
     @torch.compiler.disable
     def decide(self, block, args, kwargs) -> None:
-        """Where an online schedule looks, it settles the step. Fixed ones have done so in `open`."""
-        if self.computed is None:
+        """An online schedule decides here whether the step is computed. Fixed ones have done so in `open`."""
+        if self.online:
             branch = self.current
-            self._settle(branch, self.schedule.decide(branch, block, args, kwargs) or not branch.keys)
+            self._decided(branch, self.schedule.decide(branch, block, args, kwargs) or not branch.keys)
 
-    def _settle(self, branch: Branch, compute: bool) -> None:
+    def _decided(self, branch: Branch, compute: bool) -> None:
         branch.skip = not compute
         if compute:
             branch.keys.append(branch.step)
             branch.computed.append(branch.step)
             return
         weights = self.predicted_weights(tuple(branch.keys[-self.method.predictor.history :]), branch.step)
-        branch.weights = weights if self.computed is not None else self.schedule.scale(branch, weights)
+        branch.weights = self.schedule.scale(branch, weights) if self.online else weights
 
     def left_out(self, module) -> None:
         """A module that has been called does not run."""
@@ -521,7 +524,7 @@ class Session:
     @torch.compiler.disable
     def learn(self, name: str | int, feature) -> None:
         """An online schedule is told of what a computed step leaves."""
-        if self.computed is None:
+        if self.online:
             self.schedule.learn(self.current, name, feature)
 
     @torch.compiler.disable
@@ -586,7 +589,7 @@ class Session:
             report.seconds_predicted[name] = self.stopwatch.seconds(branch.spans[True])
             kept = [b for histories in branch.histories.values() for h in histories for b in h.buffers]
             report.history_bytes += sum(tensor.nbytes for tensor in kept if tensor is not None)
-            report.history_bytes += max(branch.state_bytes, branch.online_bytes)
+            report.history_bytes += max(branch.state_bytes, branch.current_state_bytes)
         return report
 
 

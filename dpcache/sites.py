@@ -31,11 +31,12 @@ from dpcache.hooks import (
     FeederHook,
     ProbeHook,
     RunHook,
+    Verifier,
     VerifyHook,
     streams_of,
 )
 from dpcache.models.family import Block, Streams, block_of, family_of, known_blocks
-from dpcache.tokens import token_hooks
+from dpcache.tokens import Selector, TokenState, token_hooks
 
 
 def check_layout(site: "Site", transformer: torch.nn.Module) -> None:
@@ -78,26 +79,41 @@ class Site:
         """(module, hook) pairs that make `session` work here. Raises SettingError where the model does not allow it."""
         return []
 
+    def start(self) -> object:
+        """What the site itself keeps of a generation, as `context.state`. None: nothing."""
+        return None
+
     def call(self, session, branch, forward: Callable, args: tuple, kwargs: dict):
         """One call of the whole model, whose own `forward` it is."""
         return forward(*args, **kwargs)
 
 
 class Stack(Site):
-    """The last block's output."""
+    """The last block's output.
+
+    Args:
+        probe: so many blocks run at every step, and an online schedule decides at the block after them.
+    """
 
     name = "stack"
     residual = False
 
+    def __init__(self, probe: int = 0):
+        if probe < 0:
+            raise SettingError(f"probe={probe} must be at least 0 blocks")
+        self.probe, self.partial = probe, probe > 0
+
     def hooks(self, session, transformer):
-        blocks, online = transformer_blocks(transformer), session.fixed is None
-        last, probe = len(blocks) - 1, session.schedule.probe if online else 0
+        blocks = transformer_blocks(transformer)
+        last, probe = len(blocks) - 1, self.probe
+        if probe and not session.online:
+            raise SettingError(f"probe={probe}: only a schedule that decides online looks at a probe")
         if self.residual:
             check_layout(self, transformer)
         if probe > last:
             raise SettingError(f"a probe of {probe} blocks leaves nothing of {type(transformer).__name__}'s {last + 1}")
         pairs = [(b, BlockHook(session, b, i, i == last, probe, self.residual)) for i, b in enumerate(blocks)]
-        if not self.residual and not online:
+        if not self.residual and not session.online:
             embedders = (attrgetter(name)(transformer) for name in family_of(transformer).embedders)
             pairs += [(embedder, EmbedderHook(session)) for embedder in embedders if embedder is not None]
         return pairs
@@ -115,35 +131,49 @@ class Blocks(Site):
 
     Args:
         blocks: indices of the blocks that are skipped; None: all.
+        apart: whether every block is a run of its own.
     """
 
     name = "blocks"
     partial = True
 
-    def __init__(self, blocks: Sequence[int] | None = None):
-        self.blocks = blocks
+    def __init__(self, blocks: Sequence[int] | None = None, apart: bool = False):
+        self.blocks, self.apart = blocks, apart
 
     def hooks(self, session, transformer):
-        if session.fixed is None:
-            raise SettingError("site=blocks takes a schedule that is settled before the run")
+        if session.online:
+            raise SettingError("site=blocks takes a fixed list of steps, not a schedule that decides online")
         check_layout(self, transformer)
         blocks = transformer_blocks(transformer)
         chosen = range(len(blocks)) if self.blocks is None else self.blocks
+        found = runs(chosen, [streams_of(block) for block in blocks])
+        if self.apart:
+            found = [[index] for run in found for index in run]
         return [
             (blocks[i], RunHook(session, blocks[i], str(run[-1]), i == run[0], i == run[-1]))
-            for run in runs(chosen, [streams_of(block) for block in blocks])
+            for run in found
             for i in run
         ]
 
 
 class Modules(Site):
-    """Attention and feed-forward outputs before their gates."""
+    """Attention and feed-forward outputs before their gates.
+
+    Args:
+        verifier: an online schedule that has the last block run in earnest as well on some skipped steps. None: no
+            step is verified.
+    """
 
     name = "modules"
 
+    def __init__(self, verifier: Verifier | None = None):
+        self.verifier, self.partial = verifier, verifier is not None
+
     def hooks(self, session, transformer):
-        blocks, online = transformer_blocks(transformer), session.fixed is None
-        pairs = [(blocks[0], ProbeHook(session)), (blocks[-1], VerifyHook(session, blocks[-1]))] if online else []
+        blocks = transformer_blocks(transformer)
+        pairs = [(blocks[0], ProbeHook(session))] if session.online else []
+        if self.verifier is not None:
+            pairs.append((blocks[-1], VerifyHook(session, blocks[-1], self.verifier)))
         records = [block_of(block) for block in blocks]
         for index, (block, known) in enumerate(zip(blocks, records)):
             if not known.kept:
@@ -161,9 +191,20 @@ class Modules(Site):
 
 
 class Tokens(Modules):
-    """As `Modules`; of skipped feed-forwards, the tokens that the schedule selects are computed anew."""
+    """As `Modules`; of skipped feed-forwards, the tokens that a selector chooses are computed anew.
+
+    Args:
+        selector: None: no tokens are.
+    """
 
     name = "tokens"
+
+    def __init__(self, selector: Selector | None = None):
+        super().__init__()
+        self.selector, self.partial = selector, selector is not None
+
+    def start(self):
+        return TokenState()
 
     def block_hooks(self, session, block, known, index, layer, present):
         if not known.feed_forwards:

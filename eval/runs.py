@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,12 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from baselines.full import full
-from dpcache.calibration import Calibration, calibrate, describe, purpose
+from dpcache.calibration import Calibration, calibrate, describe
 from dpcache.errors import SettingError
+from dpcache.method import Recipe, Runnable
 from dpcache.models.pretrained import default_device
+from dpcache.planned import Planned
 from dpcache.sampler import Batch, sample
-from dpcache.schedules import Planned
 from dpcache.session import denoisers
+from dpcache.statistics import Statistic
 from eval import metrics, pictures, timing
 from eval.console import phase, quiet_libraries
 from eval.metrics import Samples, Scorer, evaluate
@@ -49,7 +52,7 @@ def check(config: DictConfig) -> None:
 
 
 def warn_few_steps(config: DictConfig) -> None:
-    """A word to whoever caches a model that was distilled to a few steps."""
+    """Warn that caching gains little where a model takes few steps, as distilled ones do."""
     if config.num_inference_steps < 10 and config.about.group is not Group.plain:
         log.warning(
             "num_inference_steps=%s: the steps of so short a run have little in common, so caching gains next to "
@@ -130,29 +133,38 @@ class Run:
         pipe.set_progress_bar_config(disable=True)  # inside the bar of the batches
         self.circumstances = describe(pipe, config.num_inference_steps, **self.call)
 
-    def _sample(self, method, prompts, chunk: slice) -> Batch:
+    def _sample(self, method: Runnable, prompts, chunk: slice) -> Batch:
         seeds = range(self.config.seed, self.config.seed + len(prompts))
         return sample(self.pipe, method, prompts[chunk], seeds[chunk], **self.call)
 
     def _key(self, *parts) -> str:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-    def calibration(self, method, prompts: list[str]) -> tuple[Calibration, Path]:
-        """The one given by `calibration.path`, else one made for this model, steps and prompts; and its file."""
+    def calibration(self, statistics: Sequence[Statistic], prompts: list[str]) -> tuple[Calibration, Path]:
+        """The one given by `calibration.path`, else one of this model, steps and prompts, to which the statistics that
+        it does not hold yet are added; and its file.
+
+        Raises SettingError for a given file that was made for something else or that lacks a statistic.
+        """
         c = self.config
-        options = method.calibration_options
-        expected = self.circumstances | purpose(**options)
-        if c.calibration.path:
-            return Calibration.load(c.calibration.path).check(expected), Path(c.calibration.path)
-        gains = options.get("measure_gains", False)
-        name = self._key(expected, gains, prompts, c.calibration.seed, self.batch_size)
+        if path := c.calibration.path:
+            calibration = Calibration.load(path).check(self.circumstances)
+            if missing := calibration.missing(statistics):
+                names = ", ".join(statistic.name for statistic in missing)
+                raise SettingError(f"calibration.path={path} does not hold {names}, which this method needs")
+            return calibration, Path(path)
+        name = self._key(self.circumstances, prompts, c.calibration.seed, self.batch_size)
         path = self.shared / "calibrations" / f"{name}.safetensors"
         with locked(path):
             if path.exists():
-                return Calibration.load(path).check(expected), path
-            seeds = [c.calibration.seed + index for index in range(len(prompts))]
-            settings = options | {"seeds": seeds, "batch_size": self.batch_size}
-            calibration = calibrate(self.pipe, prompts, c.num_inference_steps, **settings, **self.call)
+                calibration = Calibration.load(path).check(self.circumstances)
+                if not calibration.missing(statistics):
+                    return calibration, path
+            else:
+                seeds = [c.calibration.seed + index for index in range(len(prompts))]
+                settings = {"statistics": (), "seeds": seeds, "batch_size": self.batch_size}
+                calibration = calibrate(self.pipe, prompts, c.num_inference_steps, **settings, **self.call)
+            calibration.measure(self.pipe, statistics)
             calibration.save(path)
             return calibration, path
 
@@ -170,7 +182,7 @@ class Run:
 
         return load_or_make(folder, prompts, self.batch_size, make, "full-step reference")[0]
 
-    def samples(self, method, prompts: list[str]) -> tuple[Samples, list[dict]]:
+    def samples(self, method: Runnable, prompts: list[str]) -> tuple[Samples, list[dict]]:
         """The method's samples and, of every batch, the computed "steps" of each guidance branch and how many full
         steps were "spent"; also as PNG files, and of videos as MP4 files beside a strip of frames."""
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
@@ -190,7 +202,7 @@ class Run:
 
     def evaluate(
         self,
-        method,
+        method: Runnable,
         samples: Samples,
         reference: Samples,
         computed: list[dict],
@@ -212,13 +224,13 @@ class Run:
             # Guidance branches nearly always share theirs.
             "schedules": [list(steps) for batch in computed for steps in dict.fromkeys(map(tuple, batch["steps"]))],
             "reference": self.reference_folder(samples.prompts).name,
-            "settled": method.settled,
+            "settled": dict(method.decided),
             **scored,
             **measured,
             "versions": timing.versions(self.device),
         }
 
-    def _time(self, method, prompts: list[str]) -> tuple[dict, dict]:
+    def _time(self, method: Runnable, prompts: list[str]) -> tuple[dict, dict]:
         """Seconds, and on CUDA the peak memory in bytes that full and cached runs allocate."""
         settings = self.config.eval.timing
         if settings.repeats == 0:
@@ -274,7 +286,9 @@ class Run:
             "skipped_step": skipped,
         }, batch.report.history_bytes * min(self.batch_size, len(prompts))
 
-    def pictures(self, method, samples: Samples, reference: Samples, result: dict) -> dict[str, Path]:
+    def pictures(
+        self, recipe: Recipe, calibration: Calibration | None, samples: Samples, reference: Samples, result: dict
+    ) -> dict[str, Path]:
         """The side-by-side grid, the schedule and, where there is one, the cost tensor. Returns their paths."""
         T, name, steps = result["num_inference_steps"], result["method"], result["schedules"][0]
         rows = {
@@ -284,11 +298,11 @@ class Run:
         made = {
             "grid": pictures.grid(self.folder / "grid.png", rows, samples.prompts),
             "schedule": pictures.timeline(
-                self.folder / "schedule.png", steps, method.num_inference_steps, f"{name}: {len(steps)} computed steps"
+                self.folder / "schedule.png", steps, recipe.num_inference_steps, f"{name}: {len(steps)} computed steps"
             ),
         }
-        if type(method.schedule) is Planned:
-            made["cost"] = pictures.cost_heatmap(self.folder / "cost.png", method.schedule.tensor, steps)
+        if isinstance(recipe, Planned):
+            made["cost"] = pictures.cost_heatmap(self.folder / "cost.png", recipe.costs(calibration), steps)
         return made
 
     def rows(self, samples: Samples, reference: Samples, result: dict):

@@ -238,8 +238,8 @@ def test_mistakes_are_named(pipe, rollout):
         dpcache.enable(object(), full(10))
     with pytest.raises(ValueError, match="has no transformer blocks"):
         dpcache.enable(torch.nn.Linear(1, 1), fora(4, 10))
-    with pytest.raises(ValueError, match=r"prepare\(pipe, calibration\)"):
-        from dpcache.method import dpcache as planned
+    with pytest.raises(ValueError, match=r"Planned is not built yet: call its build\(pipe"):
+        from dpcache.planned import dpcache as planned
 
         dpcache.enable(rollout.model, planned(5, 10))
 

@@ -53,12 +53,11 @@ ONLINE = ["teacache", "dicache", "speca", "bwcache", "easycache"]
 
 @pytest.mark.parametrize("name", [*FIXED, *ONLINE])
 def test_the_estimate_is_what_a_run_keeps(pipe, name):
-    config, method = composed(f"method={name}", "num_inference_steps=8", "budget=6")
+    config, recipe = composed(f"method={name}", "num_inference_steps=8", "budget=6")
     known = architecture("tiny_flux")
-    expected = history_bytes(known, known.build(dtype=torch.float32), method, config.model.call, batch_size=2)
-    if method.needs_calibration:
-        call = {"height": 64, "width": 64, "max_sequence_length": 12}
-        method.prepare(pipe, calibrate(pipe, ["green apple"], 8, **method.calibration_options, **call))
+    expected = history_bytes(known, known.build(dtype=torch.float32), recipe.example, config.model.call, batch_size=2)
+    call = {"height": 64, "width": 64, "max_sequence_length": 12}
+    method = recipe.build(pipe, calibrate(pipe, ["green apple"], 8, recipe.statistics or (), **call))
     report = sample(pipe, method, ["red apple", "dog"], [0, 1], decode=False, **config.model.call).report
     assert report.history_bytes == pytest.approx(expected, abs=16)  # but for single numbers
 

@@ -54,7 +54,7 @@ def test_the_run_folder_is_whole(finished):
     assert "5 of 8 steps computed" in out and "psnr" in out and "speed-up" in out
 
 
-PHASES = ["metrics loaded", "model loaded", "calibration", "method prepared", "full-step reference", "samples"]
+PHASES = ["metrics loaded", "model loaded", "calibration", "method built", "full-step reference", "samples"]
 
 
 def test_into_a_file_a_run_prints_a_line_for_each_phase_and_no_bars(finished):
@@ -241,7 +241,7 @@ def test_a_setting_is_one_line_and_a_bug_shows_its_traceback(tmp_path):
     assert "Traceback" not in err
     (tmp_path / "faulty.py").write_text(
         "from dpcache.method import Method\nfrom baselines.full import full\n\n\nclass Faulty(Method):\n"
-        "    def prepare(self, pipe, calibration=None):\n        raise ValueError('a bug')\n\n\n"
+        "    def build(self, pipe, calibration=None):\n        raise ValueError('a bug')\n\n\n"
         "def faulty(budget, num_inference_steps):\n    plain = full(num_inference_steps)\n"
         "    return Faulty(plain.schedule, plain.site, plain.predictor)\n"
     )

@@ -81,10 +81,12 @@ def score(config: DictConfig) -> None:
 
 
 def calibrate(config: DictConfig) -> None:
-    """Calibrate and build the method; print what was decided and leave it in a file."""
+    """Calibrate and build the method, and leave it in a file, beside those of other budgets; print what was decided."""
     from hydra.utils import instantiate
 
+    from dpcache import storage
     from eval import runs
+    from eval.store import locked
 
     choices, recipe = HydraConfig.get().runtime.choices, instantiate(config.method)
     if recipe.statistics is None:
@@ -93,12 +95,17 @@ def calibrate(config: DictConfig) -> None:
     _, prompts = runs.read_prompts(config, True)
     one = runs.Run(config, runs.load_pipeline(config), Path(config.output_dir))
     calibration, path = one.calibration(recipe.statistics, prompts)
-    decided = dict(recipe.build(one.pipe, calibration).decided)
+    method = calibration.sign(recipe.build(one.pipe, calibration))
     cost = {"statistics": calibration.took(recipe.statistics), "method": calibration.reran}
-    name = f"{choices.model}-{choices.method}-K{config.budget}-T{config.num_inference_steps}.json"
-    found = decided | {"calibration_trajectories": cost, "made_from": str(path)}
-    write_text(path.with_name(name), json.dumps(found, indent=1))
-    print(*(f"{key}: {json.dumps(value)}" for key, value in found.items()), path.with_name(name), sep="\n")
+    name = f"{choices.model}-{choices.method}-T{config.num_inference_steps}"
+    file = path.with_name(f"{name}.method.safetensors")
+    with locked(file):
+        others = storage.load(file) if file.exists() else {}
+        same = {budget: other for budget, other in others.items() if other.made_for == method.made_for}
+        storage.save({**same, config.budget: method}, file)
+    found = dict(method.decided) | {"calibration_trajectories": cost, "made_from": str(path), "method": str(file)}
+    write_text(path.with_name(f"{name}-K{config.budget}.json"), json.dumps(found, indent=1))
+    print(*(f"{key}: {json.dumps(value)}" for key, value in found.items()), sep="\n")
 
 
 def run(config: DictConfig, folder: Path) -> dict:

@@ -28,6 +28,7 @@ class BlockState:
     outputs: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
 class SimilarBlocks(OnlineSchedule):
     """Once the blocks' outputs have changed little from one computed step to the next, the following `reuse` steps take
     them as they are.
@@ -38,9 +39,8 @@ class SimilarBlocks(OnlineSchedule):
     of reused steps in its tables. That every computed step is tested again is our reading, too.
     """
 
-    def __init__(self, num_inference_steps: int, threshold: float, reuse: int):
-        super().__init__(num_inference_steps)
-        self.threshold, self.reuse = threshold, reuse
+    threshold: float
+    reuse: int
 
     def start(self):
         return BlockState()

@@ -32,6 +32,7 @@ class ProbeState:
     newer: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
 class ShallowProbe(OnlineSchedule):
     """A step is computed once the relative changes of what the probed blocks leave, each against the step before, add
     up to the threshold; so are the first `warmup` + 1 steps and the last.
@@ -40,9 +41,10 @@ class ShallowProbe(OnlineSchedule):
         minus_input, clip: see `dicache`.
     """
 
-    def __init__(self, num_inference_steps, warmup, threshold, minus_input, clip):
-        super().__init__(num_inference_steps)
-        self.warmup, self.threshold, self.minus_input, self.clip = warmup, threshold, minus_input, clip
+    warmup: int
+    threshold: float
+    minus_input: bool
+    clip: tuple[float, float]
 
     def start(self):
         return ProbeState()
@@ -72,6 +74,7 @@ class ShallowProbe(OnlineSchedule):
         return (1 - gamma, gamma) if len(weights) > 1 else weights
 
 
+@dataclass(frozen=True)
 class TrajectoryAlignment(Predictor):
     """r' + gamma (r - r') of the last two residuals r' and r. Gamma, here 1, is |p - p'| / |q - p'| of the probe's
     residuals: p of this step, p' and q of the steps of r' and r."""

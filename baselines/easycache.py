@@ -31,6 +31,7 @@ class RateState:
     rate: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
 class TransformationRate(OnlineSchedule):
     """A step is computed once k |x_t - x_t-1| / |v|, summed over the steps since the last computed one, reaches the
     threshold; so are the first `warmup` steps and the last.
@@ -39,9 +40,8 @@ class TransformationRate(OnlineSchedule):
     over the last two computed steps. The first guidance branch decides for all.
     """
 
-    def __init__(self, num_inference_steps: int, warmup: int, threshold: float):
-        super().__init__(num_inference_steps)
-        self.warmup, self.threshold = warmup, threshold
+    warmup: int
+    threshold: float
 
     def start(self):
         return RateState()

@@ -11,10 +11,11 @@ import torch
 from baselines.full import full
 from baselines.search import Search
 from dpcache._diffusers import without_offload
+from dpcache.denoisers import denoiser
 from dpcache.errors import SettingError
 from dpcache.flops import LayerFlops, matrix_layers
 from dpcache.schedules import check_budget
-from dpcache.session import Part, RootHook, Session, denoiser
+from dpcache.session import Part, RootHook, Session
 from dpcache.sites import transformer_blocks
 
 
@@ -26,7 +27,7 @@ class LibraryCache(ABC):
 
     Args:
         num_inference_steps: T.
-        decided: what calibration has chosen, for the record.
+        decided, made_for: see `dpcache.method.Runnable`.
 
     Attributes:
         partial: whether it also skips parts of steps: the budget is then spent in full-step equivalents, by FLOPs.
@@ -34,6 +35,7 @@ class LibraryCache(ABC):
 
     num_inference_steps: int
     decided: Mapping[str, object] = field(default_factory=dict, kw_only=True)
+    made_for: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     partial: ClassVar[bool] = False
     statistics: ClassVar[None] = None
     example: ClassVar[None] = None

@@ -27,6 +27,7 @@ class Verification:
     error: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
 class Verified(OnlineSchedule):
     """Steps are forecast until the last block, run in earnest on its forecast input, disagrees with its forecast.
 
@@ -37,10 +38,12 @@ class Verified(OnlineSchedule):
     below the floor.
     """
 
-    def __init__(self, num_inference_steps, threshold, decay, floor, shortest, longest, warmup):
-        super().__init__(num_inference_steps)
-        self.threshold, self.decay, self.floor, self.warmup = threshold, decay, floor, warmup
-        self.shortest, self.longest = shortest, longest
+    threshold: float
+    decay: float
+    floor: float
+    shortest: int
+    longest: int
+    warmup: int
 
     def start(self):
         return Verification()

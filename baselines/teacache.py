@@ -31,6 +31,7 @@ class SinceComputed:
     accumulated: float = 0.0
 
 
+@dataclass(frozen=True)
 class AccumulatedChange(OnlineSchedule):
     """A step is computed once the rescaled changes of the modulated input since the last computed step reach the
     threshold (Eq. 5-7); so are the first and the last step.
@@ -39,9 +40,8 @@ class AccumulatedChange(OnlineSchedule):
         polynomial: rescaling, highest power first.
     """
 
-    def __init__(self, num_inference_steps: int, threshold: float, polynomial: Sequence[float]):
-        super().__init__(num_inference_steps)
-        self.threshold, self.polynomial = threshold, polynomial
+    threshold: float
+    polynomial: Sequence[float]
 
     def start(self):
         return SinceComputed()

@@ -104,7 +104,7 @@ class ToCa:
 
     def with_steps(self, steps: list[int], interval: float) -> Method:
         scores = TokenScores(self.num_inference_steps, interval, self.fresh_ratio, self.soft_fresh_weight)
-        return Method(Schedule(steps, self.num_inference_steps), Tokens(scores), Reuse())
+        return Method(Schedule(steps, self.num_inference_steps), Tokens(selector=scores), Reuse())
 
     def build(self, pipe, calibration: Calibration) -> Method:
         T, full, found = self.num_inference_steps, self.budget, {}

@@ -1,10 +1,9 @@
 """Full-step trajectories of a few prompts -> statistics, in one safetensors file that knows what it was made for."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,47 +12,17 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
+from dpcache.circumstances import describe
 from dpcache.errors import SettingError
 from dpcache.method import Method, Runnable, cached
 from dpcache.models.family import modulated_input
 from dpcache.predictors import Reuse
 from dpcache.sampler import Batch, generate, sample
 from dpcache.schedules import EvenlySpaced, OnlineSchedule, Schedule
-from dpcache.session import Report, denoisers
+from dpcache.session import Report
 from dpcache.statistics import Folded, L1Cost, Rerun, Statistic, Trajectories, of_one_pass, relative_change
 
 _FORMAT = "dpcache calibration 4"
-_SHAPE = ("num_frames", "height", "width")
-
-
-def fingerprint(transformer: torch.nn.Module) -> str:
-    """16 hex digits of the model's class, configuration, parameter shapes and a sample of every parameter."""
-    digest = hashlib.sha256(type(transformer).__name__.encode())
-    config = {k: v for k, v in dict(transformer.config).items() if not k.startswith("_")}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in sorted(transformer.named_parameters()):
-        values = parameter.detach().flatten()[:: max(parameter.numel() // 8, 1)][:8].float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}{values.tolist()}".encode())
-    return digest.hexdigest()[:16]
-
-
-def describe(pipe, num_inference_steps: int, **call) -> dict[str, str]:
-    """The circumstances under which a pipeline's samples and features stay the same, field by field."""
-    models = list(denoisers(pipe).values())
-    shape, guidance, rest = {}, {}, {}
-    for name, value in sorted(call.items()):
-        kind = shape if name in _SHAPE else guidance if "guidance" in name or "cfg" in name else rest
-        kind[name] = value
-    scheduler = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
-    return {
-        "model": ", ".join(f"{type(model).__name__} {fingerprint(model)}" for model in models),
-        "num_inference_steps": str(num_inference_steps),
-        "scheduler": json.dumps({"class": type(pipe.scheduler).__name__} | scheduler, sort_keys=True, default=str),
-        "resolution": " x ".join(str(shape[name]) for name in _SHAPE if name in shape),
-        "guidance": str(guidance),
-        "call": str(rest),
-        "dtype": str(models[0].dtype).removeprefix("torch."),
-    }
 
 
 @dataclass
@@ -62,7 +31,8 @@ class Calibration:
 
     Attributes:
         made_for: what `describe` said of the pipeline.
-        made_from: prompts, seeds, batch_size and call (the pipeline's arguments), so that `rerun` can repeat them.
+        made_from: prompts, seeds, batch_size and call (the pipeline's arguments), so that `rerun` can repeat them; and
+            once something was run, `input`, the shape of the model's input for one sample, and `branches`.
         arrays: by name of the statistic.
         latents: the final latents of the trajectories, float32 (n, ...); empty (0,) while no statistic has needed them.
         trajectories: by name of the statistic what it took, in full-step trajectories of one sample.
@@ -159,6 +129,7 @@ class Calibration:
             latents = [generate(pipe, *batch, steps, decode=False, **call).latents for batch in bar]
         report = session.report()
         self.count(report, [len(prompts) for prompts, _ in batches])
+        self.made_from |= {"input": list(report.input_shape), "branches": list(report.computed)}
         return torch.cat(latents).numpy(), report
 
     def count(self, report: Report, prompts: list[int]) -> None:
@@ -199,11 +170,17 @@ class Calibration:
             )
             for statistic in statistics:
                 totals[statistic] = statistic.fold(totals[statistic], seen)
+            self.made_from |= {"input": list(batch.report.input_shape), "branches": list(batch.report.computed)}
             if batch.report.switches:
                 self.made_from["switches"] = batch.report.switches
         self.arrays |= {statistic.name: total for statistic, total in totals.items()}
         self.latents = torch.cat(latents).numpy()
         self.trajectories |= {statistic.name: float(count) for statistic in statistics}
+
+    def sign(self, method: Runnable) -> Runnable:
+        """`method`, which was built on this calibration, with what it was made for."""
+        seen = {name: str(self.made_from[name]) for name in ("input", "branches") if name in self.made_from}
+        return replace(method, made_for=self.made_for | seen)
 
     @property
     def switches(self) -> list[int]:
@@ -278,12 +255,11 @@ class _LastInput:
     modulated: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
 class _InputChanges(OnlineSchedule):
     """Computes every step of one generation and records the changes of the modulated input, branch by branch."""
 
-    def __init__(self, num_inference_steps: int):
-        super().__init__(num_inference_steps)
-        self.changes: dict[str, list[float]] = {}
+    changes: dict[str, list[float]] = field(default_factory=dict)
 
     def start(self):
         return _LastInput()

@@ -13,12 +13,11 @@ from dpcache.schedules import EvenlySpaced, OnlineSchedule
 from dpcache.steps import Loop
 
 
+@dataclass(frozen=True)
 class _Computing(OnlineSchedule):
     """Keeps what an online schedule keeps, and computes every step."""
 
-    def __init__(self, schedule: OnlineSchedule):
-        super().__init__(schedule.num_inference_steps)
-        self.schedule = schedule
+    schedule: OnlineSchedule
 
     def start(self):
         return self.schedule.start()
@@ -53,7 +52,9 @@ def history_bytes(
     """
     steps = method.predictor.history
     online = isinstance(method.schedule, OnlineSchedule)
-    dry = Method(_Computing(method.schedule) if online else EvenlySpaced(steps, steps), method.site, _Keeping(steps))
+    schedule = method.schedule
+    schedule = _Computing(schedule.num_inference_steps, schedule) if online else EvenlySpaced(steps, steps)
+    dry = Method(schedule, method.site, _Keeping(steps))
     inputs, loop = (
         architecture.inputs(call, batch_size, dtype=transformer.dtype),
         Loop(transformer, dry.num_inference_steps),

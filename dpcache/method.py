@@ -4,13 +4,17 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from dpcache import storage
 from dpcache._diffusers import hook_on
+from dpcache.circumstances import check_use
+from dpcache.denoisers import denoisers
 from dpcache.errors import SettingError
 from dpcache.predictors import Predictor
 from dpcache.schedules import OnlineSchedule, Schedule
-from dpcache.session import Report, Session, denoisers
+from dpcache.session import Report, Session
 from dpcache.sites import Site, as_site
 
 if TYPE_CHECKING:
@@ -24,10 +28,12 @@ class Runnable(Protocol):
     Attributes:
         num_inference_steps: steps that the sampler has to be asked for.
         decided: what was chosen for it by calibration, for the record: names and values that JSON can hold.
+        made_for: the model, scheduler, guidance, ... that it was calibrated with; empty: any will do.
     """
 
     num_inference_steps: int
     decided: Mapping[str, object]
+    made_for: Mapping[str, str]
 
     def session(self, pipe, observe: Callable | None = None) -> Session:
         """Start caching. Raises SettingError where the pipeline does not allow it."""
@@ -63,6 +69,7 @@ class Method:
         site: what is kept of them: one of `dpcache.sites`, or its short name.
         predictor: how a skipped step is filled in.
         decided: what calibration has chosen, for the record.
+        made_for: what it was calibrated with, see `dpcache.circumstances`; empty: it was not.
 
     Raises SettingError where the site does not show the predictor the model's input that it asks for.
     """
@@ -71,6 +78,7 @@ class Method:
     site: Site
     predictor: Predictor
     decided: Mapping[str, object] = field(default_factory=dict)
+    made_for: Mapping[str, str] = field(default_factory=dict)
     statistics: ClassVar[None] = None
 
     def __post_init__(self):
@@ -91,6 +99,27 @@ class Method:
     def build(self, pipe=None, calibration=None) -> "Method":
         """Itself, see `Recipe`."""
         return self
+
+    def save(self, path: str | Path) -> None:
+        """Write it to one safetensors file, atomically. Raises SettingError for a part that is no dataclass of plain
+        values."""
+        storage.save({len(getattr(self.schedule, "steps", ())): self}, path)
+
+    @classmethod
+    def load(cls, path: str | Path, budget: int | None = None) -> Runnable:
+        """What `save` or `stage=calibrate` has written.
+
+        Args:
+            budget: which one, of a file that holds several.
+
+        Raises SettingError if it is no method file or does not hold that budget, FileNotFoundError if there is none.
+        """
+        methods = storage.load(path)
+        if budget is None and len(methods) == 1:
+            return next(iter(methods.values()))
+        if budget not in methods:
+            raise SettingError(f"{path} holds methods for budget={', '.join(map(str, methods))}, not {budget}")
+        return methods[budget]
 
     def session(self, pipe, observe: Callable | None = None) -> Session:
         """Start caching on a pipeline, or on its transformer alone. Raises SettingError where the model does not offer
@@ -124,6 +153,7 @@ def enable(pipe, method: Runnable, observe: Callable | None = None) -> None:
         raise SettingError(
             f"{type(method).__name__} is not built yet: call its build(pipe, calibration), and enable what that returns"
         )
+    check_use(pipe, method.made_for)
     if session_of(pipe) is not None:
         raise SettingError("a method is already enabled on this pipeline: call dpcache.disable(pipe) first")
     _sessions[pipe] = method.session(pipe, observe)

@@ -5,26 +5,32 @@ steps that are always computed first.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dpcache.errors import SettingError
 
 
+@dataclass(frozen=True)
 class Schedule:
     """A fixed list of computed steps.
 
     Args:
         steps: computed steps, strictly increasing from 0.
         num_inference_steps: T.
+
+    Raises SettingError for steps that do not.
     """
 
-    def __init__(self, steps: Sequence[int], num_inference_steps: int):
-        self.steps, self.num_inference_steps = list(steps), num_inference_steps
-        legal = self.steps and self.steps[0] == 0 and self.steps[-1] < num_inference_steps
+    steps: list[int]
+    num_inference_steps: int
+
+    def __post_init__(self):
+        object.__setattr__(self, "steps", list(self.steps))
+        legal = self.steps and self.steps[0] == 0 and self.steps[-1] < self.num_inference_steps
         if not legal or any(b <= a for a, b in zip(self.steps, self.steps[1:])):
             raise SettingError(
                 f"steps={self.steps} must increase strictly from 0 and end below "
-                f"num_inference_steps={num_inference_steps}"
+                f"num_inference_steps={self.num_inference_steps}"
             )
 
 
@@ -68,16 +74,19 @@ class Interval(Schedule):
         super().__init__(steps, num_inference_steps)
 
 
+@dataclass(frozen=True)
 class OnlineSchedule(ABC):
     """Decides at every step, from what it sees there: at the sites `stack` and `residual` at the block after those that
     the site probes, at `modules` and `tokens` before the first block, at `output` and `output_residual` before the
     model runs.
 
     What it remembers of a generation is a dataclass of its own, `context.state`, one per guidance branch.
+
+    Args:
+        num_inference_steps: T.
     """
 
-    def __init__(self, num_inference_steps: int):
-        self.num_inference_steps = num_inference_steps
+    num_inference_steps: int
 
     @abstractmethod
     def start(self) -> object:

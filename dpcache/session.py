@@ -25,9 +25,10 @@ from dpcache._diffusers import (
     leave_uncompiled,
     other_cache,
     remove_hook,
-    unwrap_module,
 )
 from dpcache.arguments import argument, argument_names
+from dpcache.circumstances import warn_of_other_use
+from dpcache.denoisers import denoisers
 from dpcache.errors import SettingError
 from dpcache.flops import LayerFlops
 from dpcache.schedules import OnlineSchedule
@@ -47,6 +48,7 @@ class Report:
         history_bytes: memory that the kept features and an online schedule's state take, all branches together.
         equivalents: of a method that also skips parts of steps, what every generation computed, in full steps by FLOPs.
         switches: steps at which a pipeline's second model took over, in all generations.
+        input_shape: of the model's input, without the first dimension, which counts samples and guidance branches.
     """
 
     computed: dict[str, list[int]] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class Report:
     history_bytes: int = 0
     equivalents: dict[str, list[float]] = field(default_factory=dict)
     switches: list[int] = field(default_factory=list)
+    input_shape: tuple[int, ...] = ()
 
     @property
     def spent(self) -> dict[str, list[float]]:
@@ -256,29 +259,6 @@ class RootHook(Hook):
         return output
 
 
-def denoisers(pipe) -> dict[str, torch.nn.Module]:
-    """The transformers (or the U-Net) that a pipeline denoises with, by their names in it; a model alone has none.
-
-    Raises SettingError if there is none.
-    """
-    if isinstance(pipe, torch.nn.Module):
-        return {"": unwrap_module(pipe)}
-    names = ("transformer", "transformer_2", "unconditional_transformer", "unet")
-    found = {name: getattr(pipe, name, None) for name in names}
-    found = {name: unwrap_module(module) for name, module in found.items() if module is not None}
-    if not found:
-        raise SettingError(f"{type(pipe).__name__} has neither a transformer nor a unet")
-    return found
-
-
-def denoiser(pipe) -> torch.nn.Module:
-    """The only one of `denoisers(pipe)`. Raises SettingError where there are more."""
-    found = list(denoisers(pipe).values())
-    if len(found) > 1:
-        raise SettingError(f"this {type(pipe).__name__} has {len(found)} transformers, where one is needed")
-    return found[0]
-
-
 class Session:
     """One method at work on one pipeline, or on a model alone.
 
@@ -305,7 +285,9 @@ class Session:
         self.computed = self.fixed  # in this generation
         self.pipe, self.partial = weakref.ref(pipe), self.site.partial
         self.switches: set[int] = set()
+        self.input_shape: tuple[int, ...] = ()
         self.final: Report | None = None
+        self.compared = False  # with what the method was made for
         self.on_detach: list[Callable[[], None]] = []
         self.parts = [Part(name, module) for name, module in denoisers(pipe).items()]
         # With offloading the weights wait on the CPU, but the pipeline knows where they will run.
@@ -423,6 +405,9 @@ class Session:
                 f"{len(expected)} times, and nothing tells which call is which guidance branch: keep the guidance as "
                 "it is during a run"
             )
+        if self.step == 0 and not self.compared:
+            self.compared = True
+            warn_of_other_use(self.method.made_for, self.input_shape, self.order)
         self.calls = []
 
     def open(self, part: Part, name: str, args: tuple, kwargs: dict) -> Branch:
@@ -443,6 +428,7 @@ class Session:
             )
         if step == 0:
             self.order.append(name)
+            self.input_shape = next(_shapes(part.input(args, kwargs)))[0][1:]
         if name not in self.branches:
             self.branches[name] = Branch(name)
         branch = self.current = self.branches[name]
@@ -576,7 +562,7 @@ class Session:
         """What has been computed and predicted so far."""
         if self.final is not None:
             return self.final
-        report = Report(switches=sorted(self.switches))
+        report = Report(switches=sorted(self.switches), input_shape=self.input_shape)
         for name, branch in self.branches.items():
             now = [(branch.computed, branch.calls, branch.work)] if branch.calls else []
             generations = branch.generations + now

@@ -16,6 +16,7 @@ The hooks themselves are in `hooks.py` and, for `tokens`, in `tokens.py`.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import ClassVar
 
@@ -62,6 +63,7 @@ def transformer_blocks(transformer: torch.nn.Module) -> list[torch.nn.Module]:
     return blocks
 
 
+@dataclass(frozen=True)
 class Site:
     """Base of all sites.
 
@@ -72,8 +74,11 @@ class Site:
     """
 
     name: ClassVar[str]
-    partial = False
-    sees_input = False
+    sees_input: ClassVar[bool] = False
+
+    @property
+    def partial(self) -> bool:
+        return False
 
     def hooks(self, session, transformer: torch.nn.Module) -> list[tuple[torch.nn.Module, Hook]]:
         """(module, hook) pairs that make `session` work here. Raises SettingError where the model does not allow it."""
@@ -88,6 +93,7 @@ class Site:
         return forward(*args, **kwargs)
 
 
+@dataclass(frozen=True)
 class Stack(Site):
     """The last block's output.
 
@@ -96,12 +102,16 @@ class Stack(Site):
     """
 
     name = "stack"
-    residual = False
+    residual: ClassVar[bool] = False
+    probe: int = 0
 
-    def __init__(self, probe: int = 0):
-        if probe < 0:
-            raise SettingError(f"probe={probe} must be at least 0 blocks")
-        self.probe, self.partial = probe, probe > 0
+    def __post_init__(self):
+        if self.probe < 0:
+            raise SettingError(f"probe={self.probe} must be at least 0 blocks")
+
+    @property
+    def partial(self):
+        return self.probe > 0
 
     def hooks(self, session, transformer):
         blocks = transformer_blocks(transformer)
@@ -119,6 +129,7 @@ class Stack(Site):
         return pairs
 
 
+@dataclass(frozen=True)
 class Residual(Stack):
     """The last block's output minus the first block's input."""
 
@@ -126,6 +137,7 @@ class Residual(Stack):
     residual = True
 
 
+@dataclass(frozen=True)
 class Blocks(Site):
     """What each run of blocks adds to the streams.
 
@@ -135,10 +147,12 @@ class Blocks(Site):
     """
 
     name = "blocks"
-    partial = True
+    blocks: Sequence[int] | None = None
+    apart: bool = False
 
-    def __init__(self, blocks: Sequence[int] | None = None, apart: bool = False):
-        self.blocks, self.apart = blocks, apart
+    @property
+    def partial(self):
+        return True
 
     def hooks(self, session, transformer):
         if session.online:
@@ -156,6 +170,7 @@ class Blocks(Site):
         ]
 
 
+@dataclass(frozen=True)
 class Modules(Site):
     """Attention and feed-forward outputs before their gates.
 
@@ -165,9 +180,11 @@ class Modules(Site):
     """
 
     name = "modules"
+    verifier: Verifier | None = None
 
-    def __init__(self, verifier: Verifier | None = None):
-        self.verifier, self.partial = verifier, verifier is not None
+    @property
+    def partial(self):
+        return self.verifier is not None
 
     def hooks(self, session, transformer):
         blocks = transformer_blocks(transformer)
@@ -190,6 +207,7 @@ class Modules(Site):
         return pairs + [(getattr(block, name), FeederHook(session)) for name in known.feeders]
 
 
+@dataclass(frozen=True)
 class Tokens(Modules):
     """As `Modules`; of skipped feed-forwards, the tokens that a selector chooses are computed anew.
 
@@ -198,10 +216,11 @@ class Tokens(Modules):
     """
 
     name = "tokens"
+    selector: Selector | None = None
 
-    def __init__(self, selector: Selector | None = None):
-        super().__init__()
-        self.selector, self.partial = selector, selector is not None
+    @property
+    def partial(self):
+        return super().partial or self.selector is not None
 
     def start(self):
         return TokenState()
@@ -218,6 +237,7 @@ def unknown_block(site: Site, block: Block, fact: str) -> str:
     return f"site={site.name} does not know {block.kind}; known blocks: {', '.join(known)}"
 
 
+@dataclass(frozen=True)
 class Output(Site):
     """The model's prediction: every tensor that it returns."""
 
@@ -259,6 +279,7 @@ class Output(Site):
         return latents
 
 
+@dataclass(frozen=True)
 class OutputResidual(Output):
     """The model's prediction minus its input, where these have the same shape. Image-to-video models append their
     condition to the input's channels, which is left out."""

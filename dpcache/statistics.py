@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dpcache.denoisers import denoiser
 from dpcache.errors import SettingError
 from dpcache.gram import gram
 from dpcache.method import Method
 from dpcache.pact import l1_cost
 from dpcache.predictors import Reuse, short_names
 from dpcache.schedules import EvenlySpaced, Schedule
-from dpcache.session import denoiser
 from dpcache.sites import Blocks, transformer_blocks
 
 if TYPE_CHECKING:

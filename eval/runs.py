@@ -17,13 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from baselines.full import full
-from dpcache.calibration import Calibration, calibrate, describe
+from dpcache.calibration import Calibration, calibrate
+from dpcache.circumstances import describe
+from dpcache.denoisers import denoisers
 from dpcache.errors import SettingError
 from dpcache.method import Recipe, Runnable
 from dpcache.models.pretrained import default_device
 from dpcache.planned import Planned
 from dpcache.sampler import Batch, sample
-from dpcache.session import denoisers
 from dpcache.statistics import Statistic
 from eval import metrics, pictures, timing
 from eval.console import phase, quiet_libraries

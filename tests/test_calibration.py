@@ -13,7 +13,8 @@ import dpcache
 from baselines.full import full
 from baselines.teacache import teacache
 from baselines.uniform_skip import uniform_skip
-from dpcache.calibration import describe, fingerprint, record
+from dpcache.calibration import record
+from dpcache.circumstances import describe, fingerprint
 from dpcache.gram import gram, path_costs
 from dpcache.lsq import FittedWeights, LeastSquaresPlan, fit_closed_loop
 from dpcache.pact import l1_cost

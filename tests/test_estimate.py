@@ -59,7 +59,7 @@ def test_the_estimate_is_what_a_run_keeps(pipe, name):
     call = {"height": 64, "width": 64, "max_sequence_length": 12}
     method = recipe.build(pipe, calibrate(pipe, ["green apple"], 8, recipe.statistics or (), **call))
     report = sample(pipe, method, ["red apple", "dog"], [0, 1], decode=False, **config.model.call).report
-    assert report.history_bytes == pytest.approx(expected, abs=16)  # but for single numbers
+    assert report.history_bytes == pytest.approx(expected, abs=64)  # but for single numbers
 
 
 def test_memory_at_full_size():
@@ -67,8 +67,8 @@ def test_memory_at_full_size():
     known, sizes = architecture("hunyuanvideo-community/HunyuanVideo"), {}
     transformer = known.build()
     for name in ("dpcache", "taylorseer"):
-        config, method = composed("model=hunyuan_video", f"method={name}", "budget=9")
-        sizes[name] = history_bytes(known, transformer, method, config.model.call)
+        config, recipe = composed("model=hunyuan_video", f"method={name}", "budget=9")
+        sizes[name] = history_bytes(known, transformer, recipe.example, config.model.call)
     assert sizes["dpcache"] == 3 * 17 * 30 * 40 * 3072 * 2 == pytest.approx(0.36e9, rel=0.05)
     assert sizes["taylorseer"] > 80 * sizes["dpcache"]
 

@@ -237,7 +237,7 @@ def test_bwcache(flux, threshold, reuse):
 def test_bwcache_ends_with_half_as_many_steps_as_it_began_with():
     """The first reuse is at step 10: of 30 steps the last 5 are computed."""
     schedule = bwcache(10, 30, threshold=0.15, reuse=3).schedule
-    context, stream = SimpleNamespace(online=schedule.start(), keys=[]), torch.ones(())
+    context, stream = SimpleNamespace(state=schedule.start(), keys=[]), torch.ones(())
     for context.step in range(30):
         stream = stream * (1.5 if context.step < 10 else 1.01)
         if schedule.decide(context, None, (), {}):
@@ -251,7 +251,7 @@ def test_bwcache_ends_with_half_as_many_steps_as_it_began_with():
 )
 def test_speca_computes_the_step_after_a_failed_forecast(steps, warmup, shortest, longest, fails):
     schedule = speca(8, steps, threshold=1.0, decay=1.0, shortest=shortest, longest=longest, warmup=warmup).schedule
-    context, failed = SimpleNamespace(online=schedule.start(), keys=[]), []
+    context, failed = SimpleNamespace(state=schedule.start(), keys=[]), []
     for context.step in range(steps):
         if schedule.decide(context, None, (), {}):
             context.keys.append(context.step)

@@ -242,7 +242,7 @@ def test_with_all_tokens_fresh_attention_alone_is_reused(any_rollout):
             return torch.arange(received.shape[1]).expand(len(received), -1)
 
     model, outputs = any_rollout.model, []
-    with dpcache.cached(model, dpcache.Method(Schedule(STEPS, 10), Tokens(All()), Reuse())):
+    with dpcache.cached(model, dpcache.Method(Schedule(STEPS, 10), Tokens(selector=All()), Reuse())):
         outputs.append(any_rollout())
     kept, calls = {}, {}
 

@@ -200,7 +200,7 @@ class CudaStopwatch(Stopwatch):
 
 
 STOPWATCHES = {"cuda": CudaStopwatch}
-"""By type of device; any other takes the host's. To be replaced where there is a device without a clock."""
+"""Stopwatches by type of device. Any other type takes the host's. Tests replace one for a device without a clock."""
 
 
 def stopwatch(device: torch.device) -> Stopwatch:
@@ -374,7 +374,7 @@ class Session:
                 part.watch = None
 
     def detach(self) -> None:
-        """Leave every module and the scheduler as they were, and free the features."""
+        """Restores every module and the scheduler as they were, and frees the features."""
         self.final = self.report()
         self._unhook()
         self.steps.detach()
@@ -393,7 +393,7 @@ class Session:
         for part in self.parts:
             self.check_other_caches(part)
             moved |= any(getattr(parent, name, None) is not module for parent, name, module in part.places)
-        if moved:  # a LoRA was loaded, for one, which puts layers of its own in the place of hooked ones
+        if moved:  # hooked layers were replaced, as loading a LoRA does
             self._unhook()
             for part in self.parts:
                 self._hook(part)
@@ -422,8 +422,8 @@ class Session:
         self.calls = []
 
     def open(self, part: Part, name: str, args: tuple, kwargs: dict) -> Branch:
-        """Begin a call of `part`, in a `cache_context` of that name; whether it is computed is settled here, but for
-        schedules that decide online."""
+        """Begins a call of `part` in a `cache_context` of that name. A fixed schedule decides here whether the call is
+        computed; an online one does so later, in `decide`."""
         began, step = self.steps.locate(part.module, args, kwargs)
         if began:
             self.begin()
@@ -462,7 +462,7 @@ class Session:
             return branch
         if not branch.keys and step not in self.computed:
             self._compute_instead(branch, part, step)
-        self._settle(branch, step in self.computed)
+        self._decided(branch, step in self.computed)
         return branch
 
     def _compute_instead(self, branch: Branch, part: Part, step: int) -> None:
@@ -482,12 +482,12 @@ class Session:
 
     @torch.compiler.disable
     def decide(self, block, args, kwargs) -> None:
-        """Where an online schedule looks, it settles the step. Fixed ones have done so in `open`."""
+        """Called where an online schedule looks: it decides on the step. Fixed ones have done so in `open`."""
         if self.computed is None:
             branch = self.current
-            self._settle(branch, self.schedule.decide(branch, block, args, kwargs) or not branch.keys)
+            self._decided(branch, self.schedule.decide(branch, block, args, kwargs) or not branch.keys)
 
-    def _settle(self, branch: Branch, compute: bool) -> None:
+    def _decided(self, branch: Branch, compute: bool) -> None:
         branch.skip = not compute
         if compute:
             branch.keys.append(branch.step)
@@ -497,7 +497,7 @@ class Session:
         branch.weights = weights if self.computed is not None else self.schedule.scale(branch, weights)
 
     def left_out(self, module) -> None:
-        """A module that has been called does not run."""
+        """A hook calls it when its module is called but not run, so that its FLOPs do not count."""
         watch = self.current.part.watch
         if watch is not None:
             watch.forget(module)

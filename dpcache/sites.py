@@ -39,8 +39,8 @@ from dpcache.tokens import token_hooks
 
 
 def check_layout(site: "Site", transformer: torch.nn.Module) -> None:
-    """Raises SettingError where blocks over space and over time take turns: between them the stream is laid out anew,
-    so that what one leaves and what another takes cannot be told from each other's difference."""
+    """Raises SettingError where blocks over space and over time take turns: between them the model reshapes the stream,
+    so that the output of one block minus the input of another has no meaning."""
     if getattr(transformer, "temporal_transformer_blocks", None) is not None:
         raise SettingError(
             f"site={site.name}: {type(transformer).__name__} lays its stream out anew between its blocks: choose "
@@ -125,7 +125,7 @@ class Blocks(Site):
 
     def hooks(self, session, transformer):
         if session.fixed is None:
-            raise SettingError("site=blocks takes a schedule that is settled before the run")
+            raise SettingError("site=blocks takes a schedule whose steps are known before the run")
         check_layout(self, transformer)
         blocks = transformer_blocks(transformer)
         chosen = range(len(blocks)) if self.blocks is None else self.blocks

@@ -26,7 +26,7 @@ def read(setting: str, source: str | Path) -> list[str]:
         setting: the name under which the user gave `source`, for messages.
 
     Raises:
-        ValueError: a file that cannot be read, with the line that is wrong, or a set that cannot be had.
+        SettingError: a file that cannot be read, with the line that is wrong, or a set that cannot be downloaded.
     """
     if source in SETS:
         return _set(setting, source)
@@ -109,7 +109,7 @@ def _set(setting: str, name: str) -> list[str]:
         raise SettingError(f"{setting}={name} needs the package datasets: pip install 'dpcache[prompts]'") from None
     try:
         values = load_dataset(repository, split=split)[column]
-    except Exception as error:  # whatever a hub, a proxy or a cache can come up with
+    except Exception as error:  # the hub, a proxy or the local cache may raise anything
         call = f"load_dataset('{repository}', split='{split}')"
         raise SettingError(
             f"{setting}={name} cannot be had ({type(error).__name__}: {error}); once, with a connection: "

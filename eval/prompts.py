@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dpcache.errors import SettingError
 
+ROOT = Path(__file__).parents[1]
 COLUMNS = ("prompt", "prompts", "caption", "captions", "text")
 """Names of the column that holds the prompts, in any case; the first of these that a file has."""
 
@@ -20,7 +21,8 @@ MS-COCO's validation images, the first one of each image."""
 
 
 def read(setting: str, source: str | Path) -> list[str]:
-    """The prompts of a file (txt: one a line; csv, tsv, jsonl: in one of `COLUMNS`), or of one of `SETS`.
+    """The prompts of a file (txt: one a line; csv, tsv, jsonl: in one of `COLUMNS`), or of one of `SETS`. A relative
+    path is looked up in the current folder, and then in the project's.
 
     Args:
         setting: the name under which the user gave `source`, for messages.
@@ -31,6 +33,7 @@ def read(setting: str, source: str | Path) -> list[str]:
     if source in SETS:
         return _set(setting, source)
     path = Path(source).expanduser()
+    path = path if path.exists() or not (ROOT / path).exists() else ROOT / path
     try:
         data = path.read_bytes()
         text = data.decode("utf-8-sig")

@@ -141,9 +141,10 @@ def boards(frame: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFrame
     """
     if metric not in frame:
         raise SettingError(f"no result has {metric!r}; columns are {sorted(frame.columns)}")
-    frame = newest(frame).assign(mean=pd.to_numeric(frame[metric])).dropna(subset="mean")
+    frame = newest(frame).assign(mean=pd.to_numeric(frame[metric]))
     doubted = metric in SPEED and "unreliable" in frame
     frame = frame.assign(unreliable=frame["unreliable"].notna() if doubted else False)
+    frame = frame[frame["mean"].notna() | frame["unreliable"]]
     for end in ("lo", "hi"):
         bound = pd.to_numeric(frame[f"{metric}_{end}"]) if f"{metric}_{end}" in frame else np.nan
         frame[end] = (bound - frame["mean"]) ** 2

@@ -143,7 +143,8 @@ def reliability(timed: dict) -> dict:
     """Whether the rounds agree, from what `compare` and `efficiency` returned together.
 
     Returns `spread`, by how much the speed-ups of the rounds differ at most (0.1: the largest is 10 % above the least),
-    and `unreliable`: why the timing describes the method badly, or None.
+    and `unreliable`: why the timing describes the method badly, or None. Where there is a reason, also `efficiency`,
+    which is then None.
     """
     ranges = timed["speedup_range"], timed["transformer_speedup_range"]
     spread = max(high / low for low, high in ranges) - 1
@@ -155,7 +156,7 @@ def reliability(timed: dict) -> dict:
         reason = f"the rounds differ by {spread:.0%}"
     elif least > 1:
         reason = f"every round is faster than its computed steps allow, by {least - 1:.1%} and more"
-    return {"spread": spread, "unreliable": reason}
+    return {"spread": spread, "unreliable": reason} | ({"efficiency": None} if reason else {})
 
 
 def memory(device: torch.device | str = "cpu") -> dict[str, int]:

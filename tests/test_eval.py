@@ -115,7 +115,7 @@ def test_an_efficiency_is_printed_only_where_the_rounds_agree_on_it(rounds, whol
     timed = TIMED | {"reference_all_s": [10.0] * rounds, "speedup_range": whole}
     timed |= {"transformer_speedup": 4.6, "transformer_speedup_range": transformer, "efficiency": 0.92}
     found = timing.reliability(timed)
-    assert found == {"spread": pytest.approx(spread), "unreliable": reason}
+    assert found == {"spread": pytest.approx(spread), "unreliable": reason} | ({"efficiency": None} if reason else {})
     run = result("fora", 10, 30.0, timing=timed | found, metrics_unavailable={})
     text = console.summary(run, Path("out"))
     assert f"4.00x end to end (10.00 s -> 2.50 s), {whole[0]:.2f}x to {whole[1]:.2f}x" in text
@@ -134,7 +134,8 @@ def test_an_old_result_without_a_spread_is_not_called_reliable():
 
 def test_tables_say_which_speeds_are_not_reliable(tmp_path):
     for method, reason in (("fora", None), ("toca", "the rounds differ by 50%")):
-        timed = {"speedup": 4.0, "speedup_range": [3.9, 4.1], "efficiency": 0.8, "unreliable": reason}
+        efficiency = None if reason else 0.8
+        timed = {"speedup": 4.0, "speedup_range": [3.9, 4.1], "efficiency": efficiency, "unreliable": reason}
         (tmp_path / method).mkdir()
         (tmp_path / method / "result.json").write_text(json.dumps(result(method, 9, 30.0, timing=timed)))
     frame = results.collect(tmp_path)

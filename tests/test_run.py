@@ -36,7 +36,7 @@ def test_the_run_folder_is_whole(finished):
     assert all(m["n"] == 4 and m["ci95"][0] <= m["mean"] <= m["ci95"][1] for m in result["metrics"].values())
     timing = result["timing"]
     assert timing["ideal_speedup"] == 1.6
-    assert timing["efficiency"] == pytest.approx(timing["transformer_speedup"] / 1.6)
+    assert timing["efficiency"] is None and timing["transformer_speedup"] > 0  # of one round, which has no spread
     assert timing["speedup_range"] == [timing["speedup"]] * 2 and timing["spread"] == 0
     assert timing["unreliable"] == "a single round has no spread" and f"not reliable: {timing['unreliable']}" in out
     assert timing["speedup"] > 0 and timing["reference_s"] > 0 and timing["cached_s"] > 0

@@ -115,6 +115,15 @@ def test_every_format_of_prompts(tmp_path):
         assert prompts.read("prompts", tmp_path / name) == expected, name
 
 
+def test_a_relative_path_is_looked_up_in_the_current_folder_and_then_in_the_projects(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "dpcache/models/prompts.txt"
+    assert prompts.read("prompts", name) == (ROOT / name).read_text().splitlines()
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_text("mine\n")
+    assert prompts.read("prompts", name) == ["mine"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

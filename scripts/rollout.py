@@ -20,6 +20,7 @@ import dpcache
 import eval.schema  # noqa: F401, registers the types of the settings
 from baselines.dbcache import CALIBRATORS
 from baselines.library import LibraryCache
+from dpcache._diffusers import hook_on
 from dpcache.lsq import FittedWeights
 from dpcache.models.architectures import architecture
 from dpcache.models.family import EXAMPLE_TIME
@@ -143,7 +144,7 @@ def caching(rollout: Rollout, name: str, plan: list[int]) -> Iterator[Callable[[
         else:
             method.start(rollout, model)
         if name == "first_block_cache":
-            hook = transformer_blocks(model)[0]._diffusers_hook.get_hook("fbc_leader_block_hook")
+            hook = hook_on(transformer_blocks(model)[0], "fbc_leader_block_hook")
             before = partial(follow, hook, plan)
         yield before
         if not name.startswith("dbcache"):

@@ -112,7 +112,7 @@ def test_calibration_prompts_may_come_from_another_file(tmp_path):
     assert code == 1 and "between 1 and the 2 prompts of calibration.prompts=" in err
 
 
-def test_a_parallel_sweep_gives_the_same_as_its_jobs_alone(tmp_path):
+def test_a_parallel_sweep_finishes_its_jobs_with_one_reference(tmp_path):
     parallel = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     code, _, err = run_alone("-m", "method=fora,uniform_skip", "budget=4", *TINY, *parallel, folder=tmp_path)
     assert code == 0, err

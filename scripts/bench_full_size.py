@@ -150,6 +150,11 @@ def time_once(rollout: Rollout, plan: list[int], row: Row, clock: Callable[[], f
     row.times.append(tuple(map(statistics.median, (uncached, own, skip))))
 
 
+def said(error: Exception) -> str:
+    """In one line. The error itself must not be kept: its frames hold tensors, which would count as memory."""
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+
+
 def benchmark(rollout: Rollout, methods: Sequence[str], budgets: Sequence[int], repeats: int, clock=time.perf_counter):
     """The row of the uncached model, and those of every method at every budget, in rounds in which all take turns."""
     full = Row("full", rollout.steps, list(range(rollout.steps)), rollout(Operations(), steps=1))
@@ -164,8 +169,7 @@ def benchmark(rollout: Rollout, methods: Sequence[str], budgets: Sequence[int], 
             try:
                 measure(rollout, plan, row, *args)
             except Exception as error:  # a method of a library may fail in any way
-                cause = error.__cause__ or error  # Hydra wraps what a method raises as it is made
-                row.failure = f"{type(cause).__name__}: {(str(cause).strip() or '-').splitlines()[0]}"
+                row.failure = said(error.__cause__ or error)  # Hydra wraps what a method raises as it is made
 
     attempt(probe, "what each does", peak)
     for _ in range(repeats):

@@ -108,7 +108,7 @@ def given(name: str, plan: list[int], steps: int, blocks: int) -> list[str]:
         "dicache": ["threshold=0", "retention=0"],
         "diffusers_taylorseer": ["order=2"],
         "diffusers_taylorseer_lite": ["order=2"],
-        "dpcache": [f"steps={plan}"],
+        "dpcache": [f"steps={plan}", "warmup=1"],
         "easycache": ["threshold=0", "warmup=2"],
         "first_block_cache": ["threshold=0"],
         "magcache": ["threshold=0.5", "retention=0", f"max_skip={steps}", f"ratios={ratios}"],

@@ -154,14 +154,14 @@ class Branch:
         self.placeholders: dict = {}
 
     def start(self) -> None:
-        """A new generation begins, even if the last one broke off."""
+        """A new generation begins; the last one may have broken off."""
         if self.calls:
             self.generations.append((self.computed, self.calls, self.work))
         self.computed, self.calls, self.work, self.signature = [], 0, 0.0, None
         self.enter(None)
 
     def enter(self, part: "Part | None") -> None:
-        """Another model takes over: nothing of what is kept serves it."""
+        """Another model takes over, for which nothing that was kept can be used."""
         self.part, self.keys, self.kept = part, [], frozenset()
         self.state_bytes = max(self.state_bytes, self.online_bytes)
         self.online, self.verifying = {}, False
@@ -209,7 +209,7 @@ def stopwatch(device: torch.device) -> Stopwatch:
 
 
 class Part:
-    """One of a pipeline's denoisers. Its hooks know it."""
+    """One of a pipeline's denoisers, with its hooks and what counts its FLOPs."""
 
     def __init__(self, name: str, module: torch.nn.Module):
         self.name, self.module = name, module

@@ -159,14 +159,14 @@ class Branch:
         self.placeholders: dict = {}
 
     def start(self) -> None:
-        """A new generation begins, even if the last one broke off."""
+        """A new generation begins; the last one may have broken off."""
         if self.calls:
             self.generations.append((self.computed, self.calls, self.work))
         self.computed, self.calls, self.work, self.signature = [], 0, 0.0, None
         self.enter(None)
 
     def enter(self, part: "Part | None") -> None:
-        """Another model takes over: nothing of what is kept serves it."""
+        """Another model takes over, for which nothing that was kept can be used."""
         self.part, self.keys, self.kept = part, [], frozenset()
         self.state_bytes = max(self.state_bytes, self.current_state_bytes)
         self.state, self.verifying = None, False
@@ -206,7 +206,7 @@ class CudaStopwatch(Stopwatch):
 
 
 STOPWATCHES = {"cuda": CudaStopwatch}
-"""By type of device; any other takes the host's. To be replaced where there is a device without a clock."""
+"""Stopwatches by type of device. Any other type takes the host's. Tests replace one for a device without a clock."""
 
 
 def stopwatch(device: torch.device) -> Stopwatch:
@@ -215,7 +215,7 @@ def stopwatch(device: torch.device) -> Stopwatch:
 
 
 class Part:
-    """One of a pipeline's denoisers. Its hooks know it."""
+    """One of a pipeline's denoisers, with its hooks and what counts its FLOPs."""
 
     def __init__(self, name: str, module: torch.nn.Module):
         self.name, self.module = name, module
@@ -360,7 +360,7 @@ class Session:
                 part.watch = None
 
     def detach(self) -> None:
-        """Leave every module and the scheduler as they were, and free the features."""
+        """Restores every module and the scheduler as they were, and frees the features."""
         self.final = self.report()
         self._unhook()
         self.steps.detach()
@@ -379,7 +379,7 @@ class Session:
         for part in self.parts:
             self.check_other_caches(part)
             moved |= any(getattr(parent, name, None) is not module for parent, name, module in part.places)
-        if moved:  # a LoRA was loaded, for one, which puts layers of its own in the place of hooked ones
+        if moved:  # hooked layers were replaced, as loading a LoRA does
             self._unhook()
             for part in self.parts:
                 self._hook(part)
@@ -411,8 +411,8 @@ class Session:
         self.calls = []
 
     def open(self, part: Part, name: str, args: tuple, kwargs: dict) -> Branch:
-        """Begin a call of `part`, in a `cache_context` of that name. Fixed schedules decide here whether it is
-        computed."""
+        """Begins a call of `part` in a `cache_context` of that name. A fixed schedule decides here whether the call is
+        computed; an online one does so later, in `decide`."""
         began, step = self.steps.locate(part.module, args, kwargs)
         if began:
             self.begin()
@@ -486,7 +486,7 @@ class Session:
         branch.weights = self.schedule.scale(branch, weights) if self.online else weights
 
     def left_out(self, module) -> None:
-        """A module that has been called does not run."""
+        """A hook calls it when its module is called but not run, so that its FLOPs do not count."""
         watch = self.current.part.watch
         if watch is not None:
             watch.forget(module)

@@ -41,8 +41,8 @@ from dpcache.tokens import Selector, TokenState, token_hooks
 
 
 def check_layout(site: "Site", transformer: torch.nn.Module) -> None:
-    """Raises SettingError where blocks over space and over time take turns: between them the stream is laid out anew,
-    so that what one leaves and what another takes cannot be told from each other's difference."""
+    """Raises SettingError where blocks over space and over time take turns: between them the model reshapes the stream,
+    so that the output of one block minus the input of another has no meaning."""
     if getattr(transformer, "temporal_transformer_blocks", None) is not None:
         raise SettingError(
             f"site={site.name}: {type(transformer).__name__} lays its stream out anew between its blocks: choose "

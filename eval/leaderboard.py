@@ -1,4 +1,4 @@
-"""The board: every `result.json` below a folder as one table. `python -m eval.leaderboard FOLDER [--metric psnr]`.
+"""The board: every `result.json` below a folder as one table. `python -m eval.leaderboard FOLDER [--metric NAME]`.
 
 The command also writes the board into the folder: `leaderboard.csv`, `leaderboard.md` and `report.html`.
 """
@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from eval import charts, report, tables
+from eval.metrics import MAIN
 from eval.results import against_full, collect, metric_names
 
 
@@ -16,8 +17,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder below which result.json files are collected")
     parser.add_argument("--metric", help="print this column only; default: what compares with full steps, and speed")
     parser.add_argument("--against", metavar="METHOD", help="also print paired differences to this method")
-    parser.add_argument("--figure", type=Path, help="also draw the metric (default: PSNR) over the budget")
-    parser.add_argument("--pareto", type=Path, help="also draw the metric (default: PSNR) over the --gain")
+    parser.add_argument("--figure", type=Path, help=f"also draw the metric (default: {MAIN}) over the budget")
+    parser.add_argument("--pareto", type=Path, help=f"also draw the metric (default: {MAIN}) over the --gain")
     parser.add_argument("--gain", default="speedup", help="speedup, or flops_speedup, which no other job disturbs")
     parser.add_argument(
         "--highlight",
@@ -39,7 +40,7 @@ def main() -> None:
         except ValueError as error:
             text = str(error)
         print(text, end="\n\n")
-    metric = arguments.metric or "psnr"
+    metric = arguments.metric or MAIN
     try:
         if arguments.against:
             print(tables.paired_table(frame, arguments.against, metric))

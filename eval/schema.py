@@ -77,17 +77,20 @@ class Group(Enum):
 @dataclass
 class About:
     """What the board says of a method: its title, the address of its paper, the paper's year, and its group.
-    own_grid: its steps are not among the T steps of the others."""
+    own_grid: its steps are not among the T steps of the others. reference: it computes every step, and the others are
+    compared with its samples; one method says so."""
 
     title: str = ""
     paper: str | None = None
     year: int | None = None
     group: Group = Group.other
     own_grid: bool = False
+    reference: bool = False
 
 
 class Stage(Enum):
-    """run: sample and evaluate. calibrate: only settle the method. eval: score finished run folders again."""
+    """run: sample and evaluate. calibrate: only calibrate and build the method. eval: score finished run folders
+    again."""
 
     run = "run"
     calibrate = "calibrate"
@@ -120,8 +123,8 @@ ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
 def config_hash(config: DictConfig) -> str:
-    """12 hex digits of everything that shapes the results; where they go, who is told and what the board says do
-    not count."""
+    """12 hex digits of all settings that shape the results. The output folder, the logger and the board's record are
+    left out."""
     others = ("about", "hydra", "logger", "output_dir", "overwrite", "dry_run", "label", "stage", "dir")
     keys = [key for key in config if key not in others]
     content = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
@@ -137,7 +140,7 @@ def label(config: DictConfig, method: str, calibrated: bool, overrides: Iterable
 
 
 def run_name(_root_: DictConfig) -> str:
-    """Name of the run folder: the same command always gets the same one, so a killed run resumes."""
+    """Name of the run folder. The same command always has the same name, so that a killed run goes on where it was."""
     choices, c = _root_.hydra.runtime.choices, _root_
     if c.stage is Stage.eval:  # Hydra's notes on this command, beside the run folders
         return "../evaluations"

@@ -5,11 +5,12 @@ import pandas as pd
 
 from dpcache.errors import SettingError
 from eval.methods import FULL, order
+from eval.metrics import MAIN
 from eval.results import SETTING, boards, column, newest
 from eval.statistics import paired_difference
 
 
-def table(frame: pd.DataFrame, metric: str = "psnr") -> str:
+def table(frame: pd.DataFrame, metric: str = MAIN) -> str:
     """Markdown tables, one per setting: methods x budgets, mean ± half the width of the 95 % interval, of speeds
     half the range of the timed rounds, or "not reliable" where these disagree.
 
@@ -44,7 +45,7 @@ def table(frame: pd.DataFrame, metric: str = "psnr") -> str:
     return "\n\n".join(parts)
 
 
-def paired_table(frame: pd.DataFrame, against: str, metric: str = "psnr") -> str:
+def paired_table(frame: pd.DataFrame, against: str, metric: str = MAIN) -> str:
     """Markdown table of every row's mean difference to the row `against` over the same prompts and noise, with its
     paired 95 % bootstrap interval. Raises SettingError if there is no such row."""
     frame = newest(frame)

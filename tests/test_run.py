@@ -36,7 +36,7 @@ def test_the_run_folder_is_whole(finished):
     assert all(m["n"] == 4 and m["ci95"][0] <= m["mean"] <= m["ci95"][1] for m in result["metrics"].values())
     timing = result["timing"]
     assert timing["ideal_speedup"] == 1.6
-    assert timing["efficiency"] == pytest.approx(timing["transformer_speedup"] / 1.6)
+    assert timing["efficiency"] is None and timing["transformer_speedup"] > 0  # of one round, which has no spread
     assert timing["speedup_range"] == [timing["speedup"]] * 2 and timing["spread"] == 0
     assert timing["unreliable"] == "a single round has no spread" and f"not reliable: {timing['unreliable']}" in out
     assert timing["speedup"] > 0 and timing["reference_s"] > 0 and timing["cached_s"] > 0
@@ -99,7 +99,7 @@ def test_rows_of_the_board_carry_what_the_command_changed(tmp_path):
     assert code == 0 and "mine" in {result["label"] for result in results(tmp_path)} and len(results(tmp_path)) == 2
 
 
-def test_calibration_prompts_of_another_file(tmp_path):
+def test_calibration_prompts_may_come_from_another_file(tmp_path):
     (tmp_path / "others.txt").write_text("red car\n\nblue ball\n")
     command = ["budget=4", *TINY, f"calibration.prompts={tmp_path / 'others.txt'}"]
     code, _, err = run(*command, folder=tmp_path)
@@ -112,7 +112,7 @@ def test_calibration_prompts_of_another_file(tmp_path):
     assert code == 1 and "between 1 and the 2 prompts of calibration.prompts=" in err
 
 
-def test_parallel_sweep(tmp_path):
+def test_a_parallel_sweep_finishes_its_jobs_with_one_reference(tmp_path):
     parallel = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     code, _, err = run_alone("-m", "method=fora,uniform_skip", "budget=4", *TINY, *parallel, folder=tmp_path)
     assert code == 0, err
@@ -141,7 +141,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     assert results(kept)[0]["metrics"] == results(killed)[0]["metrics"]
 
 
-def test_wandb_offline(tmp_path):
+def test_wandb_logs_a_run_offline(tmp_path):
     code, _, err = run("method=uniform_skip", "budget=4", *TINY, "logger=wandb", folder=tmp_path)
     assert code == 0, err
     assert len(results(tmp_path)) == 1 and list(tmp_path.glob("runs/*/wandb/offline-run-*"))

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -39,6 +40,8 @@ def main(config: DictConfig) -> float | None:
     if not (sys.stderr.isatty() and main_process()):  # bars are for one who watches; read when tqdm is loaded
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
+        if config.quality is not None and any(o.startswith("budget=") for o in HydraConfig.get().overrides.task):
+            raise SettingError(f"budget={config.budget} and quality={config.quality}: give one of the two")
         if config.stage is Stage.eval:
             score(config)
             return None
@@ -82,35 +85,58 @@ def score(config: DictConfig) -> None:
 
 def calibrate(config: DictConfig) -> None:
     """Calibrate and build the method, and leave it in a file, beside those of other budgets; print what was decided."""
-    from hydra.utils import instantiate
-
     from dpcache import storage
     from eval import runs
     from eval.store import locked
 
-    choices, recipe = HydraConfig.get().runtime.choices, instantiate(config.method)
-    if recipe.statistics is None:
+    choices, recipe = HydraConfig.get().runtime.choices, recipe_for(config)
+    if recipe.statistics is None and config.quality is None:
         raise SettingError(f"stage=calibrate: method={choices.method} has nothing to calibrate")
     runs.check(config)
     _, prompts = runs.read_prompts(config, True)
     one = runs.Run(config, runs.load_pipeline(config), Path(config.output_dir))
-    calibration, path = one.calibration(recipe.statistics, prompts)
-    method = calibration.sign(recipe.build(one.pipe, calibration))
-    cost = {"statistics": calibration.took(recipe.statistics), "method": calibration.reran}
+    calibration, path = one.calibration(recipe.statistics or (), prompts)
+    method, budget, quality = build(config, one.pipe, recipe, calibration)
+    method = calibration.sign(method)
+    cost = {"statistics": calibration.took(recipe.statistics or ()), "method": calibration.reran}
     name = f"{choices.model}-{choices.method}-T{config.num_inference_steps}"
     file = path.with_name(f"{name}.method.safetensors")
     with locked(file):
         others = storage.load(file) if file.exists() else {}
         same = {budget: other for budget, other in others.items() if other.made_for == method.made_for}
-        storage.save({**same, config.budget: method}, file)
-    found = dict(method.decided) | {"calibration_trajectories": cost, "made_from": str(path), "method": str(file)}
-    write_text(path.with_name(f"{name}-K{config.budget}.json"), json.dumps(found, indent=1))
+        storage.save({**same, budget: method}, file)
+    found = dict(method.decided) | {"quality": quality} if quality else dict(method.decided)
+    found |= {"calibration_trajectories": cost, "made_from": str(path), "method": str(file)}
+    write_text(path.with_name(f"{name}-K{budget}.json"), json.dumps(found, indent=1))
     print(*(f"{key}: {json.dumps(value)}" for key, value in found.items()), sep="\n")
+
+
+def recipe_for(config: DictConfig, budget: int | None = None):
+    """The `Recipe` of the method's file for a budget; for that of `config`, or with a quality for all steps."""
+    from hydra.utils import instantiate  # here: a wrong command is answered before torch is loaded
+
+    if budget is None:
+        budget = config.budget if config.quality is None else config.num_inference_steps
+    try:
+        return instantiate(OmegaConf.merge(config, {"budget": budget}).method)
+    except InstantiationException as error:
+        raise error.__cause__ if isinstance(error.__cause__, SettingError) else error  # noqa: B904, its own cause
+
+
+def build(config: DictConfig, pipe, recipe, calibration) -> tuple:
+    """The method, its budget and, where a quality was asked for instead, what is known of that."""
+    from dpcache.quality import find_budget
+
+    if config.quality is None:
+        return recipe.build(pipe, calibration), config.budget, None
+    found = find_budget(pipe, partial(recipe_for, config), calibration, config.quality)
+    print(*(f"  budget={budget}: {decibels:.2f} dB" for budget, decibels in found.tried.items()), sep="\n")
+    return found.method, found.budget, {"wanted": config.quality, "tried": found.tried}
 
 
 def run(config: DictConfig, folder: Path) -> dict:
     """Compose, build the method, sample, evaluate, report. Returns what `result.json` holds."""
-    from hydra.utils import instantiate  # here: a wrong command is answered before torch is loaded
+    from hydra.utils import instantiate
 
     from eval import dry_run, runs
     from eval.console import phase, summary
@@ -118,13 +144,15 @@ def run(config: DictConfig, folder: Path) -> dict:
     from eval.store import locked
 
     choices = HydraConfig.get().runtime.choices
-    recipe = instantiate(config.method)
-    calibrates = recipe.statistics is not None
+    recipe = recipe_for(config)
+    calibrates = recipe.statistics is not None or config.quality is not None
     name = label(config, choices.method, calibrates, HydraConfig.get().overrides.task)
     runs.check(config)
     runs.warn_few_steps(config)
     prompts, calibration_prompts = runs.read_prompts(config, calibrates)
     main = main_process()
+    if config.dry_run and config.quality is not None:
+        raise SettingError("dry_run=true takes a budget: which one a quality takes is only known after a search")
     if config.dry_run:
         plan = dry_run.describe(config, choices.model, choices.method, recipe, len(prompts), len(calibration_prompts))
         print(plan)
@@ -155,11 +183,15 @@ def run(config: DictConfig, folder: Path) -> dict:
         calibration = None
         if calibrates:
             with phase("calibration"):
-                calibration, _ = one.calibration(recipe.statistics, calibration_prompts)
+                calibration, _ = one.calibration(recipe.statistics or (), calibration_prompts)
         with phase("method built"):
-            method = recipe.build(one.pipe, calibration)
+            method, budget, quality = build(config, one.pipe, recipe, calibration)
         with phase("full-step reference"):
-            reference = one.reference(prompts)
+            reference = one.reference(prompts, config.num_inference_steps)
+        fine = None
+        if one.fine_steps:
+            with phase("fine reference"):
+                fine = one.reference(prompts, one.fine_steps)
         with phase("samples"):
             samples, computed = one.samples(method, prompts)
         if not main:
@@ -168,16 +200,17 @@ def run(config: DictConfig, folder: Path) -> dict:
             "model": choices.model,
             "method": choices.method,
             "label": name,
-            "budget": config.budget,
+            "budget": budget,
+            "quality": quality,
             "num_inference_steps": config.num_inference_steps,
             "seed": config.seed,
             "config_hash": config_hash(config),
             "calibration_prompts": len(calibration.made_from["prompts"]) if calibration else 0,
             "calibration_trajectories": {
-                "statistics": calibration.took(recipe.statistics) if calibration else 0.0,
+                "statistics": calibration.took(recipe.statistics or ()) if calibration else 0.0,
                 "method": calibration.reran if calibration else 0.0,
             },
-            **one.evaluate(method, samples, reference, computed, scorers),
+            **one.evaluate(method, samples, reference, fine, computed, scorers),
         }
         with phase("pictures"):
             pictures = one.pictures(recipe, calibration, samples, reference, result)

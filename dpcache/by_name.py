@@ -1,6 +1,7 @@
 """A method by its short name, calibrated, built and enabled in one call."""
 
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from omegaconf import OmegaConf
 from dpcache.calibration import calibrate
 from dpcache.errors import SettingError
 from dpcache.method import Recipe, Runnable, enable
+from dpcache.quality import find_budget
 
 METHODS = Path(__file__).parents[1] / "conf" / "method"
 
@@ -44,12 +46,13 @@ def _settings(name: str):
 def accelerate(
     pipe,
     name: str,
-    budget: int,
+    budget: int | None = None,
     prompts: Sequence[str] = (),
     num_inference_steps: int = 50,
     seeds: Sequence[int] | None = None,
     batch_size: int = 1,
     settings: dict | None = None,
+    quality: float | None = None,
     **call,
 ) -> Runnable:
     """Calibrate a method for a pipeline, build it and enable it.
@@ -57,7 +60,9 @@ def accelerate(
     Args:
         name: as on the command line: "dpcache_lsq", "taylorseer", ...
         budget: computed steps of `num_inference_steps`.
-        prompts: to calibrate with, ten or so; methods without calibration need none.
+        quality: in place of a budget: dB of PSNR to the full-step images, mean over `prompts`; the smallest budget that
+            reaches it is searched for, see `dpcache.quality.find_budget`.
+        prompts: to calibrate with, ten or so; a method without calibration needs none for a budget.
         seeds, batch_size: of calibration, see `dpcache.calibrate`.
         settings: of the method, in place of those in its file.
         call: the arguments that the pipeline will be called with (height, width, guidance_scale, ...).
@@ -67,15 +72,21 @@ def accelerate(
 
     Raises SettingError for a name, budget or setting that is not known or does not fit the model.
     """
-    made = recipe(name, budget, num_inference_steps, **(settings or {}))
-    if made.statistics is None:
+    if (budget is None) == (quality is None):
+        raise SettingError(f"budget={budget} and quality={quality}: give one of the two")
+    make = partial(recipe, name, num_inference_steps=num_inference_steps, **(settings or {}))
+    made = make(num_inference_steps if budget is None else budget)
+    if made.statistics is None and quality is None:
         method = made.build(pipe, None)
     elif not prompts:
         raise SettingError(f"method={name} is calibrated: give it some prompts=[...] that are like yours")
     else:
-        calibration = calibrate(
-            pipe, prompts, num_inference_steps, made.statistics, seeds=seeds, batch_size=batch_size, **call
-        )
-        method = calibration.sign(made.build(pipe, calibration))
+        calibration = calibrate(pipe, prompts, num_inference_steps, (), seeds=seeds, batch_size=batch_size, **call)
+        if quality is not None:
+            method = find_budget(pipe, make, calibration, quality).method
+        else:
+            calibration.measure(pipe, made.statistics)
+            method = made.build(pipe, calibration)
+        method = calibration.sign(method)
     enable(pipe, method)
     return method

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from eval import charts, report, tables
-from eval.metrics import MAIN
+from eval.metrics import FINE, MAIN
 from eval.results import against_full, collect, metric_names
 
 
@@ -33,7 +33,8 @@ def main() -> None:
     frame = collect(arguments.folder)
     if frame.empty:
         parser.exit(1, f"no result.json below {arguments.folder}\n")
-    printed = [*filter(against_full, metric_names(frame)), "speedup", "computed_steps"]
+    compared = [name for name in metric_names(frame) if against_full(name) or name in FINE]
+    printed = [*compared, "speedup", "computed_steps"]
     for metric in [arguments.metric] if arguments.metric else printed:
         try:
             text = tables.table(frame, metric)

@@ -89,7 +89,10 @@ def _score(folder: Path, scorers: dict, config: DictConfig) -> None:
         wanted = {name: loaded[name] for name in _missing(result, config) if name in loaded}
         if wanted:
             prompts = result["per_prompt"]["prompts"]
-            scored = scores(wanted, stored(folder / "samples", prompts), stored(_reference(folder, result), prompts))
+            samples, reference = stored(folder / "samples", prompts), _reference(folder, result["reference"])
+            fine = result.get("fine_reference")
+            fine = fine and stored(_reference(folder, fine), prompts)
+            scored = scores(wanted, samples, stored(reference, prompts), fine)
             for part in ("metrics", "per_prompt"):
                 result[part] |= scored[part]
             lost = result.get("metrics_unavailable", {}) | scored["metrics_unavailable"]
@@ -98,9 +101,9 @@ def _score(folder: Path, scorers: dict, config: DictConfig) -> None:
     print(summary(result, folder, plain_runs(folder, result)))
 
 
-def _reference(folder: Path, result: dict) -> Path:
-    """The shared reference that the run was compared with, below the `output_dir` that holds the run."""
-    name = Path("references", Path(result["reference"]).name)
+def _reference(folder: Path, name: str) -> Path:
+    """The shared reference of that name, below the `output_dir` that holds the run."""
+    name = Path("references", Path(name).name)
     found = [parent / name for parent in folder.absolute().parents if (parent / name).is_dir()]
     if not found:
         raise FileNotFoundError(f"its reference {name} is in no folder above it")

@@ -10,7 +10,7 @@ import pandas as pd
 
 from dpcache.errors import SettingError
 from eval.methods import FULL, order, records
-from eval.metrics import MAIN, METRICS, Column
+from eval.metrics import FINE, MAIN, METRICS, Column
 from eval.schema import Group
 from eval.statistics import doubt
 
@@ -111,7 +111,8 @@ def plain_runs(folder: Path, result: dict) -> list[dict]:
 def column(name: str) -> Column:
     """The record of a metric or of a measured column; of any other name, as results of other versions may have, one
     without more than the name."""
-    return METRICS.get(name) or MEASURED.get(name) or Column(name=name, label=name, higher_is_better=None)
+    known = {**METRICS, **FINE, **MEASURED}
+    return known.get(name) or Column(name=name, label=name, higher_is_better=None)
 
 
 def metric_names(frame: pd.DataFrame) -> list[str]:
@@ -119,7 +120,7 @@ def metric_names(frame: pd.DataFrame) -> list[str]:
     names = [name[:-2] for name in frame if name.endswith("_n") and f"{name[:-2]}_lo" in frame]
     for reasons in frame.get("metrics_unavailable", ()):
         names += reasons if isinstance(reasons, dict) else ()
-    known = [name for name in METRICS if name in names]
+    known = [name for name in (*METRICS, *FINE) if name in names]
     return known + sorted(set(names) - set(known))
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -48,6 +49,11 @@ def check(config: DictConfig) -> None:
             raise SettingError(f"{name}={value} must be at least 1")
     if missing := OmegaConf.missing_keys(config.model):
         raise SettingError(f"{', '.join(sorted(missing))} must be given")
+    if not config.num_inference_steps < (config.reference.num_inference_steps or math.inf):
+        raise SettingError(
+            f"reference.num_inference_steps={config.reference.num_inference_steps} must be above "
+            f"num_inference_steps={config.num_inference_steps}"
+        )
     if config.eval.timing.repeats < 0:
         raise SettingError(f"eval.timing.repeats={config.eval.timing.repeats} must be at least 0")
 
@@ -105,9 +111,19 @@ def load_metrics(config: DictConfig) -> dict[str, Scorer | Exception]:
     return metrics.load(config.eval.metrics, settings, config.eval.require_all)
 
 
-def scores(scorers: dict[str, Scorer | Exception], samples: Samples, reference: Samples) -> dict:
-    """Metrics with intervals, reasons for missing ones, and scores per prompt, as they stand in `result.json`."""
+def scores(
+    scorers: dict[str, Scorer | Exception], samples: Samples, reference: Samples, fine: Samples | None = None
+) -> dict:
+    """Metrics with intervals, reasons for missing ones, and scores per prompt, as they stand in `result.json`.
+
+    fine: samples of many more steps; metrics that compare with the full-step run are then had against these as well,
+    under the names of `eval.metrics.fine_name`.
+    """
     values, unavailable, details = evaluate(scorers, samples, reference)
+    if fine is not None:
+        paired = {name: scorer for name, scorer in scorers.items() if metrics.METRICS[name].against_full}
+        for into, part in zip((values, unavailable, details), evaluate(paired, samples, fine)):
+            into |= {metrics.fine_name(name): value for name, value in part.items()}
     return {
         "metrics": {name: summarise(scores) | details.get(name, {}) for name, scores in values.items()},
         "metrics_unavailable": unavailable,
@@ -132,6 +148,7 @@ class Run:
         self.batch_size = config.batch_size or config.model.batch_size
         self.device = pipe._execution_device
         pipe.set_progress_bar_config(disable=True)  # inside the bar of the batches
+        self.fine_steps: int | None = config.reference.num_inference_steps
         self.circumstances = describe(pipe, config.num_inference_steps, **self.call)
 
     def _sample(self, method: Runnable, prompts, chunk: slice) -> Batch:
@@ -169,19 +186,21 @@ class Run:
             calibration.save(path)
             return calibration, path
 
-    def reference_folder(self, prompts: list[str]) -> Path:
-        """Where the reference of these prompts is kept."""
-        return self.shared / "references" / self._key(self.circumstances, prompts, self.config.seed, self.batch_size)
+    def reference_folder(self, prompts: list[str], num_inference_steps: int) -> Path:
+        """Where full-step samples of these prompts are kept."""
+        circumstances = self.circumstances | {"num_inference_steps": str(num_inference_steps)}
+        return self.shared / "references" / self._key(circumstances, prompts, self.config.seed, self.batch_size)
 
-    def reference(self, prompts: list[str]) -> Samples:
-        """Full-step samples, shared by all runs of the same model, prompts, seed and batch size."""
-        method = full(self.config.num_inference_steps)
-        folder = self.reference_folder(prompts)
+    def reference(self, prompts: list[str], num_inference_steps: int) -> Samples:
+        """Samples with so many steps, all computed, shared by all runs of the same model, prompts, seed and batch
+        size."""
+        method = full(num_inference_steps)
 
         def make(chunk: slice):
             return stored(self._sample(method, prompts, chunk))
 
-        return load_or_make(folder, prompts, self.batch_size, make, "full-step reference")[0]
+        folder = self.reference_folder(prompts, num_inference_steps)
+        return load_or_make(folder, prompts, self.batch_size, make, f"reference of {num_inference_steps} steps")[0]
 
     def samples(self, method: Runnable, prompts: list[str]) -> tuple[Samples, list[dict]]:
         """The method's samples and, of every batch, the computed "steps" of each guidance branch and how many full
@@ -206,6 +225,7 @@ class Run:
         method: Runnable,
         samples: Samples,
         reference: Samples,
+        fine: Samples | None,
         computed: list[dict],
         scorers: dict[str, Scorer | Exception],
     ) -> dict:
@@ -218,13 +238,14 @@ class Run:
         memory |= peaks | {"history": kept or None}
         measured = {"timing": seconds, "memory": memory, "flops": flops}
         with phase("metrics"):
-            scored = scores(scorers, samples, reference)  # last: its networks take memory too
+            scored = scores(scorers, samples, reference, fine)  # last: its networks take memory too
         weights = [min(self.batch_size, len(samples.prompts) - i * self.batch_size) for i in range(len(computed))]
         return {
             "computed_steps": float(np.average([batch["spent"] for batch in computed], weights=weights)),
             # Guidance branches nearly always share theirs.
             "schedules": [list(steps) for batch in computed for steps in dict.fromkeys(map(tuple, batch["steps"]))],
-            "reference": self.reference_folder(samples.prompts).name,
+            "reference": self.reference_folder(samples.prompts, self.config.num_inference_steps).name,
+            "fine_reference": fine and self.reference_folder(samples.prompts, self.fine_steps).name,
             "settled": dict(method.decided),
             **scored,
             **measured,

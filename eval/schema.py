@@ -98,6 +98,11 @@ class Stage(Enum):
 
 
 @dataclass
+class ReferenceConfig:
+    num_inference_steps: int | None = None
+
+
+@dataclass
 class RunConfig:
     stage: Stage = Stage.run
     dir: str | None = None
@@ -107,6 +112,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     logger: Any = MISSING
     budget: int = 10
+    quality: float | None = None
     num_inference_steps: int = 50
     seed: int = 0
     num_prompts: int = 16
@@ -116,6 +122,7 @@ class RunConfig:
     dry_run: bool | None = None
     label: str | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     output_dir: str = "outputs"
 
 
@@ -146,7 +153,8 @@ def run_name(_root_: DictConfig) -> str:
         return "../evaluations"
     if c.dry_run or c.stage is Stage.calibrate:
         return "../dry_runs"
-    return f"{choices.model}-{choices.method}-K{c.budget}-T{c.num_inference_steps}-seed{c.seed}-{config_hash(_root_)}"
+    spent = f"K{c.budget}" if c.quality is None else f"{c.quality:g}dB"
+    return f"{choices.model}-{choices.method}-{spent}-T{c.num_inference_steps}-seed{c.seed}-{config_hash(_root_)}"
 
 
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)

@@ -45,7 +45,7 @@ class Board(Callback):
 
     Before them it makes the folders. Submitit's local launcher starts all jobs at once, so there each job gets one
     thread, unless OMP_NUM_THREADS is set; joblib and Ray share the cores among their jobs themselves. After a sweep it
-    prints the table of the main metric, writes the board into the sweep's folder (`leaderboard.csv`, `.md`, `.png` and
+    prints the tables of the main metric, writes the board into the sweep's folder (`leaderboard.csv`, `.md`, `.png` and
     `report.html`), prints the errors of failed jobs and, if there are any, ends the command with status 1.
 
     Args:
@@ -72,9 +72,11 @@ class Board(Callback):
         folder = Path(config.hydra.sweep.dir)
         frame = results.collect(folder)
         if metrics.MAIN in frame:
-            print(tables.table(frame), end="\n\n")
-            if self.against in set(frame["label"]):
-                print(tables.paired_table(frame, self.against), end="\n\n")
+            for metric in (metrics.MAIN, metrics.fine_name(metrics.MAIN)):
+                if metric in frame:
+                    print(tables.table(frame, metric), end="\n\n")
+                    if self.against in set(frame["label"]):
+                        print(tables.paired_table(frame, self.against, metric), end="\n\n")
             picture = charts.figure(folder / "leaderboard.png", frame)
             print(*report.write(folder, folder, frame), picture, sep="\n")
         failed = failures.since(self.began, folder)

@@ -13,7 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dpcache import Calibration
+from dpcache.sampler import generate
 from helpers.commands import ENVIRONMENT, ROOT, TINY, fork, results, run, run_alone
+from helpers.embedded import CALL
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,44 @@ def test_into_a_file_a_run_prints_a_line_for_each_phase_and_no_bars(finished):
     found = re.findall(r"^  (\S.*?) +\d+\.\d s$", out, re.MULTILINE)
     assert found == [*PHASES, "timing", "FLOPs", "metrics", "pictures"]
     assert "\r" not in out and "full, 8 steps" in out and "dpcache, 5 steps" in out
+
+
+def test_runs_are_also_compared_with_a_finer_reference(tmp_path, pipe):
+    few = ["num_inference_steps=8", "num_prompts=2", "batch_size=2", "eval.timing.repeats=0"]
+    fine = ["reference.num_inference_steps=24", "eval.metrics=[psnr,latent_error]"]
+    code, out, err = run("-m", "method=full,fora", "budget=4", *few, *fine, folder=tmp_path)
+    assert code == 0, err
+    full, cached = sorted(results(tmp_path), key=lambda result: result["method"] != "full")
+    prompts = full["per_prompt"]["prompts"]
+    coarse, exact = (generate(pipe, prompts, [0, 1], steps, decode=False, **CALL).latents for steps in (8, 24))
+    expected = (coarse - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    assert full["per_prompt"]["latent_error_fine"] == pytest.approx(expected.tolist(), rel=1e-3)
+    assert full["metrics"]["latent_error"]["mean"] == 0 < full["metrics"]["latent_error_fine"]["mean"]
+    assert full["metrics"]["psnr"]["mean"] == 100 > full["metrics"]["psnr_fine"]["mean"] > 10
+    assert full["fine_reference"] == cached["fine_reference"] != full["reference"]
+    assert len(list(tmp_path.glob("references/*"))) == 2 and "PSNR to the fine reference" in out
+
+    code, _, err = run("stage=eval", f"dir={tmp_path}", "eval.metrics=[ssim]", folder=tmp_path)
+    assert code == 0, err
+    assert all(0 < result["metrics"]["ssim_fine"]["mean"] < 1 for result in results(tmp_path))
+    code, _, err = run("budget=4", *few, "reference.num_inference_steps=8", folder=tmp_path)
+    assert code == 1 and "reference.num_inference_steps=8 must be above num_inference_steps=8" in err
+
+
+def test_a_quality_in_place_of_a_budget(tmp_path):
+    few = ["method=taylorseer_lite", "num_inference_steps=8", "num_prompts=2", "batch_size=2", "eval.timing.repeats=0"]
+    few += ["calibration.num_prompts=2", "eval.metrics=[psnr]"]
+    code, out, err = run("quality=30", *few, folder=tmp_path)
+    assert code == 0, err
+    (result,) = results(tmp_path)
+    tried = {int(budget): decibels for budget, decibels in result["quality"]["tried"].items()}
+    assert result["quality"]["wanted"] == 30 and result["computed_steps"] == result["budget"] < 8
+    assert tried[result["budget"]] >= 30 and all(tried[budget] < 30 for budget in tried if budget < result["budget"])
+    assert (
+        result["metrics"]["psnr"]["mean"] > 20 and f"budget={result['budget']}: {tried[result['budget']]:.2f} dB" in out
+    )
+    code, _, err = run("quality=30", "budget=5", *few, folder=tmp_path)
+    assert code == 1 and "budget=5 and quality=30.0: give one of the two" in err
 
 
 def test_a_finished_run_is_not_run_again(finished):

@@ -13,6 +13,7 @@ from eval.metrics.base import Column, Metric, Samples, Scorer, Settings, Unavail
 from eval.metrics.fidelity import MAX_PSNR, latent_error, psnr, ssim
 
 __all__ = [
+    "FINE",
     "MAIN",
     "MAX_PSNR",
     "METRICS",
@@ -24,6 +25,7 @@ __all__ = [
     "Unavailable",
     "check",
     "evaluate",
+    "fine_name",
     "latent_error",
     "load",
     "psnr",
@@ -46,6 +48,25 @@ METRICS: dict[str, Metric] = {
 
 MAIN = next(metric.name for metric in METRICS.values() if metric.main)
 """The metric that is shown where there is room for one, and that tuning maximises."""
+
+
+def fine_name(name: str) -> str:
+    """What a metric that compares with the full-step run is called where it compares with the fine reference."""
+    return f"{name}_fine"
+
+
+FINE = {
+    fine_name(name): Column(
+        name=fine_name(name),
+        label=f"{metric.label} to the fine reference",
+        unit=metric.unit,
+        digits=metric.digits,
+        higher_is_better=metric.higher_is_better,
+    )
+    for name, metric in METRICS.items()
+    if metric.against_full
+}
+"""The columns of such metrics."""
 
 
 def check(names: Iterable[str]) -> None:

@@ -123,6 +123,7 @@ def pareto(
         axes.set_xlim(right=axes.get_xlim()[1] + 0.35 * (axes.get_xlim()[1] - axes.get_xlim()[0]))  # for the names
         _stairs(axes, best)
         ends = [points.loc[[label]].sort_values("gain").iloc[0] for label in sorted(shown - set(best.index), key=order)]
+        ends.sort(key=lambda row: row["mean"], reverse=not higher)  # from the lowest, because names are moved up
         _name(axes, [row for _, row in best.iterrows()] + ends)
         axes.grid(color="0.93", lw=0.6)
         axes.set_axisbelow(True)
@@ -132,7 +133,7 @@ def pareto(
     legend = [colored[group] for group in Group if group in colored]
     legend.append(Line2D([], [], color="0.8", label="others"))
     legend.append(Line2D([], [], color="k", ls="--", lw=0.8, label="Pareto front"))
-    plot.legend(handles=legend, loc="outside lower center", ncols=len(legend))
+    plot.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 4 * columns))
     return save(plot, path)
 
 

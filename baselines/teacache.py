@@ -151,7 +151,7 @@ def teacache(
     """The image stream's residual over all blocks is reused while the modulated input has changed little.
 
     Args:
-        threshold: the paper's own knob; the budget is then not enforced.
+        threshold: the paper's own parameter; the budget is then not enforced.
         polynomial: coefficients, highest power first; `flux`: the authors' for FLUX.1-dev; None: fitted.
     """
     if not 2 <= budget <= num_inference_steps:

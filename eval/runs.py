@@ -328,7 +328,7 @@ class Run:
         return made
 
     def rows(self, samples: Samples, reference: Samples, result: dict):
-        """(prompt, reference image, image, PSNR) of every sample."""
-        scores = result["per_prompt"].get("psnr", [float("nan")] * len(samples.prompts))
+        """(prompt, reference image, image, main metric) of every sample."""
+        scores = result["per_prompt"].get(metrics.MAIN, [float("nan")] * len(samples.prompts))
         stills = ([pictures.still(image) for image in made.images.numpy()] for made in (reference, samples))
         return list(zip(samples.prompts, *stills, scores))

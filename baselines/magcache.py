@@ -45,8 +45,45 @@ class MagCache(DiffusersCache):
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Measures the ratios and searches for the threshold, where these are not given.
+class Measured:
+    """The recipe: measures the ratios and searches for the threshold, where these are not given.
+
+    Args: see `magcache`.
+    """
+
+    budget: int
+    num_inference_steps: int
+    threshold: float | None
+    ratios: Sequence[float] | None
+    retention: float
+    max_skip: int
+    example: ClassVar[None] = None
+
+    @property
+    def statistics(self) -> tuple[MagnitudeRatios, ...]:
+        return (MagnitudeRatios(),) if self.ratios is None else ()
+
+    def make(self, threshold: float, ratios: Sequence[float]) -> MagCache:
+        settings = {"mag_ratios": list(ratios), "retention_ratio": self.retention, "max_skip_steps": self.max_skip}
+        return MagCache(self.num_inference_steps, threshold, ratios, self.retention, self.max_skip, decided=settings)
+
+    def build(self, pipe, calibration: Calibration) -> MagCache:
+        ratios = calibration[MagnitudeRatios()].tolist() if self.ratios is None else self.ratios
+        if self.threshold is not None:
+            return self.make(self.threshold, ratios)
+        make = partial(self.make, ratios=ratios)
+        return Search(make, self.budget, self.num_inference_steps, first=0.06).build(pipe, calibration)
+
+
+def magcache(
+    budget: int,
+    num_inference_steps: int,
+    threshold: float | None = None,
+    ratios: Sequence[float] | None = None,
+    retention: float | None = None,
+    max_skip: int | None = None,
+) -> MagCache | Measured:
+    """The residual over all blocks is reused while the error that its magnitude's known decay adds up to is small.
 
     diffusers' defaults, a fifth of all steps computed first and 3 skipped in a row at most, spend 20 steps of 50 and
     more. So that any budget can be had, the fifth is of the budget, and twice the mean gap may be skipped in a row.
@@ -57,34 +94,13 @@ class Recipe:
         retention: share of all steps that is computed first; None: as above.
         max_skip: the paper's K; None: as above.
     """
-
-    budget: int
-    num_inference_steps: int
-    threshold: float | None = None
-    ratios: Sequence[float] | None = None
-    retention: float | None = None
-    max_skip: int | None = None
-    example: ClassVar[None] = None
-
-    def __post_init__(self):
-        check_budget(self.budget, self.num_inference_steps)
-
-    @property
-    def statistics(self) -> tuple[MagnitudeRatios, ...] | None:
-        if self.ratios is None:
-            return (MagnitudeRatios(),)
-        return () if self.threshold is None else None
-
-    def make(self, threshold: float, ratios: Sequence[float]) -> MagCache:
-        K, T = self.budget, self.num_inference_steps
-        retention = 0.2 * K / T if self.retention is None else self.retention
-        max_skip = max(3, 2 * T // K) if self.max_skip is None else self.max_skip
-        decided = {"mag_ratios": list(ratios), "retention_ratio": retention, "max_skip_steps": max_skip}
-        return MagCache(T, threshold, ratios, retention, max_skip, decided=decided)
-
-    def build(self, pipe, calibration: Calibration | None) -> MagCache:
-        ratios = calibration[MagnitudeRatios()].tolist() if self.ratios is None else self.ratios
-        if self.threshold is not None:
-            return self.make(self.threshold, ratios)
-        make = partial(self.make, ratios=ratios)
-        return Search(make, self.budget, self.num_inference_steps, first=0.06).build(pipe, calibration)
+    check_budget(budget, num_inference_steps)
+    recipe = Measured(
+        budget,
+        num_inference_steps,
+        threshold,
+        ratios,
+        0.2 * budget / num_inference_steps if retention is None else retention,
+        max(3, 2 * num_inference_steps // budget) if max_skip is None else max_skip,
+    )
+    return recipe if threshold is None or ratios is None else recipe.make(threshold, ratios)

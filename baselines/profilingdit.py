@@ -15,38 +15,22 @@ from dpcache.statistics import BlockChanges
 
 
 @dataclass(frozen=True)
-class ProfilingDiT:
-    """The recipe: what the blocks that a profile has found add is reused, in runs of consecutive ones; the others
-    always run.
+class Profiled:
+    """The recipe: takes the blocks from a profile and searches for the interval, where these are not given.
 
-    The authors' profile finds blocks that attend to the background, by masks of SAM2 and thresholds that are nowhere
-    published. Here it takes the same share of blocks, those whose additions change least from step to step.
-
-    Args:
-        blocks: indices of the blocks that are skipped; None: those of the profile.
-        share: of all blocks that the profile takes; the authors' list for HunyuanVideo has 24 of 40.
-        interval: after the warm-up all blocks run in every so many steps; the authors' 6 spends half of the steps.
-            None: what spends the budget, or 6 where no interval does.
-        warmup: steps that are computed first.
+    Args: see `profilingdit`.
     """
 
     budget: int
     num_inference_steps: int
-    blocks: Sequence[int] | None = None
-    share: float = 0.6
-    interval: int | None = None
-    warmup: int = 6
-
-    def __post_init__(self):
-        check_budget(self.budget, self.num_inference_steps)
-        if not 0 < self.share <= 1:
-            raise SettingError(f"share={self.share} must be above 0 and at most 1")
+    blocks: Sequence[int] | None
+    share: float
+    interval: int | None
+    warmup: int
 
     @property
-    def statistics(self) -> tuple[BlockChanges, ...] | None:
-        if self.blocks is not None:
-            return None if self.interval is not None else ()
-        return (BlockChanges(),)
+    def statistics(self) -> tuple[BlockChanges, ...]:
+        return (BlockChanges(),) if self.blocks is None else ()
 
     @property
     def example(self) -> Method:
@@ -57,7 +41,7 @@ class ProfilingDiT:
         steps = [*range(min(self.warmup, T)), *range(self.warmup, T, interval)]
         return Method(Schedule(steps, T), Blocks(blocks), Reuse())
 
-    def build(self, pipe, calibration: Calibration | None) -> Method:
+    def build(self, pipe, calibration: Calibration) -> Method:
         blocks, profile = self.blocks, {}
         if blocks is None:
             changes = calibration[BlockChanges()].tolist()
@@ -70,3 +54,30 @@ class ProfilingDiT:
             search = Search(make, self.budget, self.num_inference_steps, first=6, setting="interval", whole=True)
             method = search.build(pipe, calibration)
         return with_decided(method, profile | {"blocks": list(blocks)})
+
+
+def profilingdit(
+    budget: int,
+    num_inference_steps: int,
+    blocks: Sequence[int] | None = None,
+    share: float = 0.6,
+    interval: int | None = None,
+    warmup: int = 6,
+) -> Method | Profiled:
+    """What the blocks that a profile has found add is reused, in runs of consecutive ones; the others always run.
+
+    The authors' profile finds blocks that attend to the background, by masks of SAM2 and thresholds that are nowhere
+    published. Here it takes the same share of blocks, those whose additions change least from step to step.
+
+    Args:
+        blocks: indices of the blocks that are skipped; None: those of the profile.
+        share: of all blocks that the profile takes; the authors' list for HunyuanVideo has 24 of 40.
+        interval: after the warm-up all blocks run in every so many steps; the authors' 6 spends half of the steps.
+            None: what spends the budget, or 6 where no interval does.
+        warmup: steps that are computed first.
+    """
+    check_budget(budget, num_inference_steps)
+    if not 0 < share <= 1:
+        raise SettingError(f"share={share} must be above 0 and at most 1")
+    recipe = Profiled(budget, num_inference_steps, blocks, share, interval, warmup)
+    return recipe if blocks is None or interval is None else recipe.make(interval, blocks)

@@ -5,8 +5,6 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from dpcache.calibration import calibrate
 from dpcache.errors import SettingError
 from dpcache.method import Recipe, Runnable, enable
@@ -23,6 +21,8 @@ def recipe(name: str, budget: int, num_inference_steps: int = 50, **settings) ->
 
     Raises SettingError for a name or a setting that is not known.
     """
+    from omegaconf import OmegaConf  # here: the rest of the library does without
+
     found = OmegaConf.create({"budget": budget, "num_inference_steps": num_inference_steps, "method": _settings(name)})
     values = OmegaConf.to_container(found, resolve=True)["method"]
     module, _, function = values.pop("_target_").rpartition(".")
@@ -34,6 +34,8 @@ def recipe(name: str, budget: int, num_inference_steps: int = 50, **settings) ->
 
 def _settings(name: str):
     """The file's `method`, on top of those of the files that it names as its defaults."""
+    from omegaconf import OmegaConf
+
     path = METHODS / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(path.stem for path in METHODS.glob("*.yaml")))

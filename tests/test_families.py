@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 import dpcache
 from baselines.full import full
-from baselines.profilingdit import ProfilingDiT
+from baselines.profilingdit import profilingdit
 from baselines.taylorseer import taylorseer
 from baselines.teacache import teacache
 from baselines.toca import toca
@@ -54,7 +54,7 @@ def at(site: str, case: Case, everything: bool = False):
     if site == "tokens":
         return toca(budget, T, interval=1 if everything else 3, warmup=4, fresh_ratio=0.5)
     if site == "blocks":
-        return ProfilingDiT(budget, T, blocks=[1], interval=1 if everything else 3, warmup=3)
+        return profilingdit(budget, T, blocks=[1], interval=1 if everything else 3, warmup=3)
     if site == "output":
         gram = case.calibration([Gram("output")])[Gram("output")]
         return dpcache.Method(Schedule(steps, T), site, LeastSquares(gram, 2, sees_input=len(gram) == 2 * T))

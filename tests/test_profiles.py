@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import dpcache
 from baselines.ertacache import ERTACache, rectification, refreshed
 from baselines.full import full
-from baselines.profilingdit import ProfilingDiT
+from baselines.profilingdit import profilingdit
 from dpcache.models.family import Streams
 from dpcache.sites import runs, transformer_blocks
 from dpcache.statistics import BlockChanges
@@ -24,7 +24,7 @@ T = 10
 
 @pytest.fixture(scope="module")
 def calibration(pipe):
-    statistics = (*ERTACache(5, T).statistics, *ProfilingDiT(7, T).statistics)
+    statistics = (*ERTACache(5, T).statistics, *profilingdit(7, T).statistics)
     return dpcache.calibrate(pipe, ["red apple", "dog"], T, statistics, batch_size=2, **CALL)
 
 
@@ -78,7 +78,7 @@ def by_hand(rollout: Rollout, blocks, refresh, bent=False) -> torch.Tensor:
 def test_profilingdit_reuses_what_blocks_add(kind, blocks):
     rollout = Rollout(kind, T)
     before, full, refresh = state_of(rollout.model), rollout(), {0, 1, 2, 5, 8}
-    with dpcache.cached(rollout.model, ProfilingDiT(8, T, blocks=blocks, interval=3, warmup=2).build(None, None)):
+    with dpcache.cached(rollout.model, profilingdit(8, T, blocks=blocks, interval=3, warmup=2)):
         made, again = rollout(), rollout()
         report = dpcache.report(rollout.model)
     assert torch.equal(made, again) and state_of(rollout.model) == before
@@ -92,7 +92,7 @@ def test_profilingdit_reuses_what_blocks_add(kind, blocks):
 
 def test_all_families_take_runs_of_blocks(any_rollout):
     full = any_rollout()
-    with dpcache.cached(any_rollout.model, ProfilingDiT(8, T, blocks=[1, 2], interval=3, warmup=2).build(None, None)):
+    with dpcache.cached(any_rollout.model, profilingdit(8, T, blocks=[1, 2], interval=3, warmup=2)):
         made = any_rollout()
         (spent,) = dpcache.report(any_rollout.model).spent["default"]
     assert made.isfinite().all() and not torch.equal(made, full) and 5 < spent < T
@@ -101,7 +101,7 @@ def test_all_families_take_runs_of_blocks(any_rollout):
 def test_profilingdit_profiles_spends_the_budget_and_says_so(pipe, calibration):
     changes, blocks = calibration[BlockChanges()], transformer_blocks(pipe.transformer)
     assert len(changes) == len(blocks) and min(changes) > 0
-    method = ProfilingDiT(7, T, warmup=2).build(pipe, calibration)
+    method = profilingdit(7, T, warmup=2).build(pipe, calibration)
     count = round(0.6 * len(blocks))
     assert sorted(np.argsort(changes)[:count]) == method.site.blocks == method.decided["blocks"]
     assert abs(method.decided["spent"] - 7) <= 0.5
@@ -173,11 +173,11 @@ def test_ertacache_by_hand(pipe, calibration):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ProfilingDiT(11, T), "budget=11 must be between 1"),
-        (lambda: ProfilingDiT(5, T, share=0), "share=0 must be above 0"),
+        (lambda: profilingdit(11, T), "budget=11 must be between 1"),
+        (lambda: profilingdit(5, T, share=0), "share=0 must be above 0"),
         (lambda: ERTACache(11, T), "budget=11 must be between"),
         (
-            lambda: dpcache.enable(Rollout("dit").model, ProfilingDiT(5, T, blocks=[7], interval=2).build(None, None)),
+            lambda: dpcache.enable(Rollout("dit").model, profilingdit(5, T, blocks=[7], interval=2)),
             r"blocks=\[7\]",
         ),
     ],

@@ -129,12 +129,17 @@ class RunConfig:
 ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
+LATER = {"quality": None, "reference": {"num_inference_steps": None}}
+"""Settings that were added after the first results, as they are where nobody sets them."""
+
+
 def config_hash(config: DictConfig) -> str:
     """12 hex digits of all settings that shape the results. The output folder, the logger and the board's record are
-    left out."""
+    left out, and so are settings of later versions where they are not set: a run keeps the name that it had before."""
     others = ("about", "hydra", "logger", "output_dir", "overwrite", "dry_run", "label", "stage", "dir")
     keys = [key for key in config if key not in others]
     content = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
+    content = {key: value for key, value in content.items() if value != LATER.get(key, ())}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

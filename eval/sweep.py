@@ -8,6 +8,7 @@ import errno
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -50,10 +51,11 @@ class Board(Callback):
 
     Args:
         against: a row of the board; the paired differences of the others to it are printed too.
+        published: a paper's numbers, which are printed beside the measured ones, see `eval.tables.published_table`.
     """
 
-    def __init__(self, against: str | None = None):
-        self.against, self.began = against, time.time()
+    def __init__(self, against: str | None = None, published: Sequence[Mapping] = ()):
+        self.against, self.published, self.began = against, published, time.time()
 
     def on_run_start(self, config: DictConfig, **kwargs) -> None:
         HydraConfig.instance().set_config(config)  # the name of the run folder is resolved from it
@@ -77,6 +79,8 @@ class Board(Callback):
                     print(tables.table(frame, metric), end="\n\n")
                     if self.against in set(frame["label"]):
                         print(tables.paired_table(frame, self.against, metric), end="\n\n")
+            if self.published:
+                print(tables.published_table(frame, self.published), end="\n\n")
             picture = charts.figure(folder / "leaderboard.png", frame)
             print(*report.write(folder, folder, frame), picture, sep="\n")
         failed = failures.since(self.began, folder)

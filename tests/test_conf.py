@@ -67,6 +67,13 @@ def test_a_record_does_not_count_for_the_name_of_a_run():
     assert config_hash(config) == config_hash(compose("config", ["method=fora"])) == "3ac04cd756e9"
 
 
+def test_settings_of_later_versions_do_not_change_the_name_of_a_run_that_does_not_set_them():
+    names = {
+        config_hash(compose("config", more)) for more in ([], ["quality=30"], ["reference.num_inference_steps=99"])
+    }
+    assert len(names) == 3
+
+
 def test_the_board_sweeps_every_method():
     assert compose("config", ["experiment=board"], return_hydra_config=True).hydra.sweeper.params.method == "glob(*)"
 

@@ -553,3 +553,23 @@ def test_wandb_failures_become_warnings(tmp_path, monkeypatch, caplog):
     logger.log(result("dpcache", 10, 30.0), {"missing": tmp_path / "missing.png"})
     logger.finish()
     assert "could not log the result" in caplog.text and "could not finish the run" in caplog.text
+
+
+def test_a_papers_numbers_stand_beside_the_measured_ones():
+    shared = {"model": "flux", "num_inference_steps": 50, "seed": 0}
+    rows = [("full", 10, 100.0, 1.0), ("dpcache", 13, 20.0, 3.4), ("dpcache", 9, 18.0, 4.5)]
+    frame = pd.DataFrame(
+        [
+            shared | {"label": label, "budget": budget, "psnr": psnr, "speedup": speed, "written": place}
+            for place, (label, budget, psnr, speed) in enumerate(rows)
+        ]
+    )
+    published = [
+        {"label": "full", "budget": 50, "image_reward": 0.979},
+        {"label": "dpcache", "budget": 13, "psnr": 21.65, "speedup": 3.54},
+        {"label": "teacache", "budget": 13, "psnr": 16.31},
+    ]
+    *_, full, planned, missing = tables.published_table(frame, published).splitlines()
+    assert full.split(" | ")[2:] == ["0.98", "–", "–", "100.00", "–", "1.00 |"]
+    assert planned.split(" | ")[2:] == ["–", "–", "21.65", "20.00", "3.54", "3.40 |"]
+    assert missing.split(" | ")[2:] == ["–", "–", "16.31", "–", "–", "– |"]

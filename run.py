@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -39,11 +40,13 @@ def main(config: DictConfig) -> float | None:
     if not (sys.stderr.isatty() and main_process()):  # bars are for one who watches; read when tqdm is loaded
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
+        if config.quality is not None and any(o.startswith("budget=") for o in HydraConfig.get().overrides.task):
+            raise SettingError(f"budget={config.budget} and quality={config.quality}: give one of the two")
         if config.stage is Stage.eval:
             score(config)
             return None
         if config.stage is Stage.calibrate:
-            settle(config)
+            calibrate(config)
             return None
         result = run(config, folder)
         failures.clear(folder)
@@ -80,30 +83,60 @@ def score(config: DictConfig) -> None:
     rescore.rescore(config, lambda model: compose("config", [*others, f"model={model}"]))
 
 
-def settle(config: DictConfig) -> None:
-    """Calibrate and let the method settle what it needs; print that and leave it in a file."""
-    from hydra.utils import instantiate
-
+def calibrate(config: DictConfig) -> None:
+    """Calibrate and build the method, and leave it in a file, beside those of other budgets; print what was decided."""
+    from dpcache import storage
     from eval import runs
+    from eval.store import locked
 
-    choices, method = HydraConfig.get().runtime.choices, instantiate(config.method)
-    if not method.needs_calibration:
+    choices, recipe = HydraConfig.get().runtime.choices, recipe_for(config)
+    if recipe.statistics is None and config.quality is None:
         raise SettingError(f"stage=calibrate: method={choices.method} has nothing to calibrate")
     runs.check(config)
     _, prompts = runs.read_prompts(config, True)
     one = runs.Run(config, runs.load_pipeline(config), Path(config.output_dir))
-    calibration, path = one.calibration(method, prompts)
-    method.prepare(one.pipe, calibration)
-    name = f"{choices.model}-{choices.method}-K{config.budget}-T{config.num_inference_steps}.json"
-    steps = {} if method.schedule.steps is None else {"steps": method.schedule.steps}
-    settled = steps | method.settled | {"made_from": str(path)}
-    write_text(path.with_name(name), json.dumps(settled, indent=1))
-    print(*(f"{key}: {json.dumps(value)}" for key, value in settled.items()), path.with_name(name), sep="\n")
+    calibration, path = one.calibration(recipe.statistics or (), prompts)
+    method, budget, quality = build(config, one.pipe, recipe, calibration)
+    method = calibration.sign(method)
+    cost = {"statistics": calibration.took(recipe.statistics or ()), "method": calibration.reran}
+    name = f"{choices.model}-{choices.method}-T{config.num_inference_steps}"
+    file = path.with_name(f"{name}.method.safetensors")
+    with locked(file):
+        others = storage.load(file) if file.exists() else {}
+        same = {budget: other for budget, other in others.items() if other.made_for == method.made_for}
+        storage.save({**same, budget: method}, file)
+    found = dict(method.decided) | {"quality": quality} if quality else dict(method.decided)
+    found |= {"calibration_trajectories": cost, "made_from": str(path), "method": str(file)}
+    write_text(path.with_name(f"{name}-K{budget}.json"), json.dumps(found, indent=1))
+    print(*(f"{key}: {json.dumps(value)}" for key, value in found.items()), sep="\n")
+
+
+def recipe_for(config: DictConfig, budget: int | None = None):
+    """The `Recipe` of the method's file for a budget; for that of `config`, or with a quality for all steps."""
+    from hydra.utils import instantiate  # here: a wrong command is answered before torch is loaded
+
+    if budget is None:
+        budget = config.budget if config.quality is None else config.num_inference_steps
+    try:
+        return instantiate(OmegaConf.merge(config, {"budget": budget}).method)
+    except InstantiationException as error:
+        raise error.__cause__ if isinstance(error.__cause__, SettingError) else error  # noqa: B904, its own cause
+
+
+def build(config: DictConfig, pipe, recipe, calibration) -> tuple:
+    """The method, its budget and, where a quality was asked for instead, what is known of that."""
+    from dpcache.quality import find_budget
+
+    if config.quality is None:
+        return recipe.build(pipe, calibration), config.budget, None
+    found = find_budget(pipe, partial(recipe_for, config), calibration, config.quality)
+    print(*(f"  budget={budget}: {decibels:.2f} dB" for budget, decibels in found.tried.items()), sep="\n")
+    return found.method, found.budget, {"wanted": config.quality, "tried": found.tried}
 
 
 def run(config: DictConfig, folder: Path) -> dict:
-    """Compose, prepare the method, sample, evaluate, report. Returns what `result.json` holds."""
-    from hydra.utils import instantiate  # here: a wrong command is answered before torch is loaded
+    """Compose, build the method, sample, evaluate, report. Returns what `result.json` holds."""
+    from hydra.utils import instantiate
 
     from eval import dry_run, runs
     from eval.console import phase, summary
@@ -111,14 +144,17 @@ def run(config: DictConfig, folder: Path) -> dict:
     from eval.store import locked
 
     choices = HydraConfig.get().runtime.choices
-    method = instantiate(config.method)
-    name = label(config, choices.method, method.needs_calibration, HydraConfig.get().overrides.task)
+    recipe = recipe_for(config)
+    calibrates = recipe.statistics is not None or config.quality is not None
+    name = label(config, choices.method, calibrates, HydraConfig.get().overrides.task)
     runs.check(config)
     runs.warn_few_steps(config)
-    prompts, calibration_prompts = runs.read_prompts(config, method.needs_calibration)
+    prompts, calibration_prompts = runs.read_prompts(config, calibrates)
     main = main_process()
+    if config.dry_run and config.quality is not None:
+        raise SettingError("dry_run=true takes a budget: which one a quality takes is only known after a search")
     if config.dry_run:
-        plan = dry_run.describe(config, choices.model, choices.method, method, len(prompts), len(calibration_prompts))
+        plan = dry_run.describe(config, choices.model, choices.method, recipe, len(prompts), len(calibration_prompts))
         print(plan)
         return {}
     with locked(folder / "run") if main else nullcontext():
@@ -139,19 +175,23 @@ def run(config: DictConfig, folder: Path) -> dict:
         if main:
             group = sweep.group(HydraConfig.get()) or choices.model
             logger.start(OmegaConf.to_container(config, resolve=True), folder.name, group, folder)
-            print(f"{choices.model}  {choices.method}  {dry_run.announce(config, method, len(prompts))}")
+            print(f"{choices.model}  {choices.method}  {dry_run.announce(config, recipe, len(prompts))}")
         with phase("metrics loaded"):
             scorers = runs.load_metrics(config) if main else {}
         with phase("model loaded"):
             one = runs.Run(config, runs.load_pipeline(config), folder)
         calibration = None
-        if method.needs_calibration:
+        if calibrates:
             with phase("calibration"):
-                calibration, _ = one.calibration(method, calibration_prompts)
-        with phase("method prepared"):
-            method.prepare(one.pipe, calibration)
+                calibration, _ = one.calibration(recipe.statistics or (), calibration_prompts)
+        with phase("method built"):
+            method, budget, quality = build(config, one.pipe, recipe, calibration)
         with phase("full-step reference"):
-            reference = one.reference(prompts)
+            reference = one.reference(prompts, config.num_inference_steps)
+        fine = None
+        if one.fine_steps:
+            with phase("fine reference"):
+                fine = one.reference(prompts, one.fine_steps)
         with phase("samples"):
             samples, computed = one.samples(method, prompts)
         if not main:
@@ -160,15 +200,20 @@ def run(config: DictConfig, folder: Path) -> dict:
             "model": choices.model,
             "method": choices.method,
             "label": name,
-            "budget": config.budget,
+            "budget": budget,
+            "quality": quality,
             "num_inference_steps": config.num_inference_steps,
             "seed": config.seed,
             "config_hash": config_hash(config),
             "calibration_prompts": len(calibration.made_from["prompts"]) if calibration else 0,
-            **one.evaluate(method, samples, reference, computed, scorers),
+            "calibration_trajectories": {
+                "statistics": calibration.took(recipe.statistics or ()) if calibration else 0.0,
+                "method": calibration.reran if calibration else 0.0,
+            },
+            **one.evaluate(method, samples, reference, fine, computed, scorers),
         }
         with phase("pictures"):
-            pictures = one.pictures(method, samples, reference, result)
+            pictures = one.pictures(recipe, calibration, samples, reference, result)
         write_text(folder / "result.json", json.dumps(result, indent=1))
         logger.log(result | {"objective": objective(result)}, pictures, one.rows(samples, reference, result))
         logger.finish()

@@ -1,14 +1,34 @@
 """BWCache: Accelerating Video Diffusion Transformers through Block-Wise Caching (Cui et al., arXiv 2509.13789)."""
 
+from dataclasses import dataclass, field
+
 import torch
 
-from baselines.search import Searched
-from dpcache.calibration import relative_change
+from baselines.search import Search
 from dpcache.method import Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import OnlineSchedule, check_budget
+from dpcache.statistics import relative_change
 
 
+@dataclass
+class BlockState:
+    """Of one guidance branch in one generation.
+
+    Attributes:
+        left: steps that are still to be reused.
+        limit: the step from which on all are computed; None before the first reuse.
+        changes: of the blocks' outputs at the last computed step, against the computed one before.
+        outputs: of each block, at the last computed step.
+    """
+
+    left: int = 0
+    limit: float | None = None
+    changes: list[torch.Tensor] = field(default_factory=list)
+    outputs: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class SimilarBlocks(OnlineSchedule):
     """Once the blocks' outputs have changed little from one computed step to the next, the following `reuse` steps take
     them as they are.
@@ -19,37 +39,34 @@ class SimilarBlocks(OnlineSchedule):
     of reused steps in its tables. That every computed step is tested again is our reading, too.
     """
 
-    first = 0.15  # the paper's threshold
-
-    def __init__(self, budget, num_inference_steps, threshold, reuse):
-        super().__init__(num_inference_steps)
-        check_budget(budget, num_inference_steps, 2)
-        self.budget, self.threshold, self.needs_calibration = budget, threshold, threshold is None
-        self.reuse = max(num_inference_steps // 10, 2 * num_inference_steps // budget) if reuse is None else reuse
+    threshold: float
+    reuse: int
 
     def start(self):
-        return {"left": 0, "limit": None, "changes": []}
+        return BlockState()
 
     def learn(self, context, name, feature):
         if isinstance(name, int):  # a block's
-            state = context.online
-            if name in state:
-                state["changes"].append(relative_change(feature, state[name]))
-            state[name] = feature
+            state = context.state
+            if name in state.outputs:
+                state.changes.append(relative_change(feature, state.outputs[name]))
+            state.outputs[name] = feature
 
     def decide(self, context, block, args, kwargs):
-        state, step = context.online, context.step
-        if state["changes"] and context.keys[-1] == step - 1:  # a step was computed just now: what does it say?
-            similar = torch.stack(state["changes"]).mean().item() < self.threshold
-            state["left"] = self.reuse if similar else 0
-            if similar and state["limit"] is None:
-                state["limit"] = self.num_inference_steps - (step - 1) / 2
-        state["changes"] = []
-        state["left"] -= 1
-        return state["left"] < 0 or step >= state["limit"]
+        state, step = context.state, context.step
+        if state.changes and context.keys[-1] == step - 1:  # a step was computed just now: what does it say?
+            similar = torch.stack(state.changes).mean().item() < self.threshold
+            state.left = self.reuse if similar else 0
+            if similar and state.limit is None:
+                state.limit = self.num_inference_steps - (step - 1) / 2
+        state.changes = []
+        state.left -= 1
+        return state.left < 0 or step >= state.limit
 
 
-def bwcache(budget: int, num_inference_steps: int, threshold: float | None = None, reuse: int | None = None) -> Method:
+def bwcache(
+    budget: int, num_inference_steps: int, threshold: float | None = None, reuse: int | None = None
+) -> Method | Search:
     """With every block's output reused, that of the last one is all that reaches the result.
 
     Args:
@@ -57,4 +74,11 @@ def bwcache(budget: int, num_inference_steps: int, threshold: float | None = Non
         reuse: the paper's R, steps that take the outputs of a computed one; None: the paper's tenth of all steps, or
             twice the mean gap of a smaller budget.
     """
-    return Searched(SimilarBlocks(budget, num_inference_steps, threshold, reuse), "stack", Reuse())
+    check_budget(budget, num_inference_steps, 2)
+    steps = max(num_inference_steps // 10, 2 * num_inference_steps // budget) if reuse is None else reuse
+
+    def make(threshold: float) -> Method:
+        return Method(SimilarBlocks(num_inference_steps, threshold, steps), "stack", Reuse())
+
+    # From the paper's threshold on.
+    return Search(make, budget, num_inference_steps, first=0.15) if threshold is None else make(threshold)

@@ -1,33 +1,34 @@
 """TaylorSeer (Liu et al., arXiv 2503.06923) as diffusers has it."""
 
+from dataclasses import dataclass
+
 from diffusers import TaylorSeerCacheConfig
 
 from baselines.library import DiffusersCache
 from dpcache.errors import SettingError
+from dpcache.schedules import check_budget
 
 # As in diffusers, and Wan's, which are called attn1 and attn2: there it would cache nothing, without a word.
 ATTENTIONS = [r"(transformer_|single_transformer_|temporal_transformer_)?blocks.*attn\d?"]
 
 
+@dataclass(frozen=True, eq=False)
 class DiffusersTaylorSeer(DiffusersCache):
     """Attention outputs are extrapolated between every N-th steps; everything else is computed in every step.
 
     Args:
-        order: of the extrapolation.
-        warmup: steps that are computed first; the first key after them comes one step late, as diffusers counts.
-        lite: blocks are skipped whole, and the model's prediction is extrapolated.
+        interval: N.
+        order, warmup, lite: see `diffusers_taylorseer`.
     """
 
-    def __init__(self, budget: int, num_inference_steps: int, order: int = 1, warmup: int = 3, lite: bool = False):
-        super().__init__(budget, num_inference_steps)
-        self.order, self.warmup, self.lite, self.partial = order, warmup, lite, not lite
-        counts = {n: self._count(n) for n in range(1, num_inference_steps + 1)}
-        self.interval = min(counts, key=lambda n: (abs(counts[n] - budget), n))
-        self.settled = {"interval": self.interval, "attention_steps": counts[self.interval]}
+    interval: int
+    order: int
+    warmup: int
+    lite: bool
 
-    def _count(self, interval: int) -> int:
-        T, first = self.num_inference_steps, self.warmup
-        return min(first, T) + sum((step - first - 1) % interval == 0 for step in range(first, T))
+    @property
+    def partial(self) -> bool:
+        return not self.lite
 
     def config(self, pipe):
         if self.lite and not hasattr(pipe.transformer, "proj_out"):
@@ -42,3 +43,25 @@ class DiffusersTaylorSeer(DiffusersCache):
             cache_identifiers=None if self.lite else ATTENTIONS,
             use_lite_mode=self.lite,
         )
+
+
+def diffusers_taylorseer(
+    budget: int, num_inference_steps: int, order: int = 1, warmup: int = 3, lite: bool = False
+) -> DiffusersTaylorSeer:
+    """TaylorSeer with the interval whose number of computed steps comes closest to the budget.
+
+    Args:
+        order: of the extrapolation.
+        warmup: steps that are computed first; the first key after them comes one step late, as diffusers counts.
+        lite: blocks are skipped whole, and the model's prediction is extrapolated.
+    """
+    check_budget(budget, num_inference_steps)
+    T = num_inference_steps
+
+    def count(interval: int) -> int:
+        return min(warmup, T) + sum((step - warmup - 1) % interval == 0 for step in range(warmup, T))
+
+    counts = {interval: count(interval) for interval in range(1, T + 1)}
+    interval = min(counts, key=lambda n: (abs(counts[n] - budget), n))
+    decided = {"interval": interval, "attention_steps": counts[interval]}
+    return DiffusersTaylorSeer(T, interval, order, warmup, lite, decided=decided)

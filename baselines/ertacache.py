@@ -1,18 +1,35 @@
 """ERTACache: Error Rectification and Timesteps Adjustment for Efficient Diffusion (Peng et al., arXiv 2508.21091)."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import numpy as np
 import torch
 
-from dpcache.calibration import record
-from dpcache.gram import gram
+from dpcache.calibration import Calibration
 from dpcache.lsq import FittedWeights
 from dpcache.method import Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
+from dpcache.statistics import Gram, Mean
 
 
-class ERTACache(Method):
-    """What the model adds to its input is reused by a list of steps from an offline profile, and rectified.
+@dataclass(frozen=True)
+class ResidualErrors(Mean):
+    """|D_c - D_s|_1 / |D_s|_1 of what the model adds to its input, (T, T), rows c: mean over prompts and guidance
+    branches."""
+
+    site: ClassVar[str] = "output_residual"
+
+    def measure(self, batch, branch):
+        rows = batch.features[branch].float().flatten(2).transpose(0, 1)
+        distances = torch.cdist(rows, rows, p=1) / rows.abs().sum(-1)[:, None]
+        return distances.mean(0).double().cpu().numpy()
+
+
+@dataclass(frozen=True)
+class ERTACache:
+    """The recipe: what the model adds to its input is reused by a list of steps from an offline profile, and rectified.
 
     A step s is skipped while |D_c - D_s|_1 / |D_s|_1 < threshold, where D = v - x and c is the last computed step: the
     mean over prompts and guidance branches, on full-step trajectories. The error v~ - v of the reused v~ = x_s + D_c is
@@ -27,44 +44,34 @@ class ERTACache(Method):
         rectify: False: reuse alone.
     """
 
-    needs_calibration = True
+    budget: int
+    num_inference_steps: int
+    threshold: float | None = None
+    rectify: bool = True
 
-    def __init__(self, budget: int, num_inference_steps: int, threshold: float | None = None, rectify: bool = True):
-        check_budget(budget, num_inference_steps, 1)
-        super().__init__(Schedule(None, num_inference_steps), "output_residual", Reuse())
-        self.budget, self.threshold, self.rectify = budget, threshold, rectify
+    def __post_init__(self):
+        check_budget(self.budget, self.num_inference_steps, 1)
 
-    def prepare(self, pipe, calibration=None):
-        T = self.num_inference_steps
-        errors, G = profile(pipe, calibration)
-        threshold = self.threshold
+    @property
+    def statistics(self) -> tuple[Mean, ...]:
+        return (ResidualErrors(), Gram(ResidualErrors.site)) if self.rectify else (ResidualErrors(),)
+
+    @property
+    def example(self) -> Method:
+        return Method(EvenlySpaced(self.budget, self.num_inference_steps), ResidualErrors.site, Reuse())
+
+    def build(self, pipe, calibration: Calibration) -> Method:
+        errors, threshold = calibration[ResidualErrors()], self.threshold
         if threshold is None:
             candidates = np.unique(errors)  # the counts change only there
             threshold = next(t for t in (*candidates, np.inf) if len(refreshed(errors, t)) <= self.budget)
-        steps = refreshed(errors, threshold)
-        self.schedule = Schedule(steps, T)
-        self.settled = {"threshold": float(threshold)}
+        steps, predictor = refreshed(errors, threshold), Reuse()
+        decided = {"threshold": float(threshold)}
         if self.rectify:
-            weights = rectification(G, steps)
-            self.settled["rectification"] = {step: -of_input for step, (_, of_input) in weights.items()}
-            self.predictor = FittedWeights(1, weights, sees_input=True)
-
-
-def profile(pipe, calibration) -> tuple[np.ndarray, np.ndarray]:
-    """Of the calibration prompts' full-step trajectories: mean |D_c - D_s|_1 / |D_s|_1, (T, T), rows c; and the Gram
-    matrix of all D_s and then all inputs x_s, (2T, 2T)."""
-    T, prompts = int(calibration.made_for["num_inference_steps"]), len(calibration.made_from["prompts"])
-    full, errors, G = Method(EvenlySpaced(T, T), "output_residual", Reuse()), 0.0, 0.0
-    for batch in calibration.batches():
-        branches = record(pipe, full, *batch, **calibration.made_from["call"])[1].values()
-        share = len(batch[0]) / prompts / len(branches)
-        for kept in branches:
-            rows = kept["output"].float().flatten(2).transpose(0, 1)
-            distances = torch.cdist(rows, rows, p=1) / rows.abs().sum(-1)[:, None]
-            errors = errors + share * distances.mean(0).double().cpu().numpy()
-            inputs = kept["input"][:, :, : kept["output"].shape[2]]  # without an image-to-video model's condition
-            G = G + share * gram([kept["output"], inputs], device=pipe._execution_device)
-    return errors, G
+            weights = rectification(calibration[Gram(ResidualErrors.site)], steps)
+            decided["rectification"] = {step: -of_input for step, (_, of_input) in weights.items()}
+            predictor = FittedWeights(1, weights, sees_input=True)
+        return Method(Schedule(steps, self.num_inference_steps), ResidualErrors.site, predictor, decided)
 
 
 def refreshed(errors: np.ndarray, threshold: float) -> list[int]:

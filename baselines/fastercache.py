@@ -1,13 +1,16 @@
 """FasterCache (Lv et al., arXiv 2410.19355) as diffusers has it."""
 
 import logging
+from dataclasses import dataclass
 
 from diffusers import FasterCacheConfig
 
-from baselines.library import AttentionReuse
+from baselines.library import AttentionReuse, every_nth
+from baselines.search import Search
 from dpcache.method import session_of
 
 
+@dataclass(frozen=True, eq=False)
 class FasterCache(AttentionReuse):
     """Attention outputs are extrapolated from the last two in all but every N-th step, below a timestep.
 
@@ -15,19 +18,10 @@ class FasterCache(AttentionReuse):
     unconditional first. None of ours does, so they count as distilled ones.
 
     Args:
-        weight: of the extrapolation; diffusers' default.
+        weight: of the extrapolation.
     """
 
-    def __init__(
-        self,
-        budget: int,
-        num_inference_steps: int,
-        skip_range: int | None = None,
-        timesteps: tuple[int, int] = (-1, 681),  # diffusers' default
-        weight: float = 0.5,
-    ):
-        super().__init__(budget, num_inference_steps, skip_range, timesteps)
-        self.weight = weight
+    weight: float
 
     def config(self, pipe):
         logging.getLogger("diffusers.hooks.faster_cache").setLevel(logging.ERROR)  # it warns every time
@@ -38,3 +32,24 @@ class FasterCache(AttentionReuse):
             is_guidance_distilled=True,
             current_timestep_callback=lambda: session_of(pipe).timestep,
         )
+
+
+def fastercache(
+    budget: int,
+    num_inference_steps: int,
+    skip_range: int | None = None,
+    timesteps: tuple[int, int] = (-1, 681),  # diffusers' default
+    weight: float = 0.5,  # likewise
+) -> FasterCache | Search:
+    """Attention extrapolated in all but every N-th step.
+
+    Args:
+        skip_range: N; None: the one that spends the budget.
+        timesteps: the range, of 0 to 1000, within which attention is extrapolated.
+        weight: of the extrapolation.
+    """
+
+    def make(interval: int) -> FasterCache:
+        return FasterCache(num_inference_steps, interval, tuple(timesteps), weight)
+
+    return every_nth(make, budget, num_inference_steps, skip_range)

@@ -1,13 +1,17 @@
 """HyCa: Let Features Decide Their Own Solvers (Zheng et al., arXiv 2510.04188)."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import numpy as np
 import torch
 
-from dpcache.calibration import record
+from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
 from dpcache.method import Method
-from dpcache.predictors import Multistep, Reuse
-from dpcache.schedules import EvenlySpaced
+from dpcache.predictors import Multistep
+from dpcache.schedules import EvenlySpaced, check_budget
+from dpcache.statistics import Folded, Trajectories
 
 # The paper's pool (A.2.2, after a public reproduction): F_t+1 = F_t + a (F_t - F_t-1) + b (F_t-1 - F_t-2).
 SOLVERS = {
@@ -19,40 +23,72 @@ SOLVERS = {
 }
 
 
-class HyCa(Method):
-    """The channels of the last block's output are clustered by how they move in time; each cluster has its solver.
+@dataclass(frozen=True)
+class Indicators(Folded):
+    """`indicators` of the last block's output, (D, 6), on the first prompt's trajectory."""
 
-    Both are settled once, on the first calibration prompt's full-step trajectory: k-means of six indicators, and of the
+    site: ClassVar[str] = "stack"
+
+    def fold(self, total, batch):
+        return indicators(first_prompt(batch)) if batch.first else total
+
+
+@dataclass(frozen=True)
+class NextStepErrors(Folded):
+    """`next_step_errors` of the last block's output, (solvers, D), on the first prompt's trajectory."""
+
+    site: ClassVar[str] = "stack"
+
+    def fold(self, total, batch):
+        return next_step_errors(first_prompt(batch)) if batch.first else total
+
+
+def first_prompt(batch: Trajectories) -> torch.Tensor:
+    """Features of the batch's first prompt, its guidance branches side by side, (T, N, D)."""
+    parts = (kept.unflatten(1, (-1, batch.prompts))[:, :, :1] for kept in batch.features.values())
+    return torch.cat([part.flatten(1, -2) for part in parts], 1)
+
+
+@dataclass(frozen=True)
+class HyCa:
+    """The recipe: the channels of the last block's output are clustered by how they move in time; each cluster has its
+    solver.
+
+    Both are chosen on the first calibration prompt's full-step trajectory: k-means of six indicators, and of the
     solvers the one with the least squared error of the next step (Eq. 4). There is no public code of the authors. Open
     in the paper's main text and chosen here: what is cached, the indicators' formulas (see `indicators`), two clusters,
     which its figures show, and slopes between computed steps (`Multistep`) that carry the solvers over any distance.
     """
 
-    needs_calibration = True
+    budget: int
+    num_inference_steps: int
+    warmup: int = 3
+    clusters: int = 2
+    statistics: ClassVar[tuple] = (Indicators(), NextStepErrors())
 
-    def __init__(self, budget: int, num_inference_steps: int, warmup: int = 3, clusters: int = 2):
-        if clusters < 1:
-            raise SettingError(f"clusters={clusters} must be at least 1")
-        super().__init__(EvenlySpaced(budget, num_inference_steps, warmup), "stack", Multistep(1.0, 0.0))
-        self.clusters = clusters
+    def __post_init__(self):
+        check_budget(self.budget, self.num_inference_steps, self.warmup)
+        if self.clusters < 1:
+            raise SettingError(f"clusters={self.clusters} must be at least 1")
+        if self.num_inference_steps < 4:
+            raise SettingError(
+                f"num_inference_steps={self.num_inference_steps}: the solvers are compared on at least 4 steps"
+            )
 
-    def prepare(self, pipe, calibration=None):
-        T, call = self.num_inference_steps, calibration.made_from["call"]
-        if T < 4:
-            raise SettingError(f"num_inference_steps={T}: the solvers are compared on at least 4 steps")
-        (batch,) = calibration.batches(1)
-        branches = record(pipe, Method(EvenlySpaced(T, T), self.site, Reuse()), *batch, **call)[1].values()
-        features = torch.cat([kept[self.site.name].flatten(1, -2) for kept in branches], 1)
-        cluster = k_means(indicators(features), self.clusters)
-        names, errors = list(SOLVERS), next_step_errors(features)
+    @property
+    def example(self) -> Method:
+        return Method(self._schedule(), "stack", Multistep(1.0, 0.0))
+
+    def _schedule(self) -> EvenlySpaced:
+        return EvenlySpaced(self.budget, self.num_inference_steps, self.warmup)
+
+    def build(self, pipe, calibration: Calibration) -> Method:
+        cluster = k_means(calibration[Indicators()], self.clusters)
+        names, errors = list(SOLVERS), calibration[NextStepErrors()]
         chosen = [names[errors[:, cluster == c].mean(1).argmin()] for c in range(cluster.max() + 1)]
-        self.predictor = Multistep(*np.array([SOLVERS[name] for name in chosen]).T[:, cluster])
-        self.settled = {"solvers": chosen, "channels": np.bincount(cluster).tolist()}
-
-    def session(self, pipe, observe=None):
-        if not self.settled:
-            raise SettingError("the solvers are not chosen yet: call method.prepare(pipe, calibration) first")
-        return super().session(pipe, observe)
+        predictor = Multistep(*np.array([SOLVERS[name] for name in chosen]).T[:, cluster])
+        decided = {"solvers": chosen, "channels": np.bincount(cluster).tolist()}
+        return Method(self._schedule(), "stack", predictor, decided)
 
 
 def indicators(features: torch.Tensor, chunk: int = 64) -> np.ndarray:

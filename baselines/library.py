@@ -1,43 +1,52 @@
-"""Caches that libraries bring along, under the protocol of `dpcache.Method`: switched on and off, and watched."""
+"""Caches that libraries bring along: switched on and off, and watched, as a `dpcache.method.Runnable`."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
 
 import torch
 
 from baselines.full import full
-from baselines.search import spend
+from baselines.search import Search
 from dpcache._diffusers import without_offload
+from dpcache.denoisers import denoiser
 from dpcache.errors import SettingError
 from dpcache.flops import LayerFlops, matrix_layers
-from dpcache.schedules import Schedule
-from dpcache.session import Part, RootHook, Session, denoiser
-from dpcache.sites import Site, transformer_blocks
+from dpcache.schedules import check_budget
+from dpcache.session import Part, RootHook, Session
+from dpcache.sites import transformer_blocks
 
 
-class OwnSite(Site):
-    """Where the library keeps what it keeps."""
-
-    name = "library"
-
-
+@dataclass(frozen=True, eq=False)
 class LibraryCache(ABC):
     """A library's cache. It decides by itself, so what it computes is found by watching the model's modules.
 
     `start` switches it on, and `stop` off. Whatever it leaves behind on the transformer is removed.
+
+    Args:
+        num_inference_steps: T.
+        decided, made_for: see `dpcache.method.Runnable`.
+
+    Attributes:
+        partial: whether it also skips parts of steps: the budget is then spent in full-step equivalents, by FLOPs.
     """
 
-    partial = False  # also skips parts of steps: the budget is then spent in full-step equivalents, by FLOPs
-    branches = True  # keeps guidance branches that the pipeline runs one after the other apart
-    needs_calibration = False
-    site, history = OwnSite(), None
+    num_inference_steps: int
+    decided: Mapping[str, object] = field(default_factory=dict, kw_only=True)
+    made_for: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    partial: ClassVar[bool] = False
+    statistics: ClassVar[None] = None
+    example: ClassVar[None] = None
 
-    def __init__(self, budget: int, num_inference_steps: int):
-        if not 1 <= budget <= num_inference_steps:
-            raise SettingError(f"budget={budget} must be between 1 and num_inference_steps={num_inference_steps}")
-        self.budget, self.num_inference_steps = budget, num_inference_steps
-        self.schedule, self.calibration_options = Schedule(None, num_inference_steps), {}
-        self.settled: dict = {}
+    def build(self, pipe=None, calibration=None) -> Self:
+        """Itself: it is its own recipe."""
+        return self
+
+    def keeps_branches_apart(self, transformer) -> bool:
+        """Whether it may be enabled where the pipeline runs guidance branches one after the other."""
+        return True
 
     @abstractmethod
     def start(self, pipe, transformer) -> None:
@@ -46,9 +55,6 @@ class LibraryCache(ABC):
     @abstractmethod
     def stop(self, pipe, transformer) -> None:
         """Switch it off."""
-
-    def prepare(self, pipe, calibration=None) -> None:  # noqa: B027, not every cache has knobs to settle
-        """Settle the knobs. `calibration`: where `needs_calibration`."""
 
     def session(self, pipe, observe=None) -> "LibrarySession":
         if isinstance(pipe, torch.nn.Module):
@@ -75,12 +81,9 @@ class LibraryCache(ABC):
         except Exception:
             end()
             raise
+        session.apart = self.keeps_branches_apart(transformer)
         session.on_detach.append(end)
         return session
-
-    def spend(self, pipe, calibration, knob: str, first: float, whole: bool = False) -> None:
-        """`baselines.search.spend` on an attribute of this method."""
-        self.settled |= spend(self, pipe, calibration, self, knob, self.budget, first, whole)
 
 
 def _names(module: torch.nn.Module) -> set[str]:
@@ -99,6 +102,7 @@ def restore(before: dict[torch.nn.Module, tuple]) -> None:
             module.forward = forward
 
 
+@dataclass(frozen=True, eq=False)
 class DiffusersCache(LibraryCache):
     """One of diffusers' own: `config` makes its configuration."""
 
@@ -115,24 +119,32 @@ class DiffusersCache(LibraryCache):
         transformer.disable_cache()
 
 
+@dataclass(frozen=True, eq=False)
 class AttentionReuse(DiffusersCache):
     """One that only leaves attention out, in all but every N-th step and within a range of timesteps.
 
     Args:
-        skip_range: N; None: the one that spends the budget; 2, the default, where a model without attention would
-            spend more.
+        skip_range: N.
         timesteps: the range, of 0 to 1000.
     """
 
-    partial, branches = True, False
+    skip_range: int
+    timesteps: tuple[int, int]
+    partial = True
 
-    def __init__(self, budget: int, num_inference_steps: int, skip_range: int | None, timesteps: tuple[int, int]):
-        super().__init__(budget, num_inference_steps)
-        self.skip_range, self.timesteps, self.needs_calibration = skip_range, tuple(timesteps), skip_range is None
+    def keeps_branches_apart(self, transformer):
+        return False
 
-    def prepare(self, pipe, calibration=None):
-        if self.needs_calibration:
-            self.spend(pipe, calibration, "skip_range", first=2, whole=True)
+
+def every_nth(
+    make: Callable[[int], AttentionReuse], budget: int, num_inference_steps: int, skip_range: int | None
+) -> AttentionReuse | Search:
+    """`make(skip_range)`, or the recipe that finds the one that spends the budget; 2, the libraries' default, where a
+    model without attention would spend more."""
+    check_budget(budget, num_inference_steps)
+    if skip_range is not None:
+        return make(skip_range)
+    return Search(make, budget, num_inference_steps, first=2, setting="skip_range", whole=True)
 
 
 class LibrarySession(Session):
@@ -179,7 +191,7 @@ class LibrarySession(Session):
 
     def run(self, branch, forward, args, kwargs):
         """Tells the library where the sampler is, and sees what it computes."""
-        if len(self.branches) > 1 and not self.library.branches:
+        if len(self.branches) > 1 and not self.apart:
             raise SettingError(
                 f"{type(self.library).__name__} has one cache for all guidance branches, but this pipeline runs them "
                 "one after the other"

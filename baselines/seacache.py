@@ -1,36 +1,25 @@
 """SeaCache (arXiv 2602.18993) as diffusers has it."""
 
+from dataclasses import dataclass
+
 import torch
 from diffusers import SeaCacheConfig
 
 from baselines.library import DiffusersCache
+from baselines.search import Search
 from dpcache.arguments import argument
 from dpcache.errors import SettingError
 from dpcache.models.family import family_of
+from dpcache.schedules import check_budget
 
 
+@dataclass(frozen=True, eq=False)
 class SeaCache(DiffusersCache):
     """The residual over all blocks is extrapolated while the latents, filtered to what is signal at their noise level,
-    have changed little.
+    have changed less than the threshold, for `max_skip` steps in a row at most."""
 
-    diffusers' own limit, 2 skipped steps in a row, spends at least 18 steps of 50; here twice the mean gap.
-
-    Args:
-        threshold: None: the one that spends the budget.
-        max_skip: steps skipped in a row at most; None: as above.
-    """
-
-    def __init__(
-        self, budget: int, num_inference_steps: int, threshold: float | None = None, max_skip: int | None = None
-    ):
-        super().__init__(budget, num_inference_steps)
-        self.threshold, self.needs_calibration = threshold, threshold is None
-        self.max_skip = max(2, 2 * num_inference_steps // budget) if max_skip is None else max_skip
-
-    def prepare(self, pipe, calibration=None):
-        self.settled = {"max_consecutive_cached": self.max_skip}
-        if self.needs_calibration:
-            self.spend(pipe, calibration, "threshold", first=0.25)
+    threshold: float
+    max_skip: int
 
     def config(self, pipe):
         sigmas = getattr(pipe.scheduler, "sigmas", None)
@@ -52,3 +41,23 @@ def latents_of(module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
     if latents.ndim == 4:
         latents = latents.unsqueeze(2)
     return list(latents)
+
+
+def seacache(
+    budget: int, num_inference_steps: int, threshold: float | None = None, max_skip: int | None = None
+) -> SeaCache | Search:
+    """The residual over all blocks is extrapolated while the filtered latents have changed little.
+
+    diffusers' own limit, 2 skipped steps in a row, spends at least 18 steps of 50; here twice the mean gap.
+
+    Args:
+        threshold: None: the one that spends the budget.
+        max_skip: steps skipped in a row at most; None: as above.
+    """
+    check_budget(budget, num_inference_steps)
+    longest = max(2, 2 * num_inference_steps // budget) if max_skip is None else max_skip
+
+    def make(threshold: float) -> SeaCache:
+        return SeaCache(num_inference_steps, threshold, longest, decided={"max_consecutive_cached": longest})
+
+    return Search(make, budget, num_inference_steps, first=0.25) if threshold is None else make(threshold)

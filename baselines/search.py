@@ -1,75 +1,90 @@
-"""The one search for a knob that spends the budget, of methods that decide online."""
+"""The one search for the setting that spends the budget, of methods that decide online."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import ClassVar
 
 import numpy as np
 
-from dpcache.method import Method
+from dpcache.calibration import Calibration
+from dpcache.method import Method, Runnable
 
 log = logging.getLogger(__name__)
 
 
 def closest(spent: Callable[[float], float], budget: float, first: float, tries: int = 8) -> tuple[float, float]:
-    """The first knob that spends the budget to within half a step, of `tries` else the closest; and what it spends.
+    """The first value that spends the budget to within half a step, of `tries` else the closest; and what it spends.
 
     Args:
-        spent: full steps that a knob above 0 leads to, the fewer the larger the knob. Each call may take minutes.
-        first: the knob to begin with; from there on growing by half until it is enough, then by bisection.
+        spent: full steps that a value above 0 leads to, the fewer the larger the value. Each call may take minutes.
+        first: the value to begin with; from there on growing by half until it is enough, then by bisection.
     """
-    knob, low, high, tried = first, 0.0, None, {}
+    value, low, high, tried = first, 0.0, None, {}
     for _ in range(tries):
-        tried[knob] = spent(knob)
-        if abs(tried[knob] - budget) <= 0.5:
+        tried[value] = spent(value)
+        if abs(tried[value] - budget) <= 0.5:
             break
-        low, high = (knob, high) if tried[knob] > budget else (low, knob)
-        knob = 1.5 * low if high is None else (low + high) / 2
+        low, high = (value, high) if tried[value] > budget else (low, value)
+        value = 1.5 * low if high is None else (low + high) / 2
     return min(tried.items(), key=lambda pair: abs(pair[1] - budget))
 
 
-def rerun(method, pipe, calibration, limit: int | None = None) -> float:
+def spent(method: Runnable, pipe, calibration: Calibration, limit: int | None = None) -> float:
     """Full steps that the (first `limit`) calibration prompts take, on average."""
     _, report = calibration.rerun(pipe, method, limit)
     return float(np.mean([*report.spent.values()]))
 
 
-def spend(method, pipe, calibration, owner, knob: str, budget: int, first: float, whole: bool = False) -> dict:
-    """Set the attribute `knob` of `owner`, the method or its schedule, so that the budget is spent on the calibration
-    prompts. Returns knob and "spent" for the record.
+@dataclass(frozen=True)
+class Search:
+    """The recipe of a method with one setting, which is found in closed loop so that the calibration prompts spend the
+    budget. Where the budget is out of reach, `first` remains: nothing is gained by ruining the images.
 
     Args:
-        first: where to begin, and what remains where the method cannot get down to the budget: the default.
-        whole: whole numbers only; these are caches whose steps are the same for all prompts, so one will do.
+        make: the method with the setting at a value; a frozen dataclass with `decided`.
+        budget, num_inference_steps: K and T.
+        first: the value to begin with, the default.
+        setting: what it is called, for the record.
+        whole: whole numbers only; these are caches whose steps are the same for all prompts, so one prompt will do.
     """
 
-    @cache
-    def run(value: float) -> float:
-        setattr(owner, knob, value)
-        return rerun(method, pipe, calibration, limit=1 if whole else None)
+    make: Callable[[float], Runnable]
+    budget: int
+    num_inference_steps: int
+    first: float
+    setting: str = "threshold"
+    whole: bool = False
+    statistics: ClassVar[tuple] = ()
 
-    def rounded(value: float) -> float:
-        return min(max(round(value), 1), method.num_inference_steps) if whole else value
+    @property
+    def example(self) -> Method | None:
+        made = self.make(self.first)
+        return made if isinstance(made, Method) else None
 
-    value, spent = closest(lambda value: run(rounded(value)), budget, first, tries=10)
-    if spent > budget + 0.5:  # out of reach: nothing is gained by ruining the images
-        value, spent = first, run(rounded(first))
-    setattr(owner, knob, rounded(value))
-    if abs(spent - budget) > 0.5:
-        log.warning(
-            "%s: budget=%s is out of reach on this model; %s=%s spends %.1f full steps",
-            *(type(owner).__name__, budget, knob, rounded(value), spent),
-        )
-    return {knob: rounded(value), "spent": spent}
+    def build(self, pipe, calibration: Calibration) -> Runnable:
+        """The method, with the value and what it "spent" among what was decided."""
+
+        def rounded(value: float) -> float:
+            return min(max(round(value), 1), self.num_inference_steps) if self.whole else value
+
+        @cache
+        def run(value: float) -> float:
+            return spent(self.make(value), pipe, calibration, limit=1 if self.whole else None)
+
+        value, total = closest(lambda value: run(rounded(value)), self.budget, self.first, tries=10)
+        if total > self.budget + 0.5:  # out of reach
+            value, total = self.first, run(rounded(self.first))
+        method = self.make(rounded(value))
+        if abs(total - self.budget) > 0.5:
+            log.warning(
+                "budget=%s is out of reach on this model; %s=%s spends %.1f full steps",
+                *(self.budget, self.setting, rounded(value), total),
+            )
+        return with_decided(method, {self.setting: rounded(value), "spent": total})
 
 
-class Searched(Method):
-    """A method whose online schedule has a `threshold`: where that is None, the one that spends its `budget`, found in
-    closed loop from the schedule's `first` on."""
-
-    def prepare(self, pipe, calibration=None):
-        schedule = self.schedule
-        search = schedule.threshold is None
-        super().prepare(pipe, calibration)
-        if search:
-            self.settled |= spend(self, pipe, calibration, schedule, "threshold", schedule.budget, schedule.first)
+def with_decided(method: Runnable, decided: Mapping[str, object]) -> Runnable:
+    """The method with these among what was decided."""
+    return replace(method, decided={**method.decided, **decided})

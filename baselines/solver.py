@@ -3,6 +3,9 @@
 DPM-Solver++ (Lu et al., arXiv 2211.01095) and UniPC (Zhao et al., arXiv 2302.04867), as diffusers has them.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
 import diffusers
 
 from baselines.fewer_steps import fewer_steps
@@ -10,12 +13,17 @@ from dpcache.errors import SettingError
 from dpcache.method import Method
 
 
+@dataclass(frozen=True, eq=False)
 class Solver(Method):
-    """The pipeline's scheduler gives way to another one for as long as the method is enabled."""
+    """The pipeline's scheduler gives way to another one for as long as the method is enabled.
 
-    def __init__(self, plain: Method, scheduler: str, settings: dict):
-        super().__init__(plain.schedule, plain.site, plain.predictor)
-        self.scheduler, self.settings = scheduler, settings
+    Args:
+        scheduler: name of diffusers' class.
+        settings: what it is configured with beyond the pipeline's own scheduler.
+    """
+
+    scheduler: str = field(kw_only=True)
+    settings: Mapping[str, object] = field(kw_only=True)
 
     def session(self, pipe, observe=None):
         own, settings = pipe.scheduler, dict(self.settings)
@@ -41,4 +49,6 @@ def solver(budget: int, num_inference_steps: int, scheduler: str, order: int = 2
     """
     if scheduler not in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
         raise SettingError(f"scheduler={scheduler} is not one of DPMSolverMultistepScheduler, UniPCMultistepScheduler")
-    return Solver(fewer_steps(budget, num_inference_steps), scheduler, {"solver_order": order})
+    plain = fewer_steps(budget, num_inference_steps)
+    settings = {"solver_order": order}
+    return Solver(plain.schedule, plain.site, plain.predictor, scheduler=scheduler, settings=settings)

@@ -1,12 +1,33 @@
 """SpeCa: Accelerating Diffusion Transformers with Speculative Feature Caching (Liu et al., arXiv 2509.11628)."""
 
-from baselines.search import Searched
+from dataclasses import dataclass
+
+import torch
+
+from baselines.search import Search
 from dpcache.errors import SettingError
 from dpcache.method import Method
 from dpcache.predictors import Taylor
 from dpcache.schedules import OnlineSchedule, check_budget
+from dpcache.sites import Modules
 
 
+@dataclass
+class Verification:
+    """Of one guidance branch in one generation.
+
+    Attributes:
+        forecasts: made since the last computed step.
+        verify: whether the current forecast is verified.
+        error: of the last forecast that was verified since the last computed step.
+    """
+
+    forecasts: int = 0
+    verify: bool = False
+    error: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Verified(OnlineSchedule):
     """Steps are forecast until the last block, run in earnest on its forecast input, disagrees with its forecast.
 
@@ -17,42 +38,35 @@ class Verified(OnlineSchedule):
     below the floor.
     """
 
-    partial = True
-
-    def __init__(self, budget, num_inference_steps, threshold, decay, floor, shortest, longest, warmup):
-        super().__init__(num_inference_steps)
-        check_budget(budget, num_inference_steps, 2)
-        if not 1 <= warmup <= 2 * budget:  # every other step of which is computed
-            raise SettingError(f"warmup={warmup} must be between 1 and twice budget={budget}")
-        self.budget, self.threshold, self.needs_calibration = budget, threshold, threshold is None
-        self.decay, self.floor, self.first, self.warmup = decay, floor, 1.0, warmup
-        self.shortest, self.longest = (
-            shortest,
-            max(8, 2 * num_inference_steps // budget) if longest is None else longest,
-        )
+    threshold: float
+    decay: float
+    floor: float
+    shortest: int
+    longest: int
+    warmup: int
 
     def start(self):
-        return {"forecasts": 0, "verify": False, "error": None}
+        return Verification()
 
     def decide(self, context, block, args, kwargs):
-        state, step = context.online, context.step
+        state, step = context.state, context.step
         if context.keys and context.keys[-1] == step - 1:  # the step after a computed one is never computed
-            state |= {"forecasts": 1, "verify": False, "error": None}
+            state.forecasts, state.verify, state.error = 1, False, None
             return False
-        state["verify"] = state["forecasts"] >= self.shortest
-        compute = not context.keys or step < self.warmup or state["forecasts"] >= self.longest
-        if not compute and state["verify"] and state["error"] is not None:
+        state.verify = state.forecasts >= self.shortest
+        compute = not context.keys or step < self.warmup or state.forecasts >= self.longest
+        if not compute and state.verify and state.error is not None:
             allowed = max(self.threshold * self.decay ** (step / self.num_inference_steps), self.floor)
-            compute = state["error"].item() > allowed
-        state["forecasts"] = 0 if compute else state["forecasts"] + 1
+            compute = state.error.item() > allowed
+        state.forecasts = 0 if compute else state.forecasts + 1
         return compute
 
     def verifies(self, context):
-        return context.online["verify"]
+        return context.state.verify
 
     def verify(self, context, draft, real):
         real = real.float()
-        context.online["error"] = ((draft.float() - real).abs() / (real.abs() + 1e-10)).mean()
+        context.state.error = ((draft.float() - real).abs() / (real.abs() + 1e-10)).mean()
 
 
 def speca(
@@ -65,7 +79,7 @@ def speca(
     shortest: int = 2,
     longest: int | None = None,
     warmup: int = 3,
-) -> Method:
+) -> Method | Search:
     """TaylorSeer's forecasts of every attention and feed-forward output, for as long as they pass verification.
 
     Args:
@@ -75,6 +89,14 @@ def speca(
             authors' 8, or twice the mean gap.
         warmup: steps before this one are computed, but for those right after a computed one.
     """
-    schedule = Verified(budget, num_inference_steps, threshold, decay, floor, shortest, longest, warmup)
-    # The authors' factors begin at the last step but one that the warm-up computes.
-    return Searched(schedule, "modules", Taylor(order, since=max(warmup - 3, 0)))
+    check_budget(budget, num_inference_steps, 2)
+    if not 1 <= warmup <= 2 * budget:  # every other step of which is computed
+        raise SettingError(f"warmup={warmup} must be between 1 and twice budget={budget}")
+    most = max(8, 2 * num_inference_steps // budget) if longest is None else longest
+    predictor = Taylor(order, since=max(warmup - 3, 0))  # the authors' factors begin at the last warm-up step but one
+
+    def make(threshold: float) -> Method:
+        schedule = Verified(num_inference_steps, threshold, decay, floor, shortest, most, warmup)
+        return Method(schedule, Modules(verifier=schedule), predictor)
+
+    return Search(make, budget, num_inference_steps, first=1.0) if threshold is None else make(threshold)

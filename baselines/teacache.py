@@ -1,16 +1,21 @@
 """TeaCache: Timestep Embedding Tells (Liu et al., arXiv 2411.19108)."""
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import torch
 
-from baselines.search import Searched
-from dpcache.calibration import relative_change
+from baselines.search import Search, with_decided
+from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
 from dpcache.method import Method
 from dpcache.models.family import modulated_input
 from dpcache.predictors import Reuse
 from dpcache.schedules import OnlineSchedule
+from dpcache.statistics import InputChange, OutputChange, Statistic, relative_change
 
 log = logging.getLogger(__name__)
 
@@ -18,59 +23,39 @@ log = logging.getLogger(__name__)
 FLUX_POLYNOMIAL = (4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01)
 
 
+@dataclass
+class SinceComputed:
+    """The last step's modulated input, and the rescaled changes since the last computed step."""
+
+    previous: torch.Tensor | None = None
+    accumulated: float = 0.0
+
+
+@dataclass(frozen=True)
 class AccumulatedChange(OnlineSchedule):
     """A step is computed once the rescaled changes of the modulated input since the last computed step reach the
     threshold (Eq. 5-7); so are the first and the last step.
 
     Args:
-        threshold: None: `prepare` finds the one that spends the budget on average on the calibration's
-            trajectories.
-        polynomial: rescaling, highest power first; None: `prepare` fits one of degree 4 to the calibration.
+        polynomial: rescaling, highest power first.
     """
 
-    def __init__(self, budget, num_inference_steps, threshold=None, polynomial=None):
-        super().__init__(num_inference_steps)
-        if not 2 <= budget <= num_inference_steps:
-            raise SettingError(f"budget={budget} must be between 2 and num_inference_steps={num_inference_steps}")
-        self.budget, self.threshold, self.polynomial = budget, threshold, polynomial
-        self.needs_calibration = threshold is None or polynomial is None
-        self.r_squared: float | None = None  # of a polynomial that was fitted
-
-    @property
-    def ready(self):
-        return super().ready and self.polynomial is not None
-
-    def prepare(self, calibration):
-        if not self.needs_calibration:
-            return
-        changes = calibration.input_change
-        if not len(changes):
-            raise SettingError("teacache: the calibration holds no modulated inputs: this model's are not known")
-        if self.polynomial is None:
-            self.polynomial = fit_polynomial(changes, calibration.output_change)
-            self.r_squared = r_squared(self.polynomial, changes, calibration.output_change)
-            if self.r_squared < 0.5:
-                log.warning(
-                    "teacache: the polynomial explains %.0f %% of the output's changes on the calibration prompts; "
-                    "better a method that does not guess them from the input's",
-                    100 * max(self.r_squared, 0),
-                )
-        if self.threshold is None:
-            self.first = find_threshold(changes, self.polynomial, self.budget)
+    threshold: float
+    polynomial: Sequence[float]
 
     def start(self):
-        return {"previous": None, "accumulated": 0.0}
+        return SinceComputed()
 
     def decide(self, context, block, args, kwargs):
-        state, step, current = context.online, context.step, modulated_input(block, args, kwargs)
+        state, step, current = context.state, context.step, modulated_input(block, args, kwargs)
         if context.keys and step < self.num_inference_steps - 1:
-            state["accumulated"] += np.polyval(self.polynomial, relative_change(current, state["previous"]).item())
-            compute = state["accumulated"] >= self.threshold
+            state.accumulated += np.polyval(self.polynomial, relative_change(current, state.previous).item())
+            compute = state.accumulated >= self.threshold
         else:
             compute = True
         if compute:
-            state["accumulated"] = 0.0
-        state["previous"] = current
+            state.accumulated = 0.0
+        state.previous = current
         return bool(compute)
 
 
@@ -113,14 +98,48 @@ def find_threshold(input_change: np.ndarray, polynomial, budget: int) -> float:
     return (lowest(budget) + lowest(budget - 0.5)) / 2
 
 
-class TeaCache(Searched):
-    """Searches from the threshold of the recorded trajectories on: an accelerated one is not quite the same."""
+@dataclass(frozen=True)
+class TeaCache:
+    """The recipe: fits the polynomial where none is given, and searches for the threshold where none is given, from
+    that of the recorded trajectories on: an accelerated one is not quite the same."""
 
-    def prepare(self, pipe, calibration=None):
-        super().prepare(pipe, calibration)
-        self.settled |= {"threshold": self.schedule.threshold, "polynomial": list(self.schedule.polynomial)}
-        if self.schedule.r_squared is not None:
-            self.settled["r_squared"] = self.schedule.r_squared
+    budget: int
+    num_inference_steps: int
+    threshold: float | None = None
+    polynomial: Sequence[float] | None = None
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        return (InputChange(),) if self.polynomial is not None else (InputChange(), OutputChange())
+
+    @property
+    def example(self) -> Method:
+        return self.make(0.0, (0.0,))
+
+    def make(self, threshold: float, polynomial: Sequence[float]) -> Method:
+        schedule = AccumulatedChange(self.num_inference_steps, threshold, polynomial)
+        return Method(schedule, "residual", Reuse(), {"threshold": threshold, "polynomial": list(polynomial)})
+
+    def build(self, pipe, calibration: Calibration) -> Method:
+        changes, polynomial, fitted = calibration[InputChange()], self.polynomial, {}
+        if not len(changes):
+            raise SettingError("teacache: the calibration holds no modulated inputs: this model's are not known")
+        if polynomial is None:
+            output_change = calibration[OutputChange()]
+            polynomial = fit_polynomial(changes, output_change)
+            fitted["r_squared"] = share = r_squared(polynomial, changes, output_change)
+            if share < 0.5:
+                log.warning(
+                    "teacache: the polynomial explains %.0f %% of the output's changes on the calibration prompts; "
+                    "better a method that does not guess them from the input's",
+                    100 * max(share, 0),
+                )
+        if self.threshold is not None:
+            return with_decided(self.make(self.threshold, polynomial), fitted)
+        first = find_threshold(changes, polynomial, self.budget)
+        make = partial(self.make, polynomial=polynomial)
+        method = Search(make, self.budget, self.num_inference_steps, first).build(pipe, calibration)
+        return with_decided(method, fitted)
 
 
 def teacache(
@@ -128,15 +147,18 @@ def teacache(
     num_inference_steps: int,
     threshold: float | None = None,
     polynomial: str | list[float] | None = None,
-) -> Method:
+) -> Method | TeaCache:
     """The image stream's residual over all blocks is reused while the modulated input has changed little.
 
     Args:
-        threshold: the paper's own knob; the budget is then not enforced.
+        threshold: the paper's own parameter; the budget is then not enforced.
         polynomial: coefficients, highest power first; `flux`: the authors' for FLUX.1-dev; None: fitted.
     """
+    if not 2 <= budget <= num_inference_steps:
+        raise SettingError(f"budget={budget} must be between 2 and num_inference_steps={num_inference_steps}")
     if isinstance(polynomial, str):
         if polynomial != "flux":
             raise SettingError(f"polynomial={polynomial} is not one of: flux, null, a list of coefficients")
         polynomial = FLUX_POLYNOMIAL
-    return TeaCache(AccumulatedChange(budget, num_inference_steps, threshold, polynomial), "residual", Reuse())
+    recipe = TeaCache(budget, num_inference_steps, threshold, polynomial)
+    return recipe if threshold is None or polynomial is None else recipe.make(threshold, polynomial)

@@ -3,15 +3,19 @@ authors' code."""
 
 import logging
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from baselines.search import rerun
+from baselines.search import spent, with_decided
+from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
 from dpcache.method import Method
 from dpcache.models.family import block_named
 from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
+from dpcache.sites import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -19,31 +23,26 @@ log = logging.getLogger(__name__)
 PARTS = {"double": 0.4, "single": 1.6, None: 1.0}
 
 
-class TokenWise(Schedule):
-    """The first steps and then some, evenly spaced or every `interval`-th, are computed in full; on the others each
-    feed-forward runs on the tokens of the highest score: attention received (s1) + soft_fresh_weight * age / interval
-    (s3), the age in steps since the token was last computed. Attention outputs are reused (s2, of cross-attention, has
-    no part in the code for these models), and in a DiT the tokens are spread over the image (s4).
+@dataclass(frozen=True)
+class TokenScores:
+    """On a skipped step each feed-forward runs on the tokens of the highest score: attention received (s1) +
+    soft_fresh_weight * age / interval (s3), the age in steps since the token was last computed. Attention outputs are
+    reused (s2, of cross-attention, has no part in the code for these models), and in a DiT the tokens are spread over
+    the image (s4).
 
     How many grows or shrinks with the layer and, in a DiT, with the step; 27 is DiT-XL's last layer, in the code for
-    FLUX as well. The authors' code for DiT has intervals of its own, which shrink from 5 to 2, and one step or two at
-    which the first layer alone is computed in full: here it is spaced like the others.
+    FLUX as well.
+
+    Args:
+        num_inference_steps: T.
+        interval: mean gap between full steps.
+        fresh_ratio, soft_fresh_weight: see `toca`.
     """
 
-    partial = True
-
-    def __init__(self, budget, num_inference_steps, interval, fresh_ratio, soft_fresh_weight, warmup):
-        check_budget(budget, num_inference_steps, warmup)
-        super().__init__(None, num_inference_steps)
-        self.budget, self.interval, self.warmup, self.needs_calibration = budget, interval, warmup, interval is None
-        self.fresh_ratio, self.soft_fresh_weight = fresh_ratio, soft_fresh_weight
-        if interval is not None:
-            self.steps = sorted({*range(warmup), *range(warmup - 1, num_inference_steps, interval)})
-
-    def spread(self, full: int) -> None:
-        """Compute `full` steps in full, evenly spaced after the warm-up."""
-        self.steps = EvenlySpaced(full, self.num_inference_steps, self.warmup).steps
-        self.interval = (self.num_inference_steps - self.warmup + 1) / (full - self.warmup + 1)
+    num_inference_steps: int
+    interval: float
+    fresh_ratio: float | None
+    soft_fresh_weight: float
 
     def count(self, step: int, block: str, layer: int, length: int) -> int:
         """How many of `length` tokens this step computes anew."""
@@ -56,15 +55,15 @@ class TokenWise(Schedule):
         return int(torch.tensor(min(max(ratio, 0.0), 1.0)) * length)  # in float32, like theirs
 
     def select(self, context, name, block, layer, received):
-        state, step = context.online, context.step
-        refreshed = state.get(name, torch.zeros_like(received)).clamp(min=context.keys[-1])
+        refreshed_before, step = context.state.refreshed, context.step
+        refreshed = refreshed_before.get(name, torch.zeros_like(received)).clamp(min=context.keys[-1])
         score = torch.nn.functional.normalize(received, dim=-1)
         score = score + self.soft_fresh_weight * (step - 1 - refreshed) / self.interval
         if block_named(block).square_grid:
             score = spread_out(score)
         count = self.count(step, block, layer, received.shape[1])
         chosen = score.argsort(dim=-1, descending=True, stable=True)[:, :count]
-        state[name] = refreshed.scatter(1, chosen, step)
+        refreshed_before[name] = refreshed.scatter(1, chosen, step)
         return chosen
 
 
@@ -79,25 +78,44 @@ def spread_out(score: torch.Tensor, bonus: float = 0.6) -> torch.Tensor:
     return cells.unflatten(-1, (2, 2)).transpose(2, 3).reshape(score.shape)
 
 
-class ToCa(Method):
-    """The number of full steps is the one whose cost, together with that of the others, comes closest to the budget."""
+@dataclass(frozen=True)
+class ToCa:
+    """The recipe: of the full steps, evenly spaced after the warm-up, there are as many as spend the budget together
+    with what the other steps cost. The authors' code for DiT has intervals of its own, which shrink from 5 to 2, and
+    one step or two at which the first layer alone is computed in full: here it is spaced like the others.
+    """
 
-    def prepare(self, pipe, calibration=None):
-        super().prepare(pipe, calibration)
-        schedule, steps = self.schedule, self.schedule.num_inference_steps
-        if not self.needs_calibration:
-            return
-        full, budget, spent = schedule.budget, schedule.budget, {}
-        while full not in spent:
-            schedule.spread(full)
-            spent[full] = rerun(self, pipe, calibration, limit=1)  # the same for all prompts
-            partial = (spent[full] - full) / max(steps - full, 1)  # cost of a step that is not, in full ones
-            full = max(round((budget - partial * steps) / (1 - partial)), schedule.warmup)
-        full = min(spent, key=lambda full: abs(spent[full] - budget))
-        schedule.spread(full)
-        self.settled |= {"full": full, "spent": spent[full]}
-        if abs(spent[full] - budget) > 0.5:
-            log.warning("ToCa: budget=%s is out of reach: %s full steps spend %.1f", budget, full, spent[full])
+    budget: int
+    num_inference_steps: int
+    fresh_ratio: float | None
+    soft_fresh_weight: float
+    warmup: int
+    statistics: ClassVar[tuple] = ()
+
+    @property
+    def example(self) -> Method:
+        return self.make(self.budget)
+
+    def make(self, full: int) -> Method:
+        """The method with so many full steps."""
+        steps = EvenlySpaced(full, self.num_inference_steps, self.warmup).steps
+        interval = (self.num_inference_steps - self.warmup + 1) / (full - self.warmup + 1)
+        return self.with_steps(steps, interval)
+
+    def with_steps(self, steps: list[int], interval: float) -> Method:
+        scores = TokenScores(self.num_inference_steps, interval, self.fresh_ratio, self.soft_fresh_weight)
+        return Method(Schedule(steps, self.num_inference_steps), Tokens(selector=scores), Reuse())
+
+    def build(self, pipe, calibration: Calibration) -> Method:
+        T, full, found = self.num_inference_steps, self.budget, {}
+        while full not in found:
+            found[full] = spent(self.make(full), pipe, calibration, limit=1)  # the same for all prompts
+            partial = (found[full] - full) / max(T - full, 1)  # cost of a step that is not full, in full ones
+            full = max(round((self.budget - partial * T) / (1 - partial)), self.warmup)
+        full = min(found, key=lambda full: abs(found[full] - self.budget))
+        if abs(found[full] - self.budget) > 0.5:
+            log.warning("ToCa: budget=%s is out of reach: %s full steps spend %.1f", self.budget, full, found[full])
+        return with_decided(self.make(full), {"full": full, "spent": found[full]})
 
 
 def toca(
@@ -107,7 +125,7 @@ def toca(
     fresh_ratio: float | None = None,
     soft_fresh_weight: float = 0.25,
     warmup: int = 3,
-) -> Method:
+) -> Method | ToCa:
     """Every attention output is reused, and a few tokens of every feed-forward output are computed anew.
 
     Args:
@@ -118,6 +136,8 @@ def toca(
         soft_fresh_weight: of the age in a token's score.
         warmup: full steps to begin with.
     """
-    return ToCa(
-        TokenWise(budget, num_inference_steps, interval, fresh_ratio, soft_fresh_weight, warmup), "tokens", Reuse()
-    )
+    check_budget(budget, num_inference_steps, warmup)
+    recipe = ToCa(budget, num_inference_steps, fresh_ratio, soft_fresh_weight, warmup)
+    if interval is None:
+        return recipe
+    return recipe.with_steps(sorted({*range(warmup), *range(warmup - 1, num_inference_steps, interval)}), interval)

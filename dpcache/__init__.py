@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dpcache.errors import SettingError
 
 if TYPE_CHECKING:
+    from dpcache.by_name import accelerate, recipe
     from dpcache.calibration import Calibration, calibrate
     from dpcache.method import Method, cached, disable, enable, report
     from dpcache.planner import path_cost, plan, plan_all
@@ -19,6 +20,7 @@ __all__ = [
     "Method",
     "Report",
     "SettingError",
+    "accelerate",
     "cached",
     "calibrate",
     "disable",
@@ -26,10 +28,11 @@ __all__ = [
     "path_cost",
     "plan",
     "plan_all",
+    "recipe",
     "report",
 ]
 
-_MODULES = ("method", "calibration", "planner", "session")
+_MODULES = ("method", "calibration", "planner", "session", "by_name")
 
 
 def __getattr__(name: str) -> Any:

@@ -96,10 +96,10 @@ def without_offload(module: torch.nn.Module) -> Iterator[None]:
         add_hook_to_module(module, offload)
 
 
-def hook_on(module: torch.nn.Module) -> Hook | None:
-    """Our hook on `module`, if there is one."""
+def hook_on(module: torch.nn.Module, name: str = _NAME) -> ModelHook | None:
+    """The hook of this name on `module`, by default ours, if there is one."""
     registry = getattr(module, "_diffusers_hook", None)
-    return None if registry is None else registry.get_hook(_NAME)
+    return None if registry is None else registry.get_hook(name)
 
 
 def add_hook(module: torch.nn.Module, hook: Hook) -> None:

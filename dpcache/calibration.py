@@ -1,11 +1,9 @@
-"""Full-step trajectories -> path-aware costs, in one safetensors file that knows what it was made for."""
+"""Full-step trajectories of a few prompts -> statistics, in one safetensors file that knows what it was made for."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,86 +12,82 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
+from dpcache.circumstances import describe
 from dpcache.errors import SettingError
-from dpcache.gram import gram
-from dpcache.method import Method, cached
+from dpcache.method import Method, Runnable, cached
 from dpcache.models.family import modulated_input
-from dpcache.pact import l1_cost
-from dpcache.predictors import Predictor, Reuse, Taylor
+from dpcache.predictors import Reuse
 from dpcache.sampler import Batch, generate, sample
 from dpcache.schedules import EvenlySpaced, OnlineSchedule, Schedule
-from dpcache.session import Report, denoisers
+from dpcache.session import Report
+from dpcache.statistics import Folded, L1Cost, Rerun, Statistic, Trajectories, of_one_pass, relative_change
 
-_FORMAT = "dpcache calibration 3"
-_SHAPE = ("num_frames", "height", "width")
-
-
-def fingerprint(transformer: torch.nn.Module) -> str:
-    """16 hex digits of the model's class, configuration, parameter shapes and a sample of every parameter."""
-    digest = hashlib.sha256(type(transformer).__name__.encode())
-    config = {k: v for k, v in dict(transformer.config).items() if not k.startswith("_")}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in sorted(transformer.named_parameters()):
-        values = parameter.detach().flatten()[:: max(parameter.numel() // 8, 1)][:8].float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}{values.tolist()}".encode())
-    return digest.hexdigest()[:16]
-
-
-def describe(pipe, num_inference_steps: int, **call) -> dict[str, str]:
-    """The circumstances under which a pipeline's samples and features stay the same, field by field."""
-    models = list(denoisers(pipe).values())
-    shape, guidance, rest = {}, {}, {}
-    for name, value in sorted(call.items()):
-        kind = shape if name in _SHAPE else guidance if "guidance" in name or "cfg" in name else rest
-        kind[name] = value
-    scheduler = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
-    return {
-        "model": ", ".join(f"{type(model).__name__} {fingerprint(model)}" for model in models),
-        "num_inference_steps": str(num_inference_steps),
-        "scheduler": json.dumps({"class": type(pipe.scheduler).__name__} | scheduler, sort_keys=True, default=str),
-        "resolution": " x ".join(str(shape[name]) for name in _SHAPE if name in shape),
-        "guidance": str(guidance),
-        "call": str(rest),
-        "dtype": str(models[0].dtype).removeprefix("torch."),
-    }
+_FORMAT = "dpcache calibration 4"
 
 
 @dataclass
 class Calibration:
-    """What calibration learned from n full-step trajectories of T steps.
+    """A few prompts, and what was measured on their n full-step trajectories of T steps: `calibration[statistic]`.
 
     Attributes:
-        cost: path-aware cost tensor (T, T+1, T+1), float64, mean over samples and guidance branches (arXiv
-            2602.22654, Eq. 6). Of the last block it takes the image stream, which alone reaches the output (the
-            authors' code adds the text).
-        input_change: (n, T) relative L1 change of the first block's modulated input against the step before (0 at
-            step 0); n counts batches. Empty (0, T) where the model's modulated input is not known.
-        output_change: (n, T) the same for the feature. Both are of the first guidance branch.
-        gram: Gram matrix of the features, mean over samples, guidance branches and elements (`dpcache.gram`): (T, T)
-            at site=stack; (2T, 2T) at site=output, features and then the model's inputs, or (T, T) where the two
-            differ in shape.
-        gain: (T,) how far the final latents move per unit of feature error at each step (`measure_gain`); empty (0,)
-            where it was not asked for.
-        latents: the final latents of the trajectories, float32 (n, ...).
-        made_for: what `describe` said of the pipeline, and the `purpose`.
-        made_from: prompts, seeds, batch_size and call (the pipeline's arguments), so that `rerun` can repeat them.
+        made_for: what `describe` said of the pipeline.
+        made_from: prompts, seeds, batch_size and call (the pipeline's arguments), so that `rerun` can repeat them; and
+            once something was run, `input`, the shape of the model's input for one sample, and `branches`.
+        arrays: by name of the statistic.
+        latents: the final latents of the trajectories, float32 (n, ...); empty (0,) while no statistic has needed them.
+        trajectories: by name of the statistic what it took, in full-step trajectories of one sample.
+        reran: what methods have taken that ran on the prompts since this object was made, counted likewise; not kept
+            in files.
     """
 
-    cost: np.ndarray
-    input_change: np.ndarray
-    output_change: np.ndarray
-    gram: np.ndarray
-    gain: np.ndarray
-    latents: np.ndarray
     made_for: dict[str, str]
     made_from: dict
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    latents: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    trajectories: dict[str, float] = field(default_factory=dict)
+    reran: float = 0.0
+
+    def __getitem__(self, statistic: Statistic) -> np.ndarray:
+        """Raises SettingError if it was not measured."""
+        if statistic.name not in self.arrays:
+            raise SettingError(
+                f"this calibration does not hold {statistic.name}, but {', '.join(self.arrays) or 'prompts alone'}"
+            )
+        return self.arrays[statistic.name]
+
+    def missing(self, statistics: Sequence[Statistic]) -> list[Statistic]:
+        """Those that were not measured, each after what it needs."""
+        found = []
+        for statistic in statistics:
+            found += [other for other in (*self.missing(statistic.needs), statistic) if other not in found]
+        return [statistic for statistic in found if statistic.name not in self.arrays]
+
+    def took(self, statistics: Sequence[Statistic]) -> float:
+        """Full-step trajectories of one sample that measuring these took, and what they need. Those that look at the
+        same site share them."""
+        everything = {other for statistic in statistics for other in (statistic, *statistic.needs)}
+        passes = {statistic.site: statistic for statistic in everything if isinstance(statistic, Folded)}
+        reruns = [statistic for statistic in everything if isinstance(statistic, Rerun)]
+        return sum(self.trajectories[statistic.name] for statistic in (*passes.values(), *reruns))
+
+    @property
+    def num_inference_steps(self) -> int:
+        """T."""
+        return int(self.made_for["num_inference_steps"])
+
+    @property
+    def cost(self) -> np.ndarray:
+        """The paper's cost tensor at site=stack, see `dpcache.statistics.L1Cost`. Raises SettingError without one."""
+        return self[L1Cost()]
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
-        metadata = {"format": _FORMAT, "made_for": json.dumps(self.made_for), "made_from": json.dumps(self.made_from)}
+        everything = self.arrays | {"latents": self.latents}
+        arrays = {name: np.ascontiguousarray(array) for name, array in everything.items()}
+        metadata = {"format": _FORMAT, "trajectories": json.dumps(self.trajectories)}
+        metadata |= {"made_for": json.dumps(self.made_for), "made_from": json.dumps(self.made_from)}
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         save_file(arrays, part, metadata)
         os.replace(part, path)
@@ -109,11 +103,11 @@ class Calibration:
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
             arrays = load_file(path)
-            return cls(
-                **{name: arrays[name] for name in _ARRAYS},
-                made_for=json.loads(metadata["made_for"]),
-                made_from=json.loads(metadata["made_from"]),
+            latents = arrays.pop("latents")
+            made_for, made_from, trajectories = (
+                json.loads(metadata[name]) for name in ("made_for", "made_from", "trajectories")
             )
+            return cls(made_for, made_from, arrays, latents, trajectories)
         except Exception as error:
             raise SettingError(f"{path} is not a calibration file: {error}") from None
 
@@ -124,15 +118,69 @@ class Calibration:
         return [(prompts[i : i + size], seeds[i : i + size]) for i in range(0, len(prompts), size)]
 
     def rerun(
-        self, pipe, method, limit: int | None = None, observe: Callable | None = None
+        self, pipe, method: Runnable, limit: int | None = None, observe: Callable | None = None
     ) -> tuple[np.ndarray, Report]:
         """Final latents (n, ...) of the calibration's (first `limit`) prompts under `method`, and what it did in all of
         them. `observe`: see `Session`."""
         steps, call = method.num_inference_steps, self.made_from["call"]
         with cached(pipe, method, observe) as session:
-            bar = tqdm(self.batches(limit), desc="trying on the calibration prompts", unit="batch", leave=False)
+            batches = self.batches(limit)
+            bar = tqdm(batches, desc="trying on the calibration prompts", unit="batch", leave=False)
             latents = [generate(pipe, *batch, steps, decode=False, **call).latents for batch in bar]
-        return torch.cat(latents).numpy(), session.report()
+        report = session.report()
+        self.count(report, [len(prompts) for prompts, _ in batches])
+        self.made_from |= {"input": list(report.input_shape), "branches": list(report.computed)}
+        return torch.cat(latents).numpy(), report
+
+    def count(self, report: Report, prompts: list[int]) -> None:
+        """Add to `reran` what batches of so many prompts have taken under a method, mean over the guidance branches."""
+        spent = np.mean([generations[-len(prompts) :] for generations in report.spent.values()], axis=0)
+        self.reran += float(np.dot(spent, prompts)) / self.num_inference_steps
+
+    def measure(self, pipe, statistics: Sequence[Statistic]) -> None:
+        """Add those of the statistics that are missing. Statistics at the same site share the trajectories; only the T
+        features of one batch are held at a time, of every guidance branch."""
+        missing = self.missing(statistics)
+        folded = [statistic for statistic in missing if isinstance(statistic, Folded)]
+        for site in dict.fromkeys(statistic.site for statistic in folded):
+            self._fold(pipe, site, [statistic for statistic in folded if statistic.site == site])
+        for statistic in missing:
+            if isinstance(statistic, Rerun):
+                before, self.reran = self.reran, 0.0
+                self.arrays[statistic.name] = statistic.measure(pipe, self)
+                self.trajectories[statistic.name], self.reran = self.reran, before
+
+    def _fold(self, pipe, site: str, statistics: list[Folded]) -> None:
+        totals, latents, T = dict.fromkeys(statistics), [], self.num_inference_steps
+        batches = self.batches()
+        count = sum(len(prompts) for prompts, _ in batches)
+        for index, (prompts, seeds) in enumerate(tqdm(batches, desc="calibrating", unit="batch", leave=False)):
+            schedule = _InputChanges(T) if site == "stack" else EvenlySpaced(T, T)
+            batch, kept = record(pipe, Method(schedule, site, Reuse()), prompts, seeds, **self.made_from["call"])
+            latents.append(batch.latents)
+            inputs = {branch: tensors.pop("input") for branch, tensors in kept.items() if "input" in tensors}
+            seen = Trajectories(
+                {branch: feature for branch, tensors in kept.items() for feature in tensors.values()},
+                inputs,
+                schedule.changes if site == "stack" else {},
+                len(prompts),
+                len(prompts) / count,
+                index == 0,
+                pipe._execution_device,
+            )
+            for statistic in statistics:
+                totals[statistic] = statistic.fold(totals[statistic], seen)
+            self.made_from |= {"input": list(batch.report.input_shape), "branches": list(batch.report.computed)}
+            if batch.report.switches:
+                self.made_from["switches"] = batch.report.switches
+        self.arrays |= {statistic.name: total for statistic, total in totals.items()}
+        self.latents = torch.cat(latents).numpy()
+        self.trajectories |= {statistic.name: float(count) for statistic in statistics}
+
+    def sign(self, method: Runnable) -> Runnable:
+        """`method`, which was built on this calibration, with what it was made for."""
+        seen = {name: str(self.made_from[name]) for name in ("input", "branches") if name in self.made_from}
+        return replace(method, made_for=self.made_for | seen)
 
     @property
     def switches(self) -> list[int]:
@@ -140,7 +188,7 @@ class Calibration:
         return self.made_from.get("switches", [])
 
     def check(self, expected: dict[str, str]) -> "Calibration":
-        """Itself, if `made_for` agrees with `expected`; else a ValueError that names the fields that differ."""
+        """Itself, if `made_for` agrees with `expected`. Raises SettingError that names the fields that differ."""
         differing = [
             f"{name}: made for {self.made_for.get(name)}, this run has {value}"
             for name, value in expected.items()
@@ -151,16 +199,13 @@ class Calibration:
         return self
 
 
-_ARRAYS = ("cost", "input_change", "output_change", "gram", "gain", "latents")
-
-
 class _Recorder:
     """An observer: `kept[branch][name]` holds, in order, the features at the computed steps (K, B, ...) and the
     model's inputs at all steps (T, B, ...)."""
 
-    def __init__(self, schedule: Schedule):
-        every = list(range(schedule.num_inference_steps))
-        self.every, self.computed = every, schedule.steps or every
+    def __init__(self, schedule: Schedule | OnlineSchedule):
+        self.every = list(range(schedule.num_inference_steps))
+        self.computed = self.every if isinstance(schedule, OnlineSchedule) else schedule.steps
         self.kept: dict[str, dict[str, torch.Tensor]] = {}
         self.filled: dict[tuple[str, str], list[int]] = {}
 
@@ -205,123 +250,63 @@ def record(pipe, method, prompts, seeds, **call) -> tuple[Batch, dict[str, dict[
     return batch, recorder.kept
 
 
+@dataclass
+class _LastInput:
+    modulated: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class _InputChanges(OnlineSchedule):
     """Computes every step of one generation and records the changes of the modulated input, branch by branch."""
 
-    def __init__(self, num_inference_steps: int):
-        super().__init__(num_inference_steps)
-        self.changes: dict[str, list[float]] = {}
+    changes: dict[str, list[float]] = field(default_factory=dict)
+
+    def start(self):
+        return _LastInput()
 
     def decide(self, context, block, args, kwargs):
         try:
             current = modulated_input(block, args, kwargs)
         except ValueError:  # not known for this model: a calibration without it
             return True
-        previous, context.online["previous"] = context.online.get("previous"), current
+        previous, context.state.modulated = context.state.modulated, current
         change = 0.0 if previous is None else relative_change(current, previous).item()
         self.changes.setdefault(context.name, []).append(change)
         return True
-
-
-def relative_change(current: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-    """mean|current - previous| / mean|previous| (TeaCache, arXiv 2411.19108, Eq. 4)."""
-    return (current - previous).abs().mean() / previous.abs().mean()
-
-
-def purpose(
-    predictor: Predictor | None = None,
-    site: str = "stack",
-    path_aware: bool = True,
-    cumulative: bool = True,
-    measure_gains: bool = False,
-) -> dict[str, str]:
-    """What a calibration made with these arguments of `calibrate` is good for, field by field. Measured gains do no
-    harm where they are not needed, so they are not among the fields."""
-    dimensions, sums = "3D" if path_aware else "2D", "cumulative" if cumulative else "not cumulative"
-    return {"site": site, "cost": f"{predictor or Taylor(2)!r}, {dimensions}, {sums}"}
 
 
 def calibrate(
     pipe,
     prompts: Sequence[str],
     num_inference_steps: int = 50,
-    predictor: Predictor | None = None,
+    statistics: Sequence[Statistic] | None = None,
     site: str = "stack",
-    path_aware: bool = True,
-    cumulative: bool = True,
-    measure_gains: bool = False,
     seeds: Sequence[int] | None = None,
     batch_size: int = 1,
     **call,
 ) -> Calibration:
-    """Run `prompts` with every step computed and gather what the methods plan with.
-
-    Only the T features of one batch are held at a time, of every guidance branch.
+    """Run `prompts` with every step computed and measure what a method is to be planned with.
 
     Args:
-        predictor: whose errors `cost` holds; default `Taylor(2)`, the paper's.
-        site: whose features: `stack`, or `output`, which takes any denoiser that diffusers has, U-Nets too.
-        path_aware, cumulative: of `cost`, see `dpcache.pact.l1_cost`; the paper's ablation.
-        measure_gains: also measure how much an error at each step matters: a dozen more runs of two prompts.
+        statistics: a recipe's `statistics`; empty: nothing is run yet. None: all that takes one run per prompt at
+            `site`, which serves `dpcache` and `teacache`.
+        site: `stack`, or `output`, which takes any denoiser that diffusers has, U-Nets too.
         seeds: one per prompt; default 0, 1, ...
         call: further arguments of the pipeline (height, width, guidance_scale, ...).
+
+    Raises SettingError without prompts, and where the model does not offer the site.
     """
     if not prompts:
         raise SettingError("calibration needs at least one prompt")
-    if site not in ("stack", "output"):
-        raise SettingError(f"site={site}: calibration takes stack or output")
-    seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-    stack, full = site == "stack", EvenlySpaced(num_inference_steps, num_inference_steps)
-    device, cost, pooled = pipe._execution_device, 0.0, 0.0
-    input_change, output_change, latents = [], [], []
-    for start in tqdm(range(0, len(prompts), batch_size), desc="calibrating", unit="batch", leave=False):
-        chunk = slice(start, start + batch_size)
-        share = len(prompts[chunk]) / len(prompts)
-        schedule = _InputChanges(num_inference_steps) if stack else full
-        batch, kept = record(pipe, Method(schedule, site, Reuse()), prompts[chunk], seeds[chunk], **call)
-        latents.append(batch.latents)
-        features = next(iter(kept.values()))[site]
-        output_change.append([0.0, *(relative_change(b.float(), a.float()).item() for a, b in pairwise(features))])
-        if stack and schedule.changes:
-            input_change.append(next(iter(schedule.changes.values())))
-        for branch in kept.values():
-            cost = cost + share / len(kept) * l1_cost(
-                branch[site], predictor or Taylor(2), path_aware=path_aware, cumulative=cumulative, device=device
-            )
-            rows, inputs = branch[site], branch.get("input")
-            joined = [rows, inputs] if inputs is not None and inputs.shape == rows.shape else rows
-            pooled = pooled + share / len(kept) * gram(joined, device=device)
+    statistics = of_one_pass(site) if statistics is None else statistics
     calibration = Calibration(
-        cost,
-        np.reshape(np.array(input_change, dtype=float), (-1, num_inference_steps)),
-        np.array(output_change),
-        pooled,
-        np.zeros(0),
-        torch.cat(latents).numpy(),
-        describe(pipe, num_inference_steps, **call) | purpose(predictor, site, path_aware, cumulative),
-        {"prompts": list(prompts), "seeds": seeds, "batch_size": batch_size, "call": call}
-        | ({"switches": batch.report.switches} if batch.report.switches else {}),
+        describe(pipe, num_inference_steps, **call),
+        {
+            "prompts": list(prompts),
+            "seeds": list(range(len(prompts))) if seeds is None else list(seeds),
+            "batch_size": batch_size,
+            "call": call,
+        },
     )
-    if measure_gains:
-        calibration.gain = measure_gain(pipe, calibration)
+    calibration.measure(pipe, statistics)
     return calibration
-
-
-def measure_gain(pipe, calibration: Calibration, points: int = 12, prompts: int = 2) -> np.ndarray:
-    """How far the final latents move per unit of feature error at each step, (T,), mean 1.
-
-    A run that skips one step alone and reuses the feature before it makes a known error there, |h_k - h_{k-1}| by the
-    Gram matrix, and ends a measured distance from the full-step latents. Measured at `points` steps and interpolated
-    on a logarithmic scale between them. It holds the scheduler's step size, the output layers' sensitivity and the
-    sampler's own in one figure.
-    """
-    G, T, site = calibration.gram, len(calibration.cost), calibration.made_for["site"]
-    steps = np.unique(np.linspace(1, T - 1, min(points, T - 1)).round().astype(int))
-    moved = []
-    for step in tqdm(steps, desc="measuring gains", unit="run", leave=False):
-        method = Method(Schedule([s for s in range(T) if s != step], T), site, Reuse())
-        latents, _ = calibration.rerun(pipe, method, prompts)
-        moved.append(np.linalg.norm(latents - calibration.latents[:prompts]))
-    error = np.sqrt(np.maximum(G[steps, steps] - 2 * G[steps, steps - 1] + G[steps - 1, steps - 1], 1e-12))
-    gain = np.exp(np.interp(np.arange(T), steps, np.log(np.maximum(moved, 1e-12) / error)))
-    return gain / gain.mean()

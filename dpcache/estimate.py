@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +13,17 @@ from dpcache.schedules import EvenlySpaced, OnlineSchedule
 from dpcache.steps import Loop
 
 
+@dataclass(frozen=True)
 class _Computing(OnlineSchedule):
     """Keeps what an online schedule keeps, and computes every step."""
 
-    def __init__(self, schedule: OnlineSchedule):
-        super().__init__(schedule.num_inference_steps)
-        self.schedule, self.probe = copy(schedule), schedule.probe
-        self.start, self.learn = self.schedule.start, self.schedule.learn
+    schedule: OnlineSchedule
+
+    def start(self):
+        return self.schedule.start()
+
+    def learn(self, context, name, feature):
+        self.schedule.learn(context, name, feature)
 
     def decide(self, context, block, args, kwargs):
         with suppress(RuntimeError):  # from the second step on it may want numbers, of which there are none
@@ -39,7 +42,7 @@ class _Keeping(Reuse):
 def history_bytes(
     architecture: Architecture, transformer: torch.nn.Module, method: Method, call: Mapping, batch_size: int = 1
 ) -> int:
-    """Bytes that `method`, prepared or not, keeps on the device while sampling, all guidance branches together.
+    """Bytes that `method` keeps on the device while sampling, all guidance branches together.
 
     Args:
         transformer: `architecture.build()`, on the device "meta".
@@ -47,9 +50,11 @@ def history_bytes(
 
     Raises ValueError for a model that does not offer the site, or whose arguments are not known.
     """
-    steps = method.history
+    steps = method.predictor.history
     online = isinstance(method.schedule, OnlineSchedule)
-    dry = Method(_Computing(method.schedule) if online else EvenlySpaced(steps, steps), method.site, _Keeping(steps))
+    schedule = method.schedule
+    schedule = _Computing(schedule.num_inference_steps, schedule) if online else EvenlySpaced(steps, steps)
+    dry = Method(schedule, method.site, _Keeping(steps))
     inputs, loop = (
         architecture.inputs(call, batch_size, dtype=transformer.dtype),
         Loop(transformer, dry.num_inference_steps),

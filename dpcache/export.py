@@ -10,8 +10,7 @@ import json
 import sys
 
 from dpcache.calibration import Calibration
-from dpcache.errors import SettingError
-from dpcache.method import dpcache
+from dpcache.planned import dpcache
 
 _CACHE_DIT = """import cache_dit
 
@@ -41,14 +40,10 @@ def export(
 ) -> str:
     """DPCache's plan on `calibration`, written for `to`: cache_dit, diffusers or json.
 
-    Raises SettingError for a budget out of range and for a calibration whose costs are not those of Taylor(order).
+    Raises SettingError for a budget out of range and for a calibration that does not hold the costs of Taylor(order).
     """
-    T = len(calibration.cost)
-    method = dpcache(budget, T, warmup, order, solver)
-    expected = method.calibration_options["predictor"]
-    if repr(expected) not in calibration.made_for["cost"]:
-        raise SettingError(f"order={order}: the calibration's costs are of {calibration.made_for['cost']}")
-    method.prepare(None, calibration)
+    T = calibration.num_inference_steps
+    method = dpcache(budget, T, warmup, order, solver).build(None, calibration)
     steps = method.schedule.steps
     facts = {"K": budget, "T": T, "steps": steps, "order": order, "since": max(warmup - 2, 0)}
     mask = [int(step in steps) for step in range(T)]

@@ -3,6 +3,8 @@
 Each asks the session (`session.py`) whether the current call is skipped, and otherwise leaves its module alone.
 """
 
+from typing import Protocol
+
 import torch
 from torch.utils._pytree import tree_map
 
@@ -21,7 +23,8 @@ class SessionHook(Hook):
 
 
 def streams_of(block: torch.nn.Module) -> Streams:
-    """As the block's record has them, or else diffusers. Raises SettingError where nobody knows them."""
+    """A block's streams as its record has them, or else diffusers' own registry. Raises SettingError where neither has
+    them."""
     known = block_of(block)
     if known.streams is not None:
         return known.streams
@@ -72,8 +75,9 @@ class StreamHook(SessionHook):
 
 
 class BlockHook(StreamHook):
-    """Skips a block: its streams pass through. Online schedules decide at the block after the ones they probe, and may
-    look at what each block leaves; the feature is kept and put back at the last one.
+    """Skips a block: on a skipped step it returns its input. The last block's hook keeps the feature on a computed step
+    and returns the prediction on a skipped one. An online schedule decides at the block after those that it probes, and
+    is told of every block's output.
 
     The text stream is not kept, because no model reads it after its last block.
     """
@@ -112,7 +116,7 @@ class BlockHook(StreamHook):
         return self.result(image, other)
 
     def feature(self, branch, output):
-        """What the last block leaves, less what entered the first one at site=residual."""
+        """What is kept: the last block's output, at site=residual minus the first block's input."""
         image, other = self.image(output), self.other(output) if self.streams.both else None
         if self.residual:
             image = image - self.entered(branch, image)
@@ -138,8 +142,8 @@ class BlockHook(StreamHook):
 
 
 class RunHook(StreamHook):
-    """On a block of the site `blocks`: keeps what a run of such blocks adds to the streams, and on a skipped step adds
-    that in place of the run."""
+    """On a block of the site `blocks`. A computed step keeps what a run of consecutive such blocks adds to the streams;
+    a skipped step adds the prediction of that instead of running them."""
 
     def __init__(self, session, block, name: str, first: bool, last: bool):
         super().__init__(session, block)
@@ -176,18 +180,35 @@ class ProbeHook(SessionHook):
         return self.forward(*args, **kwargs)
 
 
+class Verifier(Protocol):
+    """What looks at how well the last block's outputs were predicted."""
+
+    def verifies(self, context) -> bool:
+        """Whether the last block is to run in earnest as well on this skipped step."""
+        ...
+
+    def verify(self, context, draft: torch.Tensor, real: torch.Tensor) -> None:
+        """Told of the image stream that the block made of predicted outputs, and in earnest, (B, N, D)."""
+        ...
+
+
 class VerifyHook(StreamHook):
-    """On the last block: where an online schedule wants a skipped step verified, runs the block in earnest as well."""
+    """On the last block. On a skipped step that the verifier wants to look at, the block runs twice: once with its
+    modules predicted, and once with its modules computed."""
+
+    def __init__(self, session, block, verifier: Verifier):
+        super().__init__(session, block)
+        self.verifier = verifier
 
     @leave_uncompiled
     def new_forward(self, module, *args, **kwargs):
-        branch, schedule = self.session.current, self.session.schedule
+        branch, verifier = self.session.current, self.verifier
         draft = self.forward(*args, **kwargs)
-        if branch.skip and schedule.verifies(branch):
+        if branch.skip and verifier.verifies(branch):
             branch.skip, branch.verifying = False, True
             real = self.forward(*args, **kwargs)
             branch.skip, branch.verifying = True, False
-            schedule.verify(branch, self.image(draft), self.image(real))
+            verifier.verify(branch, self.image(draft), self.image(real))
         return draft
 
 
@@ -211,7 +232,8 @@ class BranchHook(SessionHook):
 
 
 class FeederHook(SessionHook):
-    """On a module that only feeds a kept one: nothing of it is needed on a skipped step, not even memory."""
+    """On a module whose output is read by a kept module alone, which does not run on a skipped step. There it returns
+    an empty tensor, so that neither time nor memory is spent."""
 
     @leave_uncompiled
     def new_forward(self, module, *args, **kwargs):
@@ -224,8 +246,9 @@ class FeederHook(SessionHook):
 
 
 class EmbedderHook(SessionHook):
-    """On an embedder that feeds skipped blocks alone. Nobody reads its output on a skipped step, but what lies between
-    the blocks may compute with it, as ControlNets do: so zeros of its shape are returned, which take no memory."""
+    """On an embedder whose output only the blocks read. On a skipped step the output is not used, but code between the
+    blocks may still compute with it, as ControlNets do. So the hook returns zeros of the same shape, which take no
+    memory."""
 
     @leave_uncompiled
     def new_forward(self, module, *args, **kwargs):

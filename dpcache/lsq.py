@@ -1,36 +1,31 @@
 """Beyond the paper: least-squares prediction, planned exactly over its whole history (`method=dpcache_lsq`)."""
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dpcache.calibration import record
+from dpcache.calibration import Calibration, record
 from dpcache.errors import SettingError
 from dpcache.gram import gram, key_axes, path_costs
 from dpcache.method import Method
 from dpcache.planner import plan, through
-from dpcache.predictors import (
-    LeastSquares,
-    Predictor,
-    Reuse,
-    ridge_regression,
-    short_names,
-)
+from dpcache.predictors import LeastSquares, Predictor, Reuse, ridge_regression, short_names
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
+from dpcache.statistics import Gain, Gram, L1Cost, Statistic
 
 SCREENED, FINALISTS = 3, 4  # of many candidates, the best ones on some calibration prompts are tried on all
 LEAST_SQUARES = [f"lsq{keys}{seen}" for seen in ("", "x") for keys in range(1, 5)]
 
 
-class LeastSquaresPlan(Method):
-    """Chooses schedule and predictor together, on the calibration's Gram matrix.
+@dataclass(frozen=True)
+class LeastSquaresPlan:
+    """The recipe of a method whose schedule and predictor are chosen together, on the calibration's Gram matrix.
 
     The cost of a schedule is the exact squared error of its predictions on the full-step trajectories, weighted by
     gain^(2 alpha) of the step, and the planner's state holds every key that a prediction looks at (the last three of
     a predictor of four; of more than a hundred steps, the last two). Which predictor, planner, warm-up and alpha serve
-    best is settled in closed loop: of the candidates, the one whose accelerated runs of the calibration prompts end
+    best is found in closed loop: of the candidates, the one whose accelerated runs of the calibration prompts end
     closest to the full-step latents. Errors add up along a trajectory in ways that no sum over steps tells, so even
     spacing is a candidate, too: on guided models it often wins.
 
@@ -50,57 +45,54 @@ class LeastSquaresPlan(Method):
             are squared, see `dpcache.gram.path_costs`; "l1", the paper's cost tensor and recurrence; "even" spacing.
         warmups, alphas: candidates. Only planners "gram" and "coherent" depend on alpha.
         refit: whether the weights may be fitted in closed loop.
+
+    Raises SettingError for a budget out of range and for candidates that are not known.
     """
 
-    needs_calibration = True
+    budget: int
+    num_inference_steps: int
+    site: str = "stack"
+    predictors: Sequence[str] = ("lsq3", "taylor2")
+    planners: Sequence[str] = ("gram", "coherent", "even")
+    warmups: Sequence[int] = (1, 2, 3)
+    alphas: Sequence[float] = (0.5, 1.0)
+    refit: bool = True
 
-    def __init__(
-        self,
-        budget: int,
-        num_inference_steps: int,
-        site: str = "stack",
-        predictors: Sequence[str] = ("lsq3", "taylor2"),
-        planners: Sequence[str] = ("gram", "coherent", "even"),
-        warmups: Sequence[int] = (1, 2, 3),
-        alphas: Sequence[float] = (0.5, 1.0),
-        refit: bool = True,
-    ):
-        for name, values in dict(predictors=predictors, planners=planners, warmups=warmups, alphas=alphas).items():
-            if not values:
+    def __post_init__(self):
+        for name in ("predictors", "planners", "warmups", "alphas"):
+            if not getattr(self, name):
                 raise SettingError(f"{name}=[] must name at least one candidate")
         known = [*LEAST_SQUARES, *short_names()]
-        if unknown := [name for name in predictors if name not in known]:
+        if unknown := [name for name in self.predictors if name not in known]:
             raise SettingError(f"predictors={unknown}: choose from {', '.join(known)}")
-        if unknown := set(planners) - {"gram", "coherent", "l1", "even"}:
+        if unknown := set(self.planners) - {"gram", "coherent", "l1", "even"}:
             raise SettingError(f"planners={sorted(unknown)}: choose from gram, coherent, l1, even")
-        if site not in ("stack", "output"):
-            raise SettingError(f"site={site}: the calibration takes stack or output")
-        if site == "stack" and any(name.endswith("x") for name in predictors):
-            raise SettingError(f"predictors={list(predictors)}: those that see the current latents take site=output")
-        check_budget(budget, num_inference_steps, min(warmups))
-        super().__init__(Schedule(None, num_inference_steps), site, Reuse())
-        self.budget, self.predictors, self.planners, self.refit = budget, list(predictors), list(planners), refit
-        self.warmups, self.alphas = [warmup for warmup in warmups if warmup <= budget], list(alphas)
+        if self.site not in ("stack", "output"):
+            raise SettingError(f"site={self.site}: the calibration takes stack or output")
+        if self.site == "stack" and any(name.endswith("x") for name in self.predictors):
+            raise SettingError(
+                f"predictors={list(self.predictors)}: those that see the current latents take site=output"
+            )
+        check_budget(self.budget, self.num_inference_steps, min(self.warmups))
 
     @property
-    def history(self):
-        return max(
-            int(name[3]) if name.startswith("lsq") else short_names()[name]().history for name in self.predictors
-        )
+    def statistics(self) -> tuple[Statistic, ...]:
+        paper = (L1Cost(self.site),) if "l1" in self.planners else ()
+        return (Gram(self.site), Gain(self.site), *paper)
 
     @property
-    def calibration_options(self):
-        return {"site": self.site.name, "measure_gains": True}
+    def example(self) -> Method:
+        T = self.num_inference_steps
+        predictors = (_predictor(name, np.eye(T * (1 + name.endswith("x")))) for name in self.predictors)
+        longest = max(predictors, key=lambda predictor: predictor.history)
+        return Method(EvenlySpaced(self.budget, T, min(self.warmups)), self.site, longest)
 
-    def prepare(self, pipe, calibration=None):
-        if not len(calibration.gain):
-            raise SettingError("this calibration was made without the gains: calibrate with measure_gains=True")
+    def build(self, pipe, calibration: Calibration) -> Method:
         predictors, trials = self._candidates(calibration)
-        runs = list(dict.fromkeys((trial["predictor"], *trial["steps"]) for trial in trials))  # some trials coincide
+        runs = list(dict.fromkeys((trial["predictor"], *trial["steps"]) for trial in trials))  # some coincide
 
         def errors(name, *steps, limit=None):
-            self._settle(list(steps), predictors[name])
-            return self._errors(pipe, calibration, limit)
+            return _errors(pipe, calibration, self._method(steps, predictors[name]), limit)
 
         found = {}
         if len(runs) > FINALISTS and len(calibration.latents) > SCREENED:
@@ -110,41 +102,45 @@ class LeastSquaresPlan(Method):
         for trial in trials:
             run = (trial["predictor"], *trial["steps"])
             trial |= {"error": float(found[run].mean()), "prompts": len(found[run])}
-        name, *steps = best = min(runs, key=lambda run: found[run].mean())
-        errors, predictor = found[best], predictors[name]
-        self._settle(steps, predictor)
-        self.settled = {"trials": trials, "predictor": repr(predictor)}
-        if self.refit and isinstance(predictor, LeastSquares) and len(errors) > 1:
-            self._refit(pipe, calibration, errors)
+        best = min(runs, key=lambda run: found[run].mean())
+        method = self._method(best[1:], predictors[best[0]])
+        decided = {"steps": list(best[1:]), "predictor": repr(method.predictor), "trials": trials}
+        if self.refit and isinstance(method.predictor, LeastSquares) and len(found[best]) > 1:
+            method, decided["refit"] = _refit(pipe, calibration, method, found[best])
+        return replace(method, decided=decided)
+
+    def _method(self, steps: Sequence[int], predictor: Predictor) -> Method:
+        return Method(Schedule(steps, self.num_inference_steps), self.site, predictor)
 
     def _candidates(self, calibration) -> tuple[dict[str, Predictor], list[dict]]:
         """The predictors by name, and of every candidate its predictor, planner, warm-up, alpha and steps."""
-        T = self.num_inference_steps
-        features = calibration.gram[:T, :T]
-        seen = len(calibration.gram) == 2 * T
+        T, everything, gain = self.num_inference_steps, calibration[Gram(self.site)], calibration[Gain(self.site)]
+        features = everything[:T, :T]
+        seen = len(everything) == 2 * T
         names = [name for name in self.predictors if seen or not name.endswith("x")]
         if not names:
             raise SettingError(
-                f"predictors={self.predictors}: this model's input has another shape than its prediction"
+                f"predictors={list(self.predictors)}: this model's input has another shape than its prediction"
             )
-        predictors, trials, fixed = {}, [], short_names()
+        predictors, trials = {}, []
+        warmups = [warmup for warmup in self.warmups if warmup <= self.budget]
         for name in names:
-            G = calibration.gram if name.endswith("x") else features
-            make = fixed.get(name) or functools.partial(LeastSquares, G, int(name[3]), sees_input=name.endswith("x"))
-            predictors[name] = predictor = make()
+            G = everything if name.endswith("x") else features
+            predictors[name] = predictor = _predictor(name, G)
             axes = key_axes(predictor, T)
             for planner in self.planners:
                 by_error = planner in ("gram", "coherent")
                 for alpha in self.alphas if by_error else (None,):
                     if by_error:
-                        counted = calibration.gain ** (2 * alpha)
+                        counted = gain ** (2 * alpha)
                         cost = path_costs(G, predictor, axes, counted, coherent=planner == "coherent")
                         cost = through(cost, calibration.switches)
-                    for warmup in self.warmups:
+                    for warmup in warmups:
                         if by_error:
                             steps = plan(cost, self.budget, warmup)
                         elif planner == "l1":
-                            steps = plan(through(calibration.cost, calibration.switches), self.budget, warmup, "paper")
+                            cost = through(calibration[L1Cost(self.site)], calibration.switches)
+                            steps = plan(cost, self.budget, warmup, "paper")
                         else:
                             steps = EvenlySpaced(self.budget, T, warmup).steps
                         trial = {
@@ -157,24 +153,31 @@ class LeastSquaresPlan(Method):
                         trials.append(trial)
         return predictors, trials
 
-    def _errors(self, pipe, calibration, limit: int | None = None) -> np.ndarray:
-        """Relative distance of each (of the first `limit`) calibration prompt's final latents to the full-step ones."""
-        reference = calibration.latents[:limit].reshape(len(calibration.latents[:limit]), -1)
-        moved = calibration.rerun(pipe, self, limit)[0].reshape(reference.shape) - reference
-        return np.linalg.norm(moved, axis=1) / np.linalg.norm(reference, axis=1)
 
-    def _refit(self, pipe, calibration, errors):
-        steps, first = self.schedule.steps, self.predictor
-        split = max(1, int(0.7 * len(errors)))
-        fitted, everything = fit_closed_loop(pipe, calibration, self, split)
-        self._settle(steps, fitted)
-        before, after = errors[split:].mean(), self._errors(pipe, calibration)[split:].mean()
-        self._settle(steps, everything if after < before else first)
-        self.settled["refit"] = {"held_out_before": float(before), "held_out_after": float(after)}
+def _predictor(name: str, gram: np.ndarray) -> Predictor:
+    """Of that short name; least squares look at the Gram matrix."""
+    if name in LEAST_SQUARES:
+        return LeastSquares(gram, int(name[3]), sees_input=name.endswith("x"))
+    return short_names()[name]()
 
-    def _settle(self, steps, predictor):
-        self.schedule = Schedule(steps, self.num_inference_steps)
-        self.predictor = predictor
+
+def _errors(pipe, calibration, method: Method, limit: int | None = None) -> np.ndarray:
+    """Relative distance of each (of the first `limit`) calibration prompt's final latents to the full-step ones."""
+    reference = calibration.latents[:limit].reshape(len(calibration.latents[:limit]), -1)
+    moved = calibration.rerun(pipe, method, limit)[0].reshape(reference.shape) - reference
+    return np.linalg.norm(moved, axis=1) / np.linalg.norm(reference, axis=1)
+
+
+def _refit(pipe, calibration, method: Method, errors: np.ndarray) -> tuple[Method, dict[str, float]]:
+    """`method` with weights fitted in closed loop if prompts left out of the fit end closer so, and their errors before
+    and after. `errors`: of `method` on all calibration prompts."""
+    split = max(1, int(0.7 * len(errors)))
+    fitted, everything = fit_closed_loop(pipe, calibration, method, split)
+    before = errors[split:].mean()
+    after = _errors(pipe, calibration, replace(method, predictor=fitted))[split:].mean()
+    if after < before:
+        method = replace(method, predictor=everything)
+    return method, {"held_out_before": float(before), "held_out_after": float(after)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +193,9 @@ class FittedWeights(Predictor):
         return self.table[step]
 
 
-def fit_closed_loop(pipe, calibration, method, split: int, ridge: float = 1e-6) -> tuple[FittedWeights, FittedWeights]:
+def fit_closed_loop(
+    pipe, calibration: Calibration, method: Method, split: int, ridge: float = 1e-6
+) -> tuple[FittedWeights, FittedWeights]:
     """Least-squares weights from what `method`'s runs have at their keys (and see) to the full-step features.
 
     Returns those fitted on the first `split` prompts, and on all. The T + K features of one batch are held at a time.
@@ -200,9 +205,11 @@ def fit_closed_loop(pipe, calibration, method, split: int, ridge: float = 1e-6) 
     full, call, done = Method(EvenlySpaced(T, T), site, Reuse()), calibration.made_from["call"], 0
     grams = np.zeros((2, *[len(keys) + T * (1 + sees_input)] * 2))  # keys, inputs, targets
     for prompts, seeds in calibration.batches():
-        runs = [record(pipe, which, prompts, seeds, **call)[1] for which in (method, full)]
-        for branch in runs[1]:
-            seen, truth = (kept[branch] for kept in runs)
+        runs = [record(pipe, which, prompts, seeds, **call) for which in (method, full)]
+        for batch, _ in runs:
+            calibration.count(batch.report, [len(prompts)])
+        for branch in runs[1][1]:
+            seen, truth = (kept[branch] for _, kept in runs)
             rows = [seen[site], *([seen["input"]] if sees_input else []), truth[site]]
             # Guided pipelines may stack their branches in the batch: one prompt after the other within each.
             rows = [part.unflatten(1, (-1, len(prompts))) for part in rows]

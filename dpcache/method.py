@@ -1,34 +1,90 @@
-"""Method = Schedule x Site x Predictor, and how one is put on a pipeline."""
+"""Method = Schedule x Site x Predictor, what makes one, and how one is put on a pipeline."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from dpcache import storage
 from dpcache._diffusers import hook_on
+from dpcache.circumstances import check_use
+from dpcache.denoisers import denoisers
 from dpcache.errors import SettingError
-from dpcache.predictors import Predictor, Taylor
-from dpcache.schedules import Planned, Schedule
-from dpcache.session import Report, Session, denoisers
+from dpcache.predictors import Predictor
+from dpcache.schedules import OnlineSchedule, Schedule
+from dpcache.session import Report, Session
 from dpcache.sites import Site, as_site
 
+if TYPE_CHECKING:
+    from dpcache.calibration import Calibration
+    from dpcache.statistics import Statistic
 
+
+class Runnable(Protocol):
+    """What can be enabled on a pipeline: a `Method`, or a library's own cache.
+
+    Attributes:
+        num_inference_steps: steps that the sampler has to be asked for.
+        decided: what was chosen for it by calibration, for the record: names and values that JSON can hold.
+        made_for: the model, scheduler, guidance, ... that it was calibrated with; empty: any will do.
+    """
+
+    num_inference_steps: int
+    decided: Mapping[str, object]
+    made_for: Mapping[str, str]
+
+    def session(self, pipe, observe: Callable | None = None) -> Session:
+        """Start caching. Raises SettingError where the pipeline does not allow it."""
+        ...
+
+
+class Recipe(Protocol):
+    """What the files of `conf/method` name, and all that evaluation knows of a method before it is calibrated. A
+    `Method` is a recipe, too: one that builds itself.
+
+    Attributes:
+        num_inference_steps: steps that the sampler has to be asked for.
+        statistics: what is to be measured on the calibration prompts; empty: the prompts are enough. None: takes no
+            calibration.
+        example: a method that keeps what the built one will keep, for estimates of memory; None: that is not known.
+    """
+
+    num_inference_steps: int
+    statistics: "tuple[Statistic, ...] | None"
+    example: "Method | None"
+
+    def build(self, pipe, calibration: "Calibration | None") -> Runnable:
+        """The method, ready to be enabled. It may run `pipe` on the calibration's prompts."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
 class Method:
-    """A caching method, composed of its three parts.
-
-    The board knows methods by `num_inference_steps`, `needs_calibration`, `calibration_options`, `prepare`, `settled`
-    and `session` alone, so a library's own cache can stand beside them by offering these.
+    """A caching method, composed of its three parts. Nothing of a run is kept on it.
 
     Args:
         schedule: which steps are computed.
         site: what is kept of them: one of `dpcache.sites`, or its short name.
         predictor: how a skipped step is filled in.
+        decided: what calibration has chosen, for the record.
+        made_for: what it was calibrated with, see `dpcache.circumstances`; empty: it was not.
+
+    Raises SettingError where the site does not show the predictor the model's input that it asks for.
     """
 
-    def __init__(self, schedule: Schedule, site: Site | str, predictor: Predictor):
-        self.schedule, self.site, self.predictor = schedule, as_site(site), predictor
-        if predictor.sees_input and not self.site.sees_input:
+    schedule: Schedule | OnlineSchedule
+    site: Site
+    predictor: Predictor
+    decided: Mapping[str, object] = field(default_factory=dict)
+    made_for: Mapping[str, str] = field(default_factory=dict)
+    statistics: ClassVar[None] = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "site", as_site(self.site))
+        if self.predictor.sees_input and not self.site.sees_input:
             raise SettingError(f"site={self.site.name}: a predictor that sees the model's input takes site=output")
-        self.settled: dict = {}  # what `prepare` decided, for the record
 
     @property
     def num_inference_steps(self) -> int:
@@ -36,67 +92,39 @@ class Method:
         return self.schedule.num_inference_steps
 
     @property
-    def history(self) -> int:
-        """How many computed features are kept of everything that the site keeps."""
-        return self.predictor.history
+    def example(self) -> "Method":
+        """Itself, see `Recipe`."""
+        return self
 
-    @property
-    def needs_calibration(self) -> bool:
-        return self.schedule.needs_calibration
+    def build(self, pipe=None, calibration=None) -> "Method":
+        """Itself, see `Recipe`."""
+        return self
 
-    @property
-    def partial(self) -> bool:
-        """Whether parts of steps are computed as well, so that the budget counts full-step equivalents."""
-        return self.schedule.partial or self.site.partial
+    def save(self, path: str | Path) -> None:
+        """Write it to one safetensors file, atomically. Raises SettingError for a part that is no dataclass of plain
+        values."""
+        storage.save({len(getattr(self.schedule, "steps", ())): self}, path)
 
-    @property
-    def calibration_options(self) -> dict:
-        """Arguments of `calibrate` that this method's calibration has to be made with."""
-        return self.schedule.calibration_options
+    @classmethod
+    def load(cls, path: str | Path, budget: int | None = None) -> Runnable:
+        """What `save` or `stage=calibrate` has written.
 
-    def prepare(self, pipe, calibration=None) -> None:
-        """Settle the schedule. `calibration`: a `Calibration`, where `needs_calibration`."""
-        self.schedule.prepare(calibration)
+        Args:
+            budget: which one, of a file that holds several.
+
+        Raises SettingError if it is no method file or does not hold that budget, FileNotFoundError if there is none.
+        """
+        methods = storage.load(path)
+        if budget is None and len(methods) == 1:
+            return next(iter(methods.values()))
+        if budget not in methods:
+            raise SettingError(f"{path} holds methods for budget={', '.join(map(str, methods))}, not {budget}")
+        return methods[budget]
 
     def session(self, pipe, observe: Callable | None = None) -> Session:
         """Start caching on a pipeline, or on its transformer alone. Raises SettingError where the model does not offer
         the site. `observe`: see `Session`."""
-        if not self.schedule.ready:
-            raise SettingError("the schedule is not settled yet: call method.prepare(pipe, calibration) first")
         return Session(pipe, self, observe)
-
-
-def dpcache(
-    budget: int,
-    num_inference_steps: int,
-    warmup: int = 3,
-    order: int = 2,
-    solver: str = "paper",
-    max_jump: int | None = None,
-    cost: str = "l1",
-    path_aware: bool = True,
-    cumulative: bool = True,
-    steps: list[int] | None = None,
-) -> Method:
-    """DPCache (Denoising as Path Planning, arXiv 2602.22654): planned steps, the last block's output, Taylor.
-
-    Args:
-        solver, cost, path_aware, cumulative: see `dpcache.schedules.Planned`.
-        max_jump: largest distance between computed steps; the authors' code uses `int(0.3 * num_inference_steps)`.
-        steps: a schedule to use as it is, without calibration (for one, a published schedule).
-    """
-    predictor = Taylor(order, since=max(warmup - 2, 0))
-    if steps is None:
-        schedule = Planned(
-            predictor, budget, num_inference_steps, warmup, solver, max_jump, cost, path_aware, cumulative
-        )
-    elif len(steps) != budget:
-        raise SettingError(f"steps has {len(steps)} entries: set budget={len(steps)}, not {budget}")
-    elif list(steps[:warmup]) != list(range(warmup)):
-        raise SettingError(f"steps={list(steps)} does not begin with the warmup={warmup} steps 0..{warmup - 1}")
-    else:
-        schedule = Schedule(steps, num_inference_steps)
-    return Method(schedule, "stack", predictor)
 
 
 _sessions: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # pipeline, or model alone -> its session
@@ -110,16 +138,22 @@ def session_of(pipe) -> Session | None:
     return next((hook.session for hook in hooks if hook is not None), None)
 
 
-def enable(pipe, method, observe: Callable | None = None) -> None:
+def enable(pipe, method: Runnable, observe: Callable | None = None) -> None:
     """Cache with `method` from now on.
 
     Args:
         pipe: a diffusers pipeline, whose scheduler then tells the steps; or a transformer alone, whose timestep
             argument does.
+        method: a `Method`, or another `Runnable`; a recipe that needs a calibration is built first.
         observe: see `dpcache.session.Session`.
 
     Raises SettingError if a method is already enabled, or where the model does not offer the method's site.
     """
+    if not hasattr(method, "session"):
+        raise SettingError(
+            f"{type(method).__name__} is not built yet: call its build(pipe, calibration), and enable what that returns"
+        )
+    check_use(pipe, method.made_for)
     if session_of(pipe) is not None:
         raise SettingError("a method is already enabled on this pipeline: call dpcache.disable(pipe) first")
     _sessions[pipe] = method.session(pipe, observe)
@@ -138,7 +172,7 @@ def disable(pipe) -> Report:
 
 
 @contextmanager
-def cached(pipe, method, observe: Callable | None = None) -> Iterator[Session]:
+def cached(pipe, method: Runnable, observe: Callable | None = None) -> Iterator[Session]:
     """`enable` within a `with` block, `disable` at its end. Gives the session, whose `report()` stays."""
     enable(pipe, method, observe)
     session = session_of(pipe)

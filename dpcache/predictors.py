@@ -2,7 +2,7 @@
 
 A predictor is a pure function of step indices, `weights(keys, step)`: `keys` are the computed steps so far, oldest
 first, `step` is the skipped one, and the result has one weight per key used, newest last. With fewer keys than
-`history` the order is lowered to what they carry; one key alone is reused.
+`history` a predictor takes the highest order that these allow; one key alone is reused.
 """
 
 import functools
@@ -25,10 +25,10 @@ class Predictor(ABC):
         history: the number of latest keys that `weights` looks at.
         sees_input: also uses the input that the model would have had at the skipped step (the current latents x_t),
             which takes site=output.
-        short_name: what settings call it, followed by one of `orders` where it has these; None: it needs more than an
-            order to be made.
-        by_distance: whether the weights depend on the steps' distances alone (past `since`, where it has that), so that
-            costs need not ask for those of the same keys further on.
+        short_name: its name in settings, followed by one of `orders` where it has orders; None: it cannot be made from
+            an order alone.
+        by_distance: whether the weights depend on the distances between steps alone (after `since`, where it has that).
+            Then the weights of the same distances are computed once.
     """
 
     history: int
@@ -46,7 +46,7 @@ class Predictor(ABC):
 
 
 def short_names() -> dict[str, Callable[[], Predictor]]:
-    """What makes each predictor that has a short name: "taylor2", "foca", ..."""
+    """The constructors of all predictors that have a short name: "taylor2", "foca", ..."""
     found, kinds = {}, list(Predictor.__subclasses__())
     while kinds:
         kind = kinds.pop(0)
@@ -100,7 +100,7 @@ class Taylor(Predictor):
     def weights(self, keys, step):
         used = ([key for key in keys if key >= self.since] or keys[-1:])[-self.history :]
         n, distance = len(used), step - used[-1]
-        # Plain floats: cost tensors ask for tens of thousands of weights. Row a: the factor at key a, over the keys.
+        # Plain floats, because cost tensors need tens of thousands of weights. Row a: weights of the factor at key a.
         factors = [[float(a == b) for b in range(n)] for a in range(n)]
         total = list(factors[-1])
         for i in range(1, n):
@@ -111,7 +111,7 @@ class Taylor(Predictor):
         return tuple(total)
 
     def basis(self, distance: int, power: int) -> float:
-        """What the factor of this order is multiplied with."""
+        """The coefficient of the factor of this order."""
         return distance**power / math.factorial(power)
 
 
@@ -286,8 +286,6 @@ class LeastSquares(Predictor):
     G is the Gram matrix of the features, so no other weights of the same keys have a smaller mean squared error on
     that calibration. They need not sum to one, and they differ from step to step even at equal distances. With fewer
     keys than `history` they are the best for those: one key alone is scaled, not reused.
-
-    Its fields are all there is to store.
 
     Args:
         gram: (T, T), the mean Gram matrix of the calibration's trajectories, see `dpcache.gram`. To see the input

@@ -4,63 +4,41 @@ Steps are indices 0..T-1 in sampling order, T = `num_inference_steps`, K = `budg
 steps that are always computed first.
 """
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from dpcache.errors import SettingError
-from dpcache.gram import key_axes, path_costs
-from dpcache.planner import plan, through
-from dpcache.predictors import Taylor
 
 
+@dataclass(frozen=True)
 class Schedule:
     """A fixed list of computed steps.
 
     Args:
-        steps: computed steps, strictly increasing from 0. None while `prepare` has yet to find them.
+        steps: computed steps, strictly increasing from 0.
         num_inference_steps: T.
+
+    Raises SettingError for steps that do not.
     """
 
-    needs_calibration = False
-    partial = False  # also computes parts of steps: the budget is then spent in full-step equivalents, by FLOPs
+    steps: list[int]
+    num_inference_steps: int
 
-    def __init__(self, steps: Sequence[int] | None, num_inference_steps: int):
-        self.num_inference_steps = num_inference_steps
-        self.calibration_options: dict = {}  # arguments of `calibrate` that the calibration has to be made with
-        self.steps = None if steps is None else list(steps)
-        if self.steps is not None:
-            legal = self.steps and self.steps[0] == 0 and self.steps[-1] < num_inference_steps
-            if not legal or any(b <= a for a, b in zip(self.steps, self.steps[1:])):
-                raise SettingError(
-                    f"steps={self.steps} must increase strictly from 0 and end below "
-                    f"num_inference_steps={num_inference_steps}"
-                )
-
-    @property
-    def ready(self) -> bool:
-        """False while `prepare` has yet to settle something."""
-        return self.steps is not None
-
-    def prepare(self, calibration) -> None:
-        """Settle what depends on a `Calibration`; a fixed list has nothing to settle."""
-
-    def select(self, context, name: str, block: str, layer: int, received):
-        """At site=tokens: the tokens for which a skipped step computes the feed-forward `name` anew, (B, k) of N.
-
-        Args:
-            block, layer: the block's class, and which of its class it is.
-            received: the attention that each token received at the last computed step, (B, N), float32, of mean 1 / N
-                over the whole of the self-attention.
-        """
-        return received[:, :0].long()  # none
+    def __post_init__(self):
+        object.__setattr__(self, "steps", list(self.steps))
+        legal = self.steps and self.steps[0] == 0 and self.steps[-1] < self.num_inference_steps
+        if not legal or any(b <= a for a, b in zip(self.steps, self.steps[1:])):
+            raise SettingError(
+                f"steps={self.steps} must increase strictly from 0 and end below "
+                f"num_inference_steps={self.num_inference_steps}"
+            )
 
 
-def check_budget(budget: int, num_inference_steps: int, warmup: int) -> None:
+def check_budget(budget: int, num_inference_steps: int, warmup: int | None = None) -> None:
     """Raises SettingError unless 1 <= warmup <= budget <= num_inference_steps."""
-    if not 1 <= warmup <= budget <= num_inference_steps:
-        raise SettingError(
-            f"budget={budget} must be between warmup={warmup} (at least 1) and "
-            f"num_inference_steps={num_inference_steps}"
-        )
+    if not 1 <= (1 if warmup is None else warmup) <= budget <= num_inference_steps:
+        least = 1 if warmup is None else f"warmup={warmup} (at least 1)"
+        raise SettingError(f"budget={budget} must be between {least} and num_inference_steps={num_inference_steps}")
 
 
 class EvenlySpaced(Schedule):
@@ -96,93 +74,34 @@ class Interval(Schedule):
         super().__init__(steps, num_inference_steps)
 
 
-class Planned(Schedule):
-    """K steps chosen by dynamic programming over a path-aware cost of a Taylor predictor (arXiv 2602.22654, 3.3).
+@dataclass(frozen=True)
+class OnlineSchedule(ABC):
+    """Decides at every step, from what it sees there: at the sites `stack` and `residual` at the block after those that
+    the site probes, at `modules` and `tokens` before the first block, at `output` and `output_residual` before the
+    model runs.
+
+    What it remembers of a generation is a dataclass of its own, `context.state`, one per guidance branch.
 
     Args:
-        predictor: `Taylor`, whose errors the cost holds.
-        solver: "paper" or "exact", see `dpcache.planner`.
-        max_jump: largest distance between computed steps; None: any.
-        cost: "l1", the paper's tensor over two keys, where the steps just before them stand in for earlier keys; or
-            "gram", the squared error over all the keys that the predictor looks at (takes solver="exact").
-        path_aware, cumulative: of the L1 tensor, see `dpcache.pact.l1_cost`.
+        num_inference_steps: T.
     """
 
-    needs_calibration = True
+    num_inference_steps: int
 
-    def __init__(
-        self,
-        predictor,
-        budget,
-        num_inference_steps,
-        warmup=3,
-        solver="exact",
-        max_jump=None,
-        cost="l1",
-        path_aware=True,
-        cumulative=True,
-    ):
-        check_budget(budget, num_inference_steps, warmup)
-        if cost not in ("l1", "gram"):
-            raise SettingError(f"cost={cost} is not one of l1, gram")
-        if cost == "gram" and solver == "paper":
-            raise SettingError("cost=gram depends on more keys than solver=paper looks at: set solver=exact")
-        super().__init__(None, num_inference_steps)
-        self.predictor, self.budget, self.warmup, self.solver = predictor, budget, warmup, solver
-        self.max_jump, self.cost = max_jump, cost
-        # The authors' tensor knows nothing of the warm-up.
-        self.calibration_options = {
-            "predictor": Taylor(predictor.order),
-            "path_aware": path_aware,
-            "cumulative": cumulative,
-        }
+    @abstractmethod
+    def start(self) -> object:
+        """The state of a new generation, a dataclass. Its tensors count as memory that the method takes."""
 
-    def prepare(self, calibration):
-        self.tensor = calibration.cost
-        if self.cost == "gram":
-            axes = key_axes(self.predictor, self.num_inference_steps)
-            self.tensor = path_costs(calibration.gram, self.predictor, axes)
-        self.tensor = through(self.tensor, calibration.switches)
-        self.steps = plan(self.tensor, self.budget, self.warmup, self.solver, self.max_jump)
-
-
-class OnlineSchedule(Schedule):
-    """Decides at every step, from what its probe sees there. One state, `context.online`, per guidance branch.
-
-    `probe` blocks always run, and it decides at the block after them; with site=output from the model's own arguments.
-    """
-
-    probe = 0
-    threshold: float | None = 0.0  # None while `prepare` has yet to find it
-
-    def __init__(self, num_inference_steps: int):
-        super().__init__(None, num_inference_steps)
-
-    @property
-    def ready(self):
-        return self.threshold is not None
-
-    def start(self) -> dict:
-        """The state of a new generation."""
-        return {}
-
+    @abstractmethod
     def decide(self, context, block, args: tuple, kwargs: dict) -> bool:
         """True if `context.step` is to be computed, as it always is where `context.keys` is empty. `args` and `kwargs`
-        are those of the block's call; with blocks probed, `context.stack_input` is what the first one was given,
-        (B, N, D)."""
-        raise TypeError(f"{type(self).__name__} does not say how it decides")
+        are those of the block's call (of the model's, at the output sites); with blocks probed, `context.stack_input`
+        is what the first one was given, (B, N, D)."""
 
-    def learn(self, context, name: str, feature) -> None:
+    def learn(self, context, name: str | int, feature) -> None:  # noqa: B027, few look at it
         """Told of every feature that a computed step keeps, under its name, and at the sites `stack` and `residual`
         of every block's image stream, under the block's index."""
 
-    def verifies(self, context) -> bool:
-        """At site=modules: True to have the last block run in earnest as well on this skipped step."""
-        return False
-
-    def verify(self, context, draft, real) -> None:
-        """Told of the image stream that the block made of predicted outputs, and in earnest, (B, N, D)."""
-
     def scale(self, context, weights: tuple[float, ...]) -> tuple[float, ...]:
-        """The predictor's weights at a skipped step, corrected by what the probe has seen."""
+        """The predictor's weights at a skipped step, corrected by what `decide` has seen."""
         return weights

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 from dpcache._diffusers import (
     Hook,
@@ -24,11 +25,13 @@ from dpcache._diffusers import (
     leave_uncompiled,
     other_cache,
     remove_hook,
-    unwrap_module,
 )
 from dpcache.arguments import argument, argument_names
+from dpcache.circumstances import warn_of_other_use
+from dpcache.denoisers import denoisers
 from dpcache.errors import SettingError
 from dpcache.flops import LayerFlops
+from dpcache.schedules import OnlineSchedule
 from dpcache.steps import SchedulerSteps, Steps, TimestepSteps
 
 MOST_CALLS = 8  # of a model in one step; more show that its scheduler is not the one that is watched
@@ -45,6 +48,7 @@ class Report:
         history_bytes: memory that the kept features and an online schedule's state take, all branches together.
         equivalents: of a method that also skips parts of steps, what every generation computed, in full steps by FLOPs.
         switches: steps at which a pipeline's second model took over, in all generations.
+        input_shape: of the model's input, without the first dimension, which counts samples and guidance branches.
     """
 
     computed: dict[str, list[int]] = field(default_factory=dict)
@@ -55,6 +59,7 @@ class Report:
     history_bytes: int = 0
     equivalents: dict[str, list[float]] = field(default_factory=dict)
     switches: list[int] = field(default_factory=list)
+    input_shape: tuple[int, ...] = ()
 
     @property
     def spent(self) -> dict[str, list[float]]:
@@ -128,7 +133,7 @@ class Branch:
         computed: all computed steps of this generation.
         skip: whether the current call is predicted.
         leader: the first branch of this generation.
-        online: an online schedule's state.
+        state: of an online schedule, or of a site that keeps one, in this generation.
     """
 
     def __init__(self, name: str):
@@ -138,7 +143,7 @@ class Branch:
         self.leader = self
         self.keys: list[int] = []
         self.computed: list[int] = []
-        self.online: dict = {}
+        self.state: object = None
         self.state_bytes = 0  # its most in the finished generations
         self.work = 0.0  # full-step equivalents in this generation, where they are counted
         self.generations: list[tuple[list[int], int, float]] = []  # computed, calls and work of the finished ones
@@ -154,26 +159,27 @@ class Branch:
         self.placeholders: dict = {}
 
     def start(self) -> None:
-        """A new generation begins, even if the last one broke off."""
+        """A new generation begins; the last one may have broken off."""
         if self.calls:
             self.generations.append((self.computed, self.calls, self.work))
         self.computed, self.calls, self.work, self.signature = [], 0, 0.0, None
         self.enter(None)
 
     def enter(self, part: "Part | None") -> None:
-        """Another model takes over: nothing of what is kept serves it."""
+        """Another model takes over, for which nothing that was kept can be used."""
         self.part, self.keys, self.kept = part, [], frozenset()
-        self.state_bytes = max(self.state_bytes, self.online_bytes)
-        self.online, self.verifying = {}, False
+        self.state_bytes = max(self.state_bytes, self.current_state_bytes)
+        self.state, self.verifying = None, False
         self.placeholders.clear()
         for histories in self.histories.values():
             for history in histories:
                 history.clear()
 
     @property
-    def online_bytes(self) -> int:
-        """Of the online schedule's state."""
-        return sum(value.nbytes for value in self.online.values() if isinstance(value, torch.Tensor))
+    def current_state_bytes(self) -> int:
+        """Memory of the tensors in `state`."""
+        values = [] if self.state is None else tree_leaves(vars(self.state))
+        return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
 class Stopwatch:
@@ -200,7 +206,7 @@ class CudaStopwatch(Stopwatch):
 
 
 STOPWATCHES = {"cuda": CudaStopwatch}
-"""By type of device; any other takes the host's. To be replaced where there is a device without a clock."""
+"""Stopwatches by type of device. Any other type takes the host's. Tests replace one for a device without a clock."""
 
 
 def stopwatch(device: torch.device) -> Stopwatch:
@@ -209,7 +215,7 @@ def stopwatch(device: torch.device) -> Stopwatch:
 
 
 class Part:
-    """One of a pipeline's denoisers. Its hooks know it."""
+    """One of a pipeline's denoisers, with its hooks and what counts its FLOPs."""
 
     def __init__(self, name: str, module: torch.nn.Module):
         self.name, self.module = name, module
@@ -253,29 +259,6 @@ class RootHook(Hook):
         return output
 
 
-def denoisers(pipe) -> dict[str, torch.nn.Module]:
-    """The transformers (or the U-Net) that a pipeline denoises with, by their names in it; a model alone has none.
-
-    Raises SettingError if there is none.
-    """
-    if isinstance(pipe, torch.nn.Module):
-        return {"": unwrap_module(pipe)}
-    names = ("transformer", "transformer_2", "unconditional_transformer", "unet")
-    found = {name: getattr(pipe, name, None) for name in names}
-    found = {name: unwrap_module(module) for name, module in found.items() if module is not None}
-    if not found:
-        raise SettingError(f"{type(pipe).__name__} has neither a transformer nor a unet")
-    return found
-
-
-def denoiser(pipe) -> torch.nn.Module:
-    """The only one of `denoisers(pipe)`. Raises SettingError where there are more."""
-    found = list(denoisers(pipe).values())
-    if len(found) > 1:
-        raise SettingError(f"this {type(pipe).__name__} has {len(found)} transformers, where one is needed")
-    return found[0]
-
-
 class Session:
     """One method at work on one pipeline, or on a model alone.
 
@@ -297,11 +280,14 @@ class Session:
         self.order: list[str] = []  # the branches of this generation's first step
         self.calls: list[str] = []  # the branches that the current step has called so far
         self.step, self.thread = 0, None
-        self.fixed = None if self.schedule.steps is None else frozenset(self.schedule.steps)
+        self.online = isinstance(self.schedule, OnlineSchedule)
+        self.fixed = None if self.online else frozenset(self.schedule.steps)
         self.computed = self.fixed  # in this generation
-        self.pipe, self.partial = weakref.ref(pipe), method.partial
+        self.pipe, self.partial = weakref.ref(pipe), self.site.partial
         self.switches: set[int] = set()
+        self.input_shape: tuple[int, ...] = ()
         self.final: Report | None = None
+        self.compared = False  # with what the method was made for
         self.on_detach: list[Callable[[], None]] = []
         self.parts = [Part(name, module) for name, module in denoisers(pipe).items()]
         # With offloading the weights wait on the CPU, but the pipeline knows where they will run.
@@ -347,7 +333,7 @@ class Session:
 
     def watching(self, part: Part) -> LayerFlops | None:
         """What counts the FLOPs of steps that are skipped in parts."""
-        return LayerFlops(part.module) if self.method.partial else None
+        return LayerFlops(part.module) if self.partial else None
 
     def _hook(self, part: Part) -> None:
         for module, hook in self.hooks(part):
@@ -374,7 +360,7 @@ class Session:
                 part.watch = None
 
     def detach(self) -> None:
-        """Leave every module and the scheduler as they were, and free the features."""
+        """Restores every module and the scheduler as they were, and frees the features."""
         self.final = self.report()
         self._unhook()
         self.steps.detach()
@@ -393,7 +379,7 @@ class Session:
         for part in self.parts:
             self.check_other_caches(part)
             moved |= any(getattr(parent, name, None) is not module for parent, name, module in part.places)
-        if moved:  # a LoRA was loaded, for one, which puts layers of its own in the place of hooked ones
+        if moved:  # hooked layers were replaced, as loading a LoRA does
             self._unhook()
             for part in self.parts:
                 self._hook(part)
@@ -419,11 +405,14 @@ class Session:
                 f"{len(expected)} times, and nothing tells which call is which guidance branch: keep the guidance as "
                 "it is during a run"
             )
+        if self.step == 0 and not self.compared:
+            self.compared = True
+            warn_of_other_use(self.method.made_for, self.input_shape, self.order)
         self.calls = []
 
     def open(self, part: Part, name: str, args: tuple, kwargs: dict) -> Branch:
-        """Begin a call of `part`, in a `cache_context` of that name; whether it is computed is settled here, but for
-        schedules that decide online."""
+        """Begins a call of `part` in a `cache_context` of that name. A fixed schedule decides here whether the call is
+        computed; an online one does so later, in `decide`."""
         began, step = self.steps.locate(part.module, args, kwargs)
         if began:
             self.begin()
@@ -439,6 +428,7 @@ class Session:
             )
         if step == 0:
             self.order.append(name)
+            self.input_shape = next(_shapes(part.input(args, kwargs)))[0][1:]
         if name not in self.branches:
             self.branches[name] = Branch(name)
         branch = self.current = self.branches[name]
@@ -455,14 +445,13 @@ class Session:
             if branch.part is not None:
                 self.switches.add(step)
             branch.enter(part)
-            if self.computed is None:
-                branch.online = self.schedule.start()
-        if self.computed is None:
+            branch.state = self.schedule.start() if self.online else self.site.start()
+        if self.online:
             branch.skip = False  # until it is decided
             return branch
         if not branch.keys and step not in self.computed:
             self._compute_instead(branch, part, step)
-        self._settle(branch, step in self.computed)
+        self._decided(branch, step in self.computed)
         return branch
 
     def _compute_instead(self, branch: Branch, part: Part, step: int) -> None:
@@ -482,22 +471,22 @@ class Session:
 
     @torch.compiler.disable
     def decide(self, block, args, kwargs) -> None:
-        """Where an online schedule looks, it settles the step. Fixed ones have done so in `open`."""
-        if self.computed is None:
+        """An online schedule decides here whether the step is computed. Fixed ones have done so in `open`."""
+        if self.online:
             branch = self.current
-            self._settle(branch, self.schedule.decide(branch, block, args, kwargs) or not branch.keys)
+            self._decided(branch, self.schedule.decide(branch, block, args, kwargs) or not branch.keys)
 
-    def _settle(self, branch: Branch, compute: bool) -> None:
+    def _decided(self, branch: Branch, compute: bool) -> None:
         branch.skip = not compute
         if compute:
             branch.keys.append(branch.step)
             branch.computed.append(branch.step)
             return
         weights = self.predicted_weights(tuple(branch.keys[-self.method.predictor.history :]), branch.step)
-        branch.weights = weights if self.computed is not None else self.schedule.scale(branch, weights)
+        branch.weights = self.schedule.scale(branch, weights) if self.online else weights
 
     def left_out(self, module) -> None:
-        """A module that has been called does not run."""
+        """A hook calls it when its module is called but not run, so that its FLOPs do not count."""
         watch = self.current.part.watch
         if watch is not None:
             watch.forget(module)
@@ -521,7 +510,7 @@ class Session:
     @torch.compiler.disable
     def learn(self, name: str | int, feature) -> None:
         """An online schedule is told of what a computed step leaves."""
-        if self.computed is None:
+        if self.online:
             self.schedule.learn(self.current, name, feature)
 
     @torch.compiler.disable
@@ -573,7 +562,7 @@ class Session:
         """What has been computed and predicted so far."""
         if self.final is not None:
             return self.final
-        report = Report(switches=sorted(self.switches))
+        report = Report(switches=sorted(self.switches), input_shape=self.input_shape)
         for name, branch in self.branches.items():
             now = [(branch.computed, branch.calls, branch.work)] if branch.calls else []
             generations = branch.generations + now
@@ -586,7 +575,7 @@ class Session:
             report.seconds_predicted[name] = self.stopwatch.seconds(branch.spans[True])
             kept = [b for histories in branch.histories.values() for h in histories for b in h.buffers]
             report.history_bytes += sum(tensor.nbytes for tensor in kept if tensor is not None)
-            report.history_bytes += max(branch.state_bytes, branch.online_bytes)
+            report.history_bytes += max(branch.state_bytes, branch.current_state_bytes)
         return report
 
 

@@ -16,6 +16,7 @@ The hooks themselves are in `hooks.py` and, for `tokens`, in `tokens.py`.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import ClassVar
 
@@ -31,16 +32,17 @@ from dpcache.hooks import (
     FeederHook,
     ProbeHook,
     RunHook,
+    Verifier,
     VerifyHook,
     streams_of,
 )
 from dpcache.models.family import Block, Streams, block_of, family_of, known_blocks
-from dpcache.tokens import token_hooks
+from dpcache.tokens import Selector, TokenState, token_hooks
 
 
 def check_layout(site: "Site", transformer: torch.nn.Module) -> None:
-    """Raises SettingError where blocks over space and over time take turns: between them the stream is laid out anew,
-    so that what one leaves and what another takes cannot be told from each other's difference."""
+    """Raises SettingError where blocks over space and over time take turns: between them the model reshapes the stream,
+    so that the output of one block minus the input of another has no meaning."""
     if getattr(transformer, "temporal_transformer_blocks", None) is not None:
         raise SettingError(
             f"site={site.name}: {type(transformer).__name__} lays its stream out anew between its blocks: choose "
@@ -61,6 +63,7 @@ def transformer_blocks(transformer: torch.nn.Module) -> list[torch.nn.Module]:
     return blocks
 
 
+@dataclass(frozen=True)
 class Site:
     """Base of all sites.
 
@@ -71,38 +74,62 @@ class Site:
     """
 
     name: ClassVar[str]
-    partial = False
-    sees_input = False
+    sees_input: ClassVar[bool] = False
+
+    @property
+    def partial(self) -> bool:
+        return False
 
     def hooks(self, session, transformer: torch.nn.Module) -> list[tuple[torch.nn.Module, Hook]]:
         """(module, hook) pairs that make `session` work here. Raises SettingError where the model does not allow it."""
         return []
+
+    def start(self) -> object:
+        """What the site itself keeps of a generation, as `context.state`. None: nothing."""
+        return None
 
     def call(self, session, branch, forward: Callable, args: tuple, kwargs: dict):
         """One call of the whole model, whose own `forward` it is."""
         return forward(*args, **kwargs)
 
 
+@dataclass(frozen=True)
 class Stack(Site):
-    """The last block's output."""
+    """The last block's output.
+
+    Args:
+        probe: so many blocks run at every step, and an online schedule decides at the block after them.
+    """
 
     name = "stack"
-    residual = False
+    residual: ClassVar[bool] = False
+    probe: int = 0
+
+    def __post_init__(self):
+        if self.probe < 0:
+            raise SettingError(f"probe={self.probe} must be at least 0 blocks")
+
+    @property
+    def partial(self):
+        return self.probe > 0
 
     def hooks(self, session, transformer):
-        blocks, online = transformer_blocks(transformer), session.fixed is None
-        last, probe = len(blocks) - 1, session.schedule.probe if online else 0
+        blocks = transformer_blocks(transformer)
+        last, probe = len(blocks) - 1, self.probe
+        if probe and not session.online:
+            raise SettingError(f"probe={probe}: only a schedule that decides online looks at a probe")
         if self.residual:
             check_layout(self, transformer)
         if probe > last:
             raise SettingError(f"a probe of {probe} blocks leaves nothing of {type(transformer).__name__}'s {last + 1}")
         pairs = [(b, BlockHook(session, b, i, i == last, probe, self.residual)) for i, b in enumerate(blocks)]
-        if not self.residual and not online:
+        if not self.residual and not session.online:
             embedders = (attrgetter(name)(transformer) for name in family_of(transformer).embedders)
             pairs += [(embedder, EmbedderHook(session)) for embedder in embedders if embedder is not None]
         return pairs
 
 
+@dataclass(frozen=True)
 class Residual(Stack):
     """The last block's output minus the first block's input."""
 
@@ -110,40 +137,60 @@ class Residual(Stack):
     residual = True
 
 
+@dataclass(frozen=True)
 class Blocks(Site):
     """What each run of blocks adds to the streams.
 
     Args:
         blocks: indices of the blocks that are skipped; None: all.
+        apart: whether every block is a run of its own.
     """
 
     name = "blocks"
-    partial = True
+    blocks: Sequence[int] | None = None
+    apart: bool = False
 
-    def __init__(self, blocks: Sequence[int] | None = None):
-        self.blocks = blocks
+    @property
+    def partial(self):
+        return True
 
     def hooks(self, session, transformer):
-        if session.fixed is None:
-            raise SettingError("site=blocks takes a schedule that is settled before the run")
+        if session.online:
+            raise SettingError("site=blocks takes a fixed list of steps, not a schedule that decides online")
         check_layout(self, transformer)
         blocks = transformer_blocks(transformer)
         chosen = range(len(blocks)) if self.blocks is None else self.blocks
+        found = runs(chosen, [streams_of(block) for block in blocks])
+        if self.apart:
+            found = [[index] for run in found for index in run]
         return [
             (blocks[i], RunHook(session, blocks[i], str(run[-1]), i == run[0], i == run[-1]))
-            for run in runs(chosen, [streams_of(block) for block in blocks])
+            for run in found
             for i in run
         ]
 
 
+@dataclass(frozen=True)
 class Modules(Site):
-    """Attention and feed-forward outputs before their gates."""
+    """Attention and feed-forward outputs before their gates.
+
+    Args:
+        verifier: an online schedule that has the last block run in earnest as well on some skipped steps. None: no
+            step is verified.
+    """
 
     name = "modules"
+    verifier: Verifier | None = None
+
+    @property
+    def partial(self):
+        return self.verifier is not None
 
     def hooks(self, session, transformer):
-        blocks, online = transformer_blocks(transformer), session.fixed is None
-        pairs = [(blocks[0], ProbeHook(session)), (blocks[-1], VerifyHook(session, blocks[-1]))] if online else []
+        blocks = transformer_blocks(transformer)
+        pairs = [(blocks[0], ProbeHook(session))] if session.online else []
+        if self.verifier is not None:
+            pairs.append((blocks[-1], VerifyHook(session, blocks[-1], self.verifier)))
         records = [block_of(block) for block in blocks]
         for index, (block, known) in enumerate(zip(blocks, records)):
             if not known.kept:
@@ -160,10 +207,23 @@ class Modules(Site):
         return pairs + [(getattr(block, name), FeederHook(session)) for name in known.feeders]
 
 
+@dataclass(frozen=True)
 class Tokens(Modules):
-    """As `Modules`; of skipped feed-forwards, the tokens that the schedule selects are computed anew."""
+    """As `Modules`; of skipped feed-forwards, the tokens that a selector chooses are computed anew.
+
+    Args:
+        selector: None: no tokens are.
+    """
 
     name = "tokens"
+    selector: Selector | None = None
+
+    @property
+    def partial(self):
+        return super().partial or self.selector is not None
+
+    def start(self):
+        return TokenState()
 
     def block_hooks(self, session, block, known, index, layer, present):
         if not known.feed_forwards:
@@ -177,6 +237,7 @@ def unknown_block(site: Site, block: Block, fact: str) -> str:
     return f"site={site.name} does not know {block.kind}; known blocks: {', '.join(known)}"
 
 
+@dataclass(frozen=True)
 class Output(Site):
     """The model's prediction: every tensor that it returns."""
 
@@ -218,6 +279,7 @@ class Output(Site):
         return latents
 
 
+@dataclass(frozen=True)
 class OutputResidual(Output):
     """The model's prediction minus its input, where these have the same shape. Image-to-video models append their
     condition to the input's channels, which is left out."""

@@ -114,9 +114,9 @@ class SchedulerSteps(StepListener):
 
 
 class TimestepSteps:
-    """Steps of a model without a pipeline, told by its timestep argument: another value is another step, and the first
-    value again, or a turn of the direction, another generation. On a GPU the host waits for that value at every call,
-    which a pipeline makes unnecessary.
+    """Steps of a model without a pipeline, told by its timestep argument. Another value is another step. The first
+    value again, or a change in the other direction than before, begins another generation. On a GPU the host waits for
+    the value at every call; with a pipeline it need not.
 
     Args:
         num_inference_steps: of the method.

@@ -1,4 +1,7 @@
-"""The hooks of site=tokens: of skipped feed-forwards, the tokens that the schedule selects are computed anew."""
+"""The hooks of site=tokens: of skipped feed-forwards, the tokens that a selector chooses are computed anew."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -7,6 +10,34 @@ from dpcache._diffusers import leave_uncompiled
 from dpcache.errors import SettingError
 from dpcache.hooks import BranchHook, SessionHook
 from dpcache.models.family import Block
+
+
+@dataclass
+class TokenState:
+    """Of one guidance branch in one generation.
+
+    Attributes:
+        received: of every self-attention by name, the attention that each token received at the last computed step.
+        refreshed: of every feed-forward by name, the step at which each of its tokens was last computed.
+    """
+
+    received: dict[str, torch.Tensor] = field(default_factory=dict)
+    refreshed: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Selector(Protocol):
+    """Chooses the tokens that a skipped step computes anew."""
+
+    def select(self, context, name: str, block: str, layer: int, received: torch.Tensor) -> torch.Tensor:
+        """Their indices (B, k) of N, for the feed-forward `name`; k may depend on the step.
+
+        Args:
+            context: the guidance branch; its `state` is a `TokenState`.
+            block, layer: the block's class, and which of its class it is.
+            received: the attention that each token received at the last computed step, (B, N), float32, of mean 1 / N
+                over the whole of the self-attention.
+        """
+        ...
 
 
 def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -49,14 +80,14 @@ class AttentionHook(BranchHook):
     def new_forward(self, module, *args, **kwargs):
         branch, session = self.session.current, self.session
         following, end = branch.step + 1, session.schedule.num_inference_steps
-        followed = following < end and (session.computed is None or following not in session.computed)
+        followed = following < end and (session.online or following not in session.computed)
         if branch.skip or branch.verifying or not followed:
             return super().new_forward(module, *args, **kwargs)
         with _Received() as attention:
             output = super().new_forward(module, *args, **kwargs)
         if attention.received is None:
             raise SettingError("site=tokens has to see PyTorch's own attention: set_attention_backend('native')")
-        branch.online[self.name] = attention.received
+        branch.state.received[self.name] = attention.received
         return output
 
 
@@ -80,7 +111,7 @@ class SelectedAttentionHook(AttentionHook):
 
 class SelectHook(SessionHook):
     """On the norm before a feed-forward: on a skipped step it lets only those tokens through, (B, N, D) -> (B, k, D),
-    that the schedule selects."""
+    that the selector chooses."""
 
     def __init__(self, session, name: str, attention: str, first: bool, block: str, layer: int):
         super().__init__(session)
@@ -91,9 +122,13 @@ class SelectHook(SessionHook):
     def new_forward(self, module, stream, *args, **kwargs):
         branch, length = self.session.current, stream.shape[1]
         if branch.skip:
-            received = branch.online[self.attention]
+            received = branch.state.received[self.attention]
             received = received[:, :length] if self.first else received[:, -length:]
-            index = self.session.schedule.select(branch, self.name, self.block, self.layer, received)
+            selector = self.session.site.selector
+            if selector is None:
+                index = received[:, :0].long()
+            else:
+                index = selector.select(branch, self.name, self.block, self.layer, received)
             self.index = index[..., None]
             stream = self.of(stream)
         return self.forward(stream, *args, **kwargs)

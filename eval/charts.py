@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 
 from dpcache.errors import SettingError
 from eval.methods import FULL, about, order, styles
+from eval.metrics import MAIN
 from eval.pictures import STYLE, save
 from eval.results import against_full, boards, column
 from eval.schema import Group
@@ -20,11 +21,11 @@ MARKERS = "osD^vPX"
 
 
 @matplotlib.rc_context(STYLE)
-def figure(path: str | Path, frame: pd.DataFrame, metric: str = "psnr") -> Path:
+def figure(path: str | Path, frame: pd.DataFrame, metric: str = MAIN) -> Path:
     """Metric over budget, one panel per setting, one line per row of the board with its 95 % interval as a band; with
     one or two budgets a list of the rows, a mark with its interval for each budget.
 
-    `full` is a level, or absent where the metric measures the distance to `full` itself.
+    Full steps are a dashed line across the panel. It is left out where the metric measures the distance to them.
     Raises SettingError for a column that no result has.
     """
     panels = [(heading, _without_full(board, metric)) for heading, board in boards(frame, metric)]
@@ -38,7 +39,7 @@ def figure(path: str | Path, frame: pd.DataFrame, metric: str = "psnr") -> Path:
     for axes, short, (heading, (board, level)) in zip(plot.subplots(1, len(panels), squeeze=False)[0], lists, panels):
         (_list if short else _curves)(axes, board, column(metric).title)
         if level is not None:
-            (axes.axvline if short else axes.axhline)(level, color="0.4", ls="--", lw=1, label="full")
+            (axes.axvline if short else axes.axhline)(level, color="0.4", ls="--", lw=1, label=FULL)
         axes.set_title(heading)
         axes.grid(color="0.9", lw=0.6, axis="x" if short else "both")
         axes.set_axisbelow(True)
@@ -48,7 +49,7 @@ def figure(path: str | Path, frame: pd.DataFrame, metric: str = "psnr") -> Path:
 
 
 def _without_full(board: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, float | None]:
-    """The board without `full`, and the level of `full` where that says something."""
+    """The board without full steps, and their mean; None where the metric measures the distance to them."""
     full = board[board.index == FULL]["mean"]
     return board[board.index != FULL], None if against_full(metric) or full.empty else full.mean()
 
@@ -66,15 +67,15 @@ def _curves(axes, board: pd.DataFrame, title: str) -> None:
 
 @matplotlib.rc_context(STYLE)
 def pareto(
-    path: str | Path, frame: pd.DataFrame, metric: str = "psnr", gain: str = "speedup", chosen: Collection[str] = ()
+    path: str | Path, frame: pd.DataFrame, metric: str = MAIN, gain: str = "speedup", chosen: Collection[str] = ()
 ) -> Path:
     """Metric over speed-up (or another column `gain` of which more is better), one panel per setting, three to a line;
     better is up and to the right. Every row of the board is a line. Those with a run on the front and the `chosen` ones
     (rows or methods) have their group's colour and their names, the others are grey. The dashed stairs are the front.
-    Runs whose timed rounds disagree have no place on a measured gain.
+    Runs with an unreliable timing are left out where the gain is a measured speed.
 
-    Raises SettingError for a column that no result has, for one of which nobody knows that more is better (of a metric:
-    whether more is), and for a chosen row that no result has.
+    Raises SettingError for a column that no result has, for a `gain` of which more is not better, for a metric of which
+    it is not known whether more is better, and for a chosen row that no result has.
     """
     if (higher := column(metric).higher_is_better) is None:
         raise SettingError(f"metric={metric} has no Pareto front: whether higher is better is not known")
@@ -122,6 +123,7 @@ def pareto(
         axes.set_xlim(right=axes.get_xlim()[1] + 0.35 * (axes.get_xlim()[1] - axes.get_xlim()[0]))  # for the names
         _stairs(axes, best)
         ends = [points.loc[[label]].sort_values("gain").iloc[0] for label in sorted(shown - set(best.index), key=order)]
+        ends.sort(key=lambda row: row["mean"], reverse=not higher)  # from the lowest, because names are moved up
         _name(axes, [row for _, row in best.iterrows()] + ends)
         axes.grid(color="0.93", lw=0.6)
         axes.set_axisbelow(True)
@@ -131,12 +133,12 @@ def pareto(
     legend = [colored[group] for group in Group if group in colored]
     legend.append(Line2D([], [], color="0.8", label="others"))
     legend.append(Line2D([], [], color="k", ls="--", lw=0.8, label="Pareto front"))
-    plot.legend(handles=legend, loc="outside lower center", ncols=len(legend))
+    plot.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 4 * columns))
     return save(plot, path)
 
 
 def _stairs(axes, best: pd.DataFrame) -> None:
-    """What can be had: at a gain, the value of the next run of the front that gains at least as much."""
+    """Draws the front as stairs: at every gain, the best value among the runs that gain at least as much."""
     (left, right), (worst, top) = axes.get_xlim(), axes.get_ylim()
     gains, values = [left, *best["gain"][::-1], best["gain"].iloc[0]], [*best["mean"][::-1]]
     axes.step(gains, [values[0], *values, worst], "k--", where="pre", lw=0.8, zorder=2)
@@ -144,9 +146,9 @@ def _stairs(axes, best: pd.DataFrame) -> None:
 
 
 def _name(axes, rows: list[pd.Series]) -> None:
-    """Name and budget above and to the right of each run, where no other run of the front can be; one that would lie
-    on another is moved up."""
-    axes.figure.draw_without_rendering()  # places the axes, which names are measured in
+    """Writes name and budget above and to the right of each run, where no other run of the front can be. A text that
+    would cover another one is moved up."""
+    axes.figure.draw_without_rendering()  # lays the axes out, so that positions in points are known
     taken = []
     for row in rows:
         x, y = axes.transData.transform((row["gain"], row["mean"])) * 72 / axes.figure.dpi  # in points

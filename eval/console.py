@@ -14,7 +14,7 @@ from eval.statistics import doubt
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Prints how long this part of a run took, once it is done. Processes that only help print nothing."""
+    """Prints how long this part of a run took, once it is done. Only the main process prints."""
     began = time.perf_counter()
     yield
     if main_process():
@@ -22,7 +22,8 @@ def phase(name: str) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """No progress bars of other libraries inside ours; those of downloads stay."""
+    """Switches off the progress bars of diffusers and transformers, which would show inside ours. Downloads keep
+    theirs."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -56,10 +57,11 @@ def summary(result: dict, folder: Path, plain: Sequence[dict] = ()) -> str:
 
 
 def _comparison(result: dict, plain: Sequence[dict]) -> list[str]:
-    """Full steps, as many plain steps where known, and this run, with its intervals and counts."""
+    """The lines of a table: full steps, plain methods with as many steps, and this run with its intervals and
+    counts."""
     T = result["num_inference_steps"]
     known = {other["method"]: other for other in plain} | {result["method"]: result}
-    known = {FULL: known.get(FULL)} | known  # the first column, also where nothing more is known of it
+    known = {FULL: known.get(FULL)} | known  # full steps are the first column, even if no such run is there
     steps = [T if run is None else run["computed_steps"] for run in known.values()]
 
     def value(name: str, run: dict | None, metric: str) -> str:
@@ -85,7 +87,7 @@ def _speed(run: dict) -> str:
 
 
 def _precision(metric: str, result: dict) -> str:
-    """How well the run's own mean is known."""
+    """The interval of the run's own mean and the number of samples."""
     if metric not in result["metrics"]:
         return ""
     value, digits = result["metrics"][metric], column(metric).digits
@@ -96,7 +98,7 @@ def _precision(metric: str, result: dict) -> str:
 
 
 def _timed(timed: dict) -> list[str]:
-    """What a run says of its timing: an efficiency only where the rounds agree on it."""
+    """The lines on timing. They give an efficiency only where the rounds agree."""
     low, high = timed.get("speedup_range", (math.nan, math.nan))
     seconds = f"{timed['reference_s']:.2f} s -> {timed['cached_s']:.2f} s"
     lines = [f"  timing                 {timed['speedup']:.2f}x end to end ({seconds}), {low:.2f}x to {high:.2f}x"]

@@ -4,41 +4,43 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpcache.calibration import Calibration
 from dpcache.estimate import history_bytes
-from dpcache.method import Method
-from dpcache.models.architectures import architecture
+from dpcache.method import Method, Recipe
+from dpcache.models.architectures import Architecture, architecture
 from dpcache.models.pretrained import float_type
+from dpcache.planned import Planned
 from dpcache.predictors import Reuse
-from dpcache.schedules import Schedule
+from dpcache.schedules import OnlineSchedule, Schedule
+from dpcache.statistics import Folded
 
 
-def describe(config: DictConfig, model: str, name: str, method: Method, prompts: int, calibrating: int) -> str:
+def describe(config: DictConfig, model: str, name: str, recipe: Recipe, prompts: int, calibrating: int) -> str:
     """The composed plan, its schedule and the memory it takes.
 
     Args:
         model, name: of the model and the method on the command line.
         prompts, calibrating: how many prompts are sampled, and calibrated with.
 
-    Raises ValueError for a model whose architecture is not known, or that does not offer the method's site.
+    Raises SettingError for a model whose architecture is not known, or that does not offer the method's site.
     """
-    known, T = architecture(config.model.path), method.num_inference_steps
+    known, T, example = architecture(config.model.path), recipe.num_inference_steps, recipe.example
     call, dtype = OmegaConf.to_container(config.model.call), float_type("dtype", config.model.dtype)
     batch_size = _batch_size(config, prompts)
     transformer = known.build("meta", dtype)
     weights = known.count * sum(p.numel() * p.element_size() for p in transformer.parameters())
     count, branches = known.count * sum(p.numel() for p in transformer.parameters()), known.family.branches(call)
-    memory = [f"transformer {_size(weights)}", _cache_memory(config, method, prompts, known, transformer)]
-    schedule = method.schedule.steps
-    if method.needs_calibration and config.calibration.path and type(method) is Method:
-        calibration = Calibration.load(config.calibration.path)
-        method.prepare(None, calibration.check({"num_inference_steps": str(T)}))
-        schedule = method.schedule.steps
-    elif method.needs_calibration:
-        source = f"{calibrating} full-step runs" if calibrating else f"calibration.path={config.calibration.path}"
-        schedule = f"settled by calibration: {source}"
-        if calibrating:
-            site = method.calibration_options.get("site", "stack")
-            feature = history_bytes(known, transformer, Method(Schedule([0], 1), site, Reuse()), call, batch_size)
-            memory.append(f"while calibrating {_size(T * feature)}")
+    memory = [f"transformer {_size(weights)}", _cache_memory(config, recipe, prompts, known, transformer)]
+    if recipe.statistics is None:
+        schedule = "the library's own" if example is None else _steps(example.schedule)
+    elif isinstance(recipe, Planned) and config.calibration.path:
+        calibration = Calibration.load(config.calibration.path).check({"num_inference_steps": str(T)})
+        schedule = _steps(recipe.build(None, calibration).schedule)
+    else:
+        source = f"{calibrating} prompts" if calibrating else f"calibration.path={config.calibration.path}"
+        schedule = f"decided by calibration: {source}"
+        features = [s.site for s in recipe.statistics if isinstance(s, Folded)] if calibrating else []
+        if features:
+            kept = [history_bytes(known, transformer, _keeping_one(site), call, batch_size) for site in features]
+            memory.append(f"while calibrating {_size(T * max(kept))}")
     settings = ", ".join(f"{key} {value}" for key, value in call.items())
     return "\n".join(
         [
@@ -48,27 +50,39 @@ def describe(config: DictConfig, model: str, name: str, method: Method, prompts:
             f"  call                   {settings}",
             f"  samples                {prompts} in batches of {batch_size}, guidance branches: {', '.join(branches)}",
             f"  schedule               {schedule}",
-            f"  site, features kept    {method.site.name}, {method.history or 'not known'}",
+            f"  site, features kept    {_kept(example)}",
             f"  memory                 {', '.join(memory)}",
         ]
     )
 
 
-def announce(config: DictConfig, method: Method, prompts: int) -> str:
+def _steps(schedule: Schedule | OnlineSchedule) -> str:
+    return "decided online" if isinstance(schedule, OnlineSchedule) else str(schedule.steps)
+
+
+def _kept(example: Method | None) -> str:
+    return "the library's own" if example is None else f"{example.site.name}, {example.predictor.history}"
+
+
+def _keeping_one(site: str) -> Method:
+    return Method(Schedule([0], 1), site, Reuse())
+
+
+def announce(config: DictConfig, recipe: Recipe, prompts: int) -> str:
     """What the method will keep on the device, said before the weights are loaded; or why that is not known."""
     try:
         known = architecture(config.model.path)
         transformer = known.build("meta", float_type("dtype", config.model.dtype))
-        return _cache_memory(config, method, prompts, known, transformer)
+        return _cache_memory(config, recipe, prompts, known, transformer)
     except Exception as error:  # an estimate does not end a run
         return f"cache: not known in advance: {type(error).__name__}: {error}"
 
 
-def _cache_memory(config, method, prompts, known, transformer) -> str:
-    if method.history is None:
+def _cache_memory(config: DictConfig, recipe: Recipe, prompts: int, known: Architecture, transformer) -> str:
+    if recipe.example is None:
         return "cache: the library's own, not known in advance"
     call = OmegaConf.to_container(config.model.call)
-    return f"cache {_size(history_bytes(known, transformer, method, call, _batch_size(config, prompts)))}"
+    return f"cache {_size(history_bytes(known, transformer, recipe.example, call, _batch_size(config, prompts)))}"
 
 
 def _batch_size(config: DictConfig, prompts: int) -> int:

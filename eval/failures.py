@@ -1,4 +1,4 @@
-"""Failed runs on record: `error.json` in a run folder. Imported by every command, so it needs nothing slow to load."""
+"""Records of failed runs: `error.json` in a run folder. Every command imports this file, so it imports nothing slow."""
 
 import json
 import time
@@ -11,8 +11,8 @@ FAILURE = "error.json"
 
 
 def record(folder: Path, error: str) -> None:
-    """Put a job's failure on record in its run folder, where the board finds it until the job succeeds. Only the main
-    process does so: what a helping process could not do, the main one has to do itself."""
+    """Writes a job's error into its run folder, where the board finds it until the job succeeds. Only the main process
+    (rank 0) does so: if another process fails, the main one makes the missing samples itself, or fails too."""
     if main_process():
         write_text(folder / FAILURE, json.dumps({"error": error, "time": time.time()}))
 
@@ -30,10 +30,10 @@ def since(began: float, folder: Path) -> dict[str, str]:
 
 
 def unfinished(folder: str | Path) -> list[dict]:
-    """`{"run", "error"}` of every run folder without a result: the error is what `record` left there, or None
-    where there is nothing, which is a run that was killed or still goes on."""
+    """`{"run", "error"}` of every run folder without a result. The error is what `record` wrote. None: it wrote
+    nothing, because the run was killed or still goes on."""
     found = {}
-    for name in (".hydra", FAILURE):  # Hydra makes the first one before anything can fail
+    for name in (".hydra", FAILURE):  # Hydra makes the folder .hydra before anything can fail
         for path in Path(folder).rglob(name):
             if not (path.parent / "result.json").exists():
                 found[path.parent] = None if name == ".hydra" else _error(path)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there. Imported by every command, so it needs nothing that takes time to load."""
+"""Files that are written completely or not at all. Every command imports this file, so it imports nothing slow."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,8 @@ from pathlib import Path
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path` to write to, which then takes its place; after an error it is removed."""
+    """Gives a temporary path beside `path` to write to, and at the end renames it to `path`, or after an error removes
+    it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

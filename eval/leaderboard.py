@@ -1,4 +1,4 @@
-"""The board: every `result.json` below a folder as one table. `python -m eval.leaderboard FOLDER [--metric psnr]`.
+"""The board: every `result.json` below a folder as one table. `python -m eval.leaderboard FOLDER [--metric NAME]`.
 
 The command also writes the board into the folder: `leaderboard.csv`, `leaderboard.md` and `report.html`.
 """
@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from eval import charts, report, tables
+from eval.metrics import FINE, MAIN
 from eval.results import against_full, collect, metric_names
 
 
@@ -16,8 +17,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder below which result.json files are collected")
     parser.add_argument("--metric", help="print this column only; default: what compares with full steps, and speed")
     parser.add_argument("--against", metavar="METHOD", help="also print paired differences to this method")
-    parser.add_argument("--figure", type=Path, help="also draw the metric (default: PSNR) over the budget")
-    parser.add_argument("--pareto", type=Path, help="also draw the metric (default: PSNR) over the --gain")
+    parser.add_argument("--figure", type=Path, help=f"also draw the metric (default: {MAIN}) over the budget")
+    parser.add_argument("--pareto", type=Path, help=f"also draw the metric (default: {MAIN}) over the --gain")
     parser.add_argument("--gain", default="speedup", help="speedup, or flops_speedup, which no other job disturbs")
     parser.add_argument(
         "--highlight",
@@ -32,14 +33,15 @@ def main() -> None:
     frame = collect(arguments.folder)
     if frame.empty:
         parser.exit(1, f"no result.json below {arguments.folder}\n")
-    printed = [*filter(against_full, metric_names(frame)), "speedup", "computed_steps"]
+    compared = [name for name in metric_names(frame) if against_full(name) or name in FINE]
+    printed = [*compared, "speedup", "computed_steps"]
     for metric in [arguments.metric] if arguments.metric else printed:
         try:
             text = tables.table(frame, metric)
         except ValueError as error:
             text = str(error)
         print(text, end="\n\n")
-    metric = arguments.metric or "psnr"
+    metric = arguments.metric or MAIN
     try:
         if arguments.against:
             print(tables.paired_table(frame, arguments.against, metric))

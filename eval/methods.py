@@ -1,4 +1,5 @@
-"""What the board knows about methods: the record `about` in each file of `conf/method`, and what follows from it."""
+"""What the board knows about methods: the record `about` in each file of `conf/method`, and the order and the colours
+of rows, which follow from it."""
 
 import re
 from collections.abc import Iterable
@@ -11,9 +12,6 @@ from omegaconf import OmegaConf
 from eval.schema import About, Group
 
 FOLDER = Path(__file__).parents[1] / "conf" / "method"
-FULL = "full"
-"""The method that computes every step: the reference of every comparison."""
-
 COLORS = {
     Group.plain: ("#6b7280", "#9aa3ad"),
     Group.reuse: ("#a0722a", "#d6a85c"),
@@ -46,22 +44,27 @@ def records() -> dict[str, About]:
     return {name: OmegaConf.to_object(OmegaConf.merge(About, about)) for name, about in found.items()}
 
 
+FULL = next(name for name, known in records().items() if known.reference)
+"""The method that computes every step: the reference of every comparison."""
+
+
 def about(label: str) -> About:
     """The record of the method that a row of the board begins with; an empty one where it has none."""
     return records().get(label.split()[0], About())
 
 
 def order(label: str) -> tuple:
-    """Sorts the rows of the board: the full-step run, then by group, year, method, and what was changed of it."""
+    """Key that sorts the rows of the board: the full-step run first, then by group, year, method and changed
+    settings."""
     method, known, words = label.split()[0], about(label), re.split(r"(\d+)", label)
     natural = [int(word) if index % 2 else word for index, word in enumerate(words)]  # numbers in the order of numbers
-    known_name = method if method in records() else ""  # rows with a name of their own come in the order of their names
+    known_name = method if method in records() else ""  # a row with a label of its own is sorted by the label
     return method != FULL, list(Group).index(known.group), known.year or 0, known_name, natural
 
 
 def styles(labels: Iterable[str]) -> dict[str, Style]:
-    """How rows are drawn, in the order of the board: each group has its colour, and its rows different shapes. Rows of
-    one group alone have different colours."""
+    """How rows are drawn, in the order of the board. Each group has a colour, and its rows have different shapes. If
+    all rows are of one group, they have different colours."""
     labels, found = sorted(set(labels), key=order), {}
     groups = {label: about(label).group for label in labels}
     palette = list(COLORS.values())

@@ -32,7 +32,7 @@ COMPUTED, PREDICTED, PATH = "#1f4e79", "#dde7f0", "#d1495b"
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Writes the figure whole or not at all: a temporary file beside `path`, then one rename."""
+    """Writes the figure completely or not at all, see `eval.files.atomic`."""
     path = Path(path)
     with atomic(path) as part:
         figure.savefig(part, format=path.suffix[1:])
@@ -40,8 +40,8 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 
 def still(image: np.ndarray, frames: int = 4) -> np.ndarray:
-    """What stands for an image or a video where only a picture can: the image (H, W, 3) itself, or `frames` of the
-    video's (F, H, W, 3) from its first to its last, side by side with a thin white line between them."""
+    """An image (H, W, 3) as it is, or of a video (F, H, W, 3) a strip of `frames` frames, evenly spaced from the first
+    to the last, side by side with a thin white line between them."""
     if image.ndim == 3:
         return image
     chosen = image[np.linspace(0, len(image) - 1, min(frames, len(image))).round().astype(int)]
@@ -130,7 +130,7 @@ def timeline(path: str | Path, steps: Sequence[int], num_inference_steps: int, t
 
 @matplotlib.rc_context(STYLE)
 def cost_heatmap(path: str | Path, cost: np.ndarray, steps: Sequence[int]) -> Path:
-    """What each jump from key j to next key k costs at best, on a logarithmic scale, with the planned path over it.
+    """The lowest cost of each jump from key j to the next key k, on a logarithmic scale, and the planned path over it.
 
     `cost`: (T, T+1, T+1), or more leading axes for longer histories; infinite where not allowed. The picture shows the
     minimum over the earlier keys. `steps`: 0-based planned keys; the last jump goes to T, the end.

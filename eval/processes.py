@@ -1,16 +1,16 @@
-"""The processes of one run, which `accelerate launch` starts. Imported by every command, so it needs nothing
-slow to load."""
+"""The processes of one run, which `accelerate launch` starts. Every command imports this file, so it imports nothing
+slow."""
 
 import os
 
 
 def main_process() -> bool:
-    """False in the processes that only help to sample."""
+    """Whether this is the process that writes and prints (rank 0). The others only sample."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def wait_for_all() -> None:
-    """Wait until all processes of the run are here."""
+    """Waits until all processes of the run have called it."""
     from accelerate import PartialState
 
     PartialState().wait_for_everyone()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dpcache.errors import SettingError
 
+ROOT = Path(__file__).parents[1]
 COLUMNS = ("prompt", "prompts", "caption", "captions", "text")
 """Names of the column that holds the prompts, in any case; the first of these that a file has."""
 
@@ -20,17 +21,19 @@ MS-COCO's validation images, the first one of each image."""
 
 
 def read(setting: str, source: str | Path) -> list[str]:
-    """The prompts of a file (txt: one a line; csv, tsv, jsonl: in one of `COLUMNS`), or of one of `SETS`.
+    """The prompts of a file (txt: one a line; csv, tsv, jsonl: in one of `COLUMNS`), or of one of `SETS`. A relative
+    path is looked up in the current folder, and then in the project's.
 
     Args:
         setting: the name under which the user gave `source`, for messages.
 
     Raises:
-        ValueError: a file that cannot be read, with the line that is wrong, or a set that cannot be had.
+        SettingError: a file that cannot be read, with the line that is wrong, or a set that cannot be downloaded.
     """
     if source in SETS:
         return _set(setting, source)
     path = Path(source).expanduser()
+    path = path if path.exists() or not (ROOT / path).exists() else ROOT / path
     try:
         data = path.read_bytes()
         text = data.decode("utf-8-sig")
@@ -109,7 +112,7 @@ def _set(setting: str, name: str) -> list[str]:
         raise SettingError(f"{setting}={name} needs the package datasets: pip install 'dpcache[prompts]'") from None
     try:
         values = load_dataset(repository, split=split)[column]
-    except Exception as error:  # whatever a hub, a proxy or a cache can come up with
+    except Exception as error:  # the hub, a proxy or the local cache may raise anything
         call = f"load_dataset('{repository}', split='{split}')"
         raise SettingError(
             f"{setting}={name} cannot be had ({type(error).__name__}: {error}); once, with a connection: "

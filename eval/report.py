@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from eval.failures import unfinished
 from eval.files import write_text
 from eval.methods import FULL, about, order, styles
+from eval.metrics import MAIN
 from eval.pictures import still
 from eval.results import SETTING, SPEED, against_full, column, metric_names, newest
 from eval.statistics import LEVEL
@@ -118,6 +119,7 @@ def _data(frame: pd.DataFrame, failed: list[dict], prompts: int) -> dict:
     machines = frame[versions].fillna("unknown").drop_duplicates()
     return {
         "written": f"{datetime.fromtimestamp(frame['written'].max(), UTC):%Y-%m-%d}",
+        "full": FULL,
         "metrics": [_metric(name) for name in names],
         "level": LEVEL,
         "memory": {name: label for name, label in MEMORY.items() if name in frame and frame[name].notna().any()},
@@ -191,9 +193,15 @@ def _run(row, names: list[str]) -> dict:
 
 
 def _metric(name: str) -> dict:
-    """What the page must know about a metric; "higher": whether that is better, None where nobody knows."""
+    """What the page must know about a metric; "higher": whether that is better, None where this is not known."""
     title, higher = column(name).title, column(name).higher_is_better
-    return {"name": name, "label": title[:1].upper() + title[1:], "higher": higher, "trivial": against_full(name)}
+    return {
+        "name": name,
+        "label": title[:1].upper() + title[1:],
+        "higher": higher,
+        "trivial": against_full(name),
+        "main": name == MAIN,
+    }
 
 
 def _styles(frame: pd.DataFrame) -> dict[str, dict]:

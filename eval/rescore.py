@@ -1,4 +1,4 @@
-"""`stage=eval`: finished runs scored again, from the samples and the reference that they have kept."""
+"""`stage=eval`: scores finished runs again, from the samples and the reference that they have kept."""
 
 import json
 import logging
@@ -20,15 +20,15 @@ log = logging.getLogger("run")
 
 
 def rescore(config: DictConfig, compose: Callable[[str], DictConfig]) -> None:
-    """Adds the metrics of `config.eval` to every `result.json` in and below `config.dir` and prints what it then says.
-    Those that it has are kept, unless `config.overwrite`.
+    """Adds the metrics of `config.eval` to every `result.json` in and below `config.dir` and prints each run's table.
+    Metrics that a run has already are kept, unless `config.overwrite`.
 
     Args:
-        compose: the command's configuration with another `model`, which settles what its metrics use.
+        compose: from the name of a model, the command's configuration with this model, which says what metrics use.
 
     Raises:
-        ValueError: nothing to score; wrong settings of a metric, or one that cannot be had with `eval.require_all`;
-            and, once all others are scored, for the folders that cannot be, each of which has been named.
+        SettingError: there is nothing to score; a metric has wrong settings, or is unavailable and `eval.require_all`
+            is set; some folders cannot be scored, which is raised after all others are, and each has been logged.
     """
     if config.dir is None:
         raise SettingError("stage=eval needs dir=FOLDER, a run folder or a folder of many")
@@ -36,7 +36,7 @@ def rescore(config: DictConfig, compose: Callable[[str], DictConfig]) -> None:
     folders = sorted(path.parent for path in Path(config.dir).expanduser().rglob("result.json"))
     if not folders:
         raise SettingError(f"dir={config.dir} holds no finished run: there is no result.json in it or below")
-    names, failed = {}, {}  # metrics to load for each model; reasons
+    names, failed = {}, {}  # by model, the metrics to load; by folder, why it cannot be scored
     for folder in folders:
         try:
             result = _result(folder)
@@ -74,7 +74,7 @@ def _missing(result: dict, config: DictConfig) -> list[str]:
 def _load(compose: Callable, model: str, names: Iterable[str]) -> dict[str, Scorer | Exception] | HydraException:
     try:
         config = compose(model)
-    except HydraException as error:  # a model that conf/ does not know: these runs cannot be scored, others can
+    except HydraException as error:  # conf/ has no such model: runs of other models can still be scored
         return error
     wanted = [name for name in config.eval.metrics if name in names]
     return load_metrics(OmegaConf.merge(config, {"eval": {"metrics": wanted}}))
@@ -89,7 +89,10 @@ def _score(folder: Path, scorers: dict, config: DictConfig) -> None:
         wanted = {name: loaded[name] for name in _missing(result, config) if name in loaded}
         if wanted:
             prompts = result["per_prompt"]["prompts"]
-            scored = scores(wanted, stored(folder / "samples", prompts), stored(_reference(folder, result), prompts))
+            samples, reference = stored(folder / "samples", prompts), _reference(folder, result["reference"])
+            fine = result.get("fine_reference")
+            fine = fine and stored(_reference(folder, fine), prompts)
+            scored = scores(wanted, samples, stored(reference, prompts), fine)
             for part in ("metrics", "per_prompt"):
                 result[part] |= scored[part]
             lost = result.get("metrics_unavailable", {}) | scored["metrics_unavailable"]
@@ -98,9 +101,9 @@ def _score(folder: Path, scorers: dict, config: DictConfig) -> None:
     print(summary(result, folder, plain_runs(folder, result)))
 
 
-def _reference(folder: Path, result: dict) -> Path:
-    """The shared reference that the run was compared with, below the `output_dir` that holds the run."""
-    name = Path("references", Path(result["reference"]).name)
+def _reference(folder: Path, name: str) -> Path:
+    """The shared reference of that name, below the `output_dir` that holds the run."""
+    name = Path("references", Path(name).name)
     found = [parent / name for parent in folder.absolute().parents if (parent / name).is_dir()]
     if not found:
         raise FileNotFoundError(f"its reference {name} is in no folder above it")

@@ -10,14 +10,14 @@ import pandas as pd
 
 from dpcache.errors import SettingError
 from eval.methods import FULL, order, records
-from eval.metrics import METRICS, Column
+from eval.metrics import FINE, MAIN, METRICS, Column
 from eval.schema import Group
 from eval.statistics import doubt
 
 log = logging.getLogger(__name__)
 
 SETTING = ["model", "num_inference_steps"]  # results of different settings never share a table
-SPEED = ("speedup", "transformer_speedup", "efficiency")  # as timed; runs say where their rounds disagree
+SPEED = ("speedup", "transformer_speedup", "efficiency")  # measured, so a run may call them unreliable
 MEASURED = {
     column.name: column
     for column in (
@@ -31,20 +31,20 @@ MEASURED = {
 
 
 def objective(result: dict) -> float | None:
-    """What a tuning sweep maximises: the mean PSNR, but 0 for a run that computed more steps than its budget, which
-    would otherwise always win. None without a PSNR, which counts as a failure there."""
-    if "psnr" not in result.get("metrics", {}):
+    """What a tuning sweep maximises: the mean of the main metric, but 0 for a run that computed more steps than its
+    budget, which would otherwise always win. None where the metric is missing, which counts as a failure there."""
+    if MAIN not in result.get("metrics", {}):
         return None
-    return result["metrics"]["psnr"]["mean"] if result["computed_steps"] <= result["budget"] + 0.5 else 0.0
+    return result["metrics"][MAIN]["mean"] if result["computed_steps"] <= result["budget"] + 0.5 else 0.0
 
 
 def flatten(result: dict) -> dict:
     """One `result.json` as flat columns.
 
-    metrics: `psnr`, `psnr_lo`, `psnr_hi`, `psnr_n`; FLOPs: `flops_full`, `flops_cached`, ... and `flops_speedup`, the
-    first over the second; timing, memory and
-    versions: their scalars under their own names (`speedup`, `peak_rss`, `torch`); the range of timed rounds as
-    `speedup_lo`, `speedup_hi`; everything else as it is, without the scores of every prompt.
+    Of a metric: mean, interval and count, as `psnr`, `psnr_lo`, `psnr_hi`, `psnr_n`. Of FLOPs: `flops_full`,
+    `flops_cached`, ..., and `flops_speedup`, the first over the second. Of timing, memory and versions: the scalars
+    under their own names (`speedup`, `peak_rss`, `torch`), and the range of the timed rounds as `speedup_lo`,
+    `speedup_hi`. Everything else as it is, without the scores of every prompt.
     """
     groups = ("metrics", "timing", "memory", "versions", "per_prompt", "flops")
     row = {key: value for key, value in result.items() if key not in groups}
@@ -92,8 +92,8 @@ def collect(folder: str | Path) -> pd.DataFrame:
 
 
 def plain_runs(folder: Path, result: dict) -> list[dict]:
-    """Finished runs beside a run's `folder` that made the same samples without a cache: with all steps, and with other
-    grids of as many steps as its budget."""
+    """Finished runs beside a run's `folder` that sampled the same prompts and noise without a cache: with all steps, or
+    on another grid of as many steps as the run's budget."""
     found = {}
     for name in (name for name, known in records().items() if known.group is Group.plain and name != result["method"]):
         for path in sorted(folder.parent.glob(f"{result['model']}-{name}-*/result.json")):
@@ -109,8 +109,10 @@ def plain_runs(folder: Path, result: dict) -> list[dict]:
 
 
 def column(name: str) -> Column:
-    """What is known of a metric, of what a run measures, or of neither, as in results of other versions."""
-    return METRICS.get(name) or MEASURED.get(name) or Column(name=name, label=name, higher_is_better=None)
+    """The record of a metric or of a measured column; of any other name, as results of other versions may have, one
+    without more than the name."""
+    known = {**METRICS, **FINE, **MEASURED}
+    return known.get(name) or Column(name=name, label=name, higher_is_better=None)
 
 
 def metric_names(frame: pd.DataFrame) -> list[str]:
@@ -118,7 +120,7 @@ def metric_names(frame: pd.DataFrame) -> list[str]:
     names = [name[:-2] for name in frame if name.endswith("_n") and f"{name[:-2]}_lo" in frame]
     for reasons in frame.get("metrics_unavailable", ()):
         names += reasons if isinstance(reasons, dict) else ()
-    known = [name for name in METRICS if name in names]
+    known = [name for name in (*METRICS, *FINE) if name in names]
     return known + sorted(set(names) - set(known))
 
 
@@ -132,17 +134,18 @@ def newest(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def boards(frame: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Per setting, its heading and a frame indexed by label with columns `budget, mean, lo, hi, unreliable`, the last
-    one true for a speed whose rounds disagree.
+    """For every setting its heading and a frame indexed by label with columns `budget, mean, lo, hi, unreliable`. The
+    last one is true for a speed on which the timed rounds disagree.
 
-    Of runs that repeat a (setting, label, budget, seed) the newest counts. Seeds are averaged, and their interval
-    halves combined as independent errors; with one seed these are the run's own mean and interval.
+    Of runs that repeat a (setting, label, budget, seed) the newest counts. Seeds are averaged, and the halves of their
+    intervals are combined as independent errors; with one seed these are the run's own mean and interval.
     """
     if metric not in frame:
         raise SettingError(f"no result has {metric!r}; columns are {sorted(frame.columns)}")
-    frame = newest(frame).assign(mean=pd.to_numeric(frame[metric])).dropna(subset="mean")
+    frame = newest(frame).assign(mean=pd.to_numeric(frame[metric]))
     doubted = metric in SPEED and "unreliable" in frame
     frame = frame.assign(unreliable=frame["unreliable"].notna() if doubted else False)
+    frame = frame[frame["mean"].notna() | frame["unreliable"]]
     for end in ("lo", "hi"):
         bound = pd.to_numeric(frame[f"{metric}_{end}"]) if f"{metric}_{end}" in frame else np.nan
         frame[end] = (bound - frame["mean"]) ** 2

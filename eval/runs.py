@@ -3,7 +3,9 @@
 import hashlib
 import json
 import logging
+import math
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,12 +18,15 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from baselines.full import full
-from dpcache.calibration import Calibration, calibrate, describe, purpose
+from dpcache.calibration import Calibration, calibrate
+from dpcache.circumstances import describe
+from dpcache.denoisers import denoisers
 from dpcache.errors import SettingError
+from dpcache.method import Recipe, Runnable
 from dpcache.models.pretrained import default_device
+from dpcache.planned import Planned
 from dpcache.sampler import Batch, sample
-from dpcache.schedules import Planned
-from dpcache.session import denoisers
+from dpcache.statistics import Statistic
 from eval import metrics, pictures, timing
 from eval.console import phase, quiet_libraries
 from eval.metrics import Samples, Scorer, evaluate
@@ -44,12 +49,17 @@ def check(config: DictConfig) -> None:
             raise SettingError(f"{name}={value} must be at least 1")
     if missing := OmegaConf.missing_keys(config.model):
         raise SettingError(f"{', '.join(sorted(missing))} must be given")
+    if not config.num_inference_steps < (config.reference.num_inference_steps or math.inf):
+        raise SettingError(
+            f"reference.num_inference_steps={config.reference.num_inference_steps} must be above "
+            f"num_inference_steps={config.num_inference_steps}"
+        )
     if config.eval.timing.repeats < 0:
         raise SettingError(f"eval.timing.repeats={config.eval.timing.repeats} must be at least 0")
 
 
 def warn_few_steps(config: DictConfig) -> None:
-    """A word to whoever caches a model that was distilled to a few steps."""
+    """Warn that caching gains little where a model takes few steps, as distilled ones do."""
     if config.num_inference_steps < 10 and config.about.group is not Group.plain:
         log.warning(
             "num_inference_steps=%s: the steps of so short a run have little in common, so caching gains next to "
@@ -101,9 +111,19 @@ def load_metrics(config: DictConfig) -> dict[str, Scorer | Exception]:
     return metrics.load(config.eval.metrics, settings, config.eval.require_all)
 
 
-def scores(scorers: dict[str, Scorer | Exception], samples: Samples, reference: Samples) -> dict:
-    """Metrics with intervals, reasons for missing ones, and scores per prompt, as they stand in `result.json`."""
+def scores(
+    scorers: dict[str, Scorer | Exception], samples: Samples, reference: Samples, fine: Samples | None = None
+) -> dict:
+    """Metrics with intervals, reasons for missing ones, and scores per prompt, as they stand in `result.json`.
+
+    fine: samples of many more steps; metrics that compare with the full-step run are then had against these as well,
+    under the names of `eval.metrics.fine_name`.
+    """
     values, unavailable, details = evaluate(scorers, samples, reference)
+    if fine is not None:
+        paired = {name: scorer for name, scorer in scorers.items() if metrics.METRICS[name].against_full}
+        for into, part in zip((values, unavailable, details), evaluate(paired, samples, fine)):
+            into |= {metrics.fine_name(name): value for name, value in part.items()}
     return {
         "metrics": {name: summarise(scores) | details.get(name, {}) for name, scores in values.items()},
         "metrics_unavailable": unavailable,
@@ -128,49 +148,61 @@ class Run:
         self.batch_size = config.batch_size or config.model.batch_size
         self.device = pipe._execution_device
         pipe.set_progress_bar_config(disable=True)  # inside the bar of the batches
+        self.fine_steps: int | None = config.reference.num_inference_steps
         self.circumstances = describe(pipe, config.num_inference_steps, **self.call)
 
-    def _sample(self, method, prompts, chunk: slice) -> Batch:
+    def _sample(self, method: Runnable, prompts, chunk: slice) -> Batch:
         seeds = range(self.config.seed, self.config.seed + len(prompts))
         return sample(self.pipe, method, prompts[chunk], seeds[chunk], **self.call)
 
     def _key(self, *parts) -> str:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-    def calibration(self, method, prompts: list[str]) -> tuple[Calibration, Path]:
-        """The one given by `calibration.path`, else one made for this model, steps and prompts; and its file."""
+    def calibration(self, statistics: Sequence[Statistic], prompts: list[str]) -> tuple[Calibration, Path]:
+        """The one given by `calibration.path`, else one of this model, steps and prompts, to which the statistics that
+        it does not hold yet are added; and its file.
+
+        Raises SettingError for a given file that was made for something else or that lacks a statistic.
+        """
         c = self.config
-        options = method.calibration_options
-        expected = self.circumstances | purpose(**options)
-        if c.calibration.path:
-            return Calibration.load(c.calibration.path).check(expected), Path(c.calibration.path)
-        gains = options.get("measure_gains", False)
-        name = self._key(expected, gains, prompts, c.calibration.seed, self.batch_size)
+        if path := c.calibration.path:
+            calibration = Calibration.load(path).check(self.circumstances)
+            if missing := calibration.missing(statistics):
+                names = ", ".join(statistic.name for statistic in missing)
+                raise SettingError(f"calibration.path={path} does not hold {names}, which this method needs")
+            return calibration, Path(path)
+        name = self._key(self.circumstances, prompts, c.calibration.seed, self.batch_size)
         path = self.shared / "calibrations" / f"{name}.safetensors"
         with locked(path):
             if path.exists():
-                return Calibration.load(path).check(expected), path
-            seeds = [c.calibration.seed + index for index in range(len(prompts))]
-            settings = options | {"seeds": seeds, "batch_size": self.batch_size}
-            calibration = calibrate(self.pipe, prompts, c.num_inference_steps, **settings, **self.call)
+                calibration = Calibration.load(path).check(self.circumstances)
+                if not calibration.missing(statistics):
+                    return calibration, path
+            else:
+                seeds = [c.calibration.seed + index for index in range(len(prompts))]
+                settings = {"statistics": (), "seeds": seeds, "batch_size": self.batch_size}
+                calibration = calibrate(self.pipe, prompts, c.num_inference_steps, **settings, **self.call)
+            calibration.measure(self.pipe, statistics)
             calibration.save(path)
             return calibration, path
 
-    def reference_folder(self, prompts: list[str]) -> Path:
-        """Where the reference of these prompts is kept."""
-        return self.shared / "references" / self._key(self.circumstances, prompts, self.config.seed, self.batch_size)
+    def reference_folder(self, prompts: list[str], num_inference_steps: int) -> Path:
+        """Where full-step samples of these prompts are kept."""
+        circumstances = self.circumstances | {"num_inference_steps": str(num_inference_steps)}
+        return self.shared / "references" / self._key(circumstances, prompts, self.config.seed, self.batch_size)
 
-    def reference(self, prompts: list[str]) -> Samples:
-        """Full-step samples, shared by all runs of the same model, prompts, seed and batch size."""
-        method = full(self.config.num_inference_steps)
-        folder = self.reference_folder(prompts)
+    def reference(self, prompts: list[str], num_inference_steps: int) -> Samples:
+        """Samples with so many steps, all computed, shared by all runs of the same model, prompts, seed and batch
+        size."""
+        method = full(num_inference_steps)
 
         def make(chunk: slice):
             return stored(self._sample(method, prompts, chunk))
 
-        return load_or_make(folder, prompts, self.batch_size, make, "full-step reference")[0]
+        folder = self.reference_folder(prompts, num_inference_steps)
+        return load_or_make(folder, prompts, self.batch_size, make, f"reference of {num_inference_steps} steps")[0]
 
-    def samples(self, method, prompts: list[str]) -> tuple[Samples, list[dict]]:
+    def samples(self, method: Runnable, prompts: list[str]) -> tuple[Samples, list[dict]]:
         """The method's samples and, of every batch, the computed "steps" of each guidance branch and how many full
         steps were "spent"; also as PNG files, and of videos as MP4 files beside a strip of frames."""
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
@@ -190,9 +222,10 @@ class Run:
 
     def evaluate(
         self,
-        method,
+        method: Runnable,
         samples: Samples,
         reference: Samples,
+        fine: Samples | None,
         computed: list[dict],
         scorers: dict[str, Scorer | Exception],
     ) -> dict:
@@ -205,20 +238,21 @@ class Run:
         memory |= peaks | {"history": kept or None}
         measured = {"timing": seconds, "memory": memory, "flops": flops}
         with phase("metrics"):
-            scored = scores(scorers, samples, reference)  # last: its networks take memory too
+            scored = scores(scorers, samples, reference, fine)  # last: its networks take memory too
         weights = [min(self.batch_size, len(samples.prompts) - i * self.batch_size) for i in range(len(computed))]
         return {
             "computed_steps": float(np.average([batch["spent"] for batch in computed], weights=weights)),
             # Guidance branches nearly always share theirs.
             "schedules": [list(steps) for batch in computed for steps in dict.fromkeys(map(tuple, batch["steps"]))],
-            "reference": self.reference_folder(samples.prompts).name,
-            "settled": method.settled,
+            "reference": self.reference_folder(samples.prompts, self.config.num_inference_steps).name,
+            "fine_reference": fine and self.reference_folder(samples.prompts, self.fine_steps).name,
+            "settled": dict(method.decided),
             **scored,
             **measured,
             "versions": timing.versions(self.device),
         }
 
-    def _time(self, method, prompts: list[str]) -> tuple[dict, dict]:
+    def _time(self, method: Runnable, prompts: list[str]) -> tuple[dict, dict]:
         """Seconds, and on CUDA the peak memory in bytes that full and cached runs allocate."""
         settings = self.config.eval.timing
         if settings.repeats == 0:
@@ -274,7 +308,9 @@ class Run:
             "skipped_step": skipped,
         }, batch.report.history_bytes * min(self.batch_size, len(prompts))
 
-    def pictures(self, method, samples: Samples, reference: Samples, result: dict) -> dict[str, Path]:
+    def pictures(
+        self, recipe: Recipe, calibration: Calibration | None, samples: Samples, reference: Samples, result: dict
+    ) -> dict[str, Path]:
         """The side-by-side grid, the schedule and, where there is one, the cost tensor. Returns their paths."""
         T, name, steps = result["num_inference_steps"], result["method"], result["schedules"][0]
         rows = {
@@ -284,15 +320,15 @@ class Run:
         made = {
             "grid": pictures.grid(self.folder / "grid.png", rows, samples.prompts),
             "schedule": pictures.timeline(
-                self.folder / "schedule.png", steps, method.num_inference_steps, f"{name}: {len(steps)} computed steps"
+                self.folder / "schedule.png", steps, recipe.num_inference_steps, f"{name}: {len(steps)} computed steps"
             ),
         }
-        if type(method.schedule) is Planned:
-            made["cost"] = pictures.cost_heatmap(self.folder / "cost.png", method.schedule.tensor, steps)
+        if isinstance(recipe, Planned):
+            made["cost"] = pictures.cost_heatmap(self.folder / "cost.png", recipe.costs(calibration), steps)
         return made
 
     def rows(self, samples: Samples, reference: Samples, result: dict):
-        """(prompt, reference image, image, PSNR) of every sample."""
-        scores = result["per_prompt"].get("psnr", [float("nan")] * len(samples.prompts))
+        """(prompt, reference image, image, main metric) of every sample."""
+        scores = result["per_prompt"].get(metrics.MAIN, [float("nan")] * len(samples.prompts))
         stills = ([pictures.still(image) for image in made.images.numpy()] for made in (reference, samples))
         return list(zip(samples.prompts, *stills, scores))

@@ -77,21 +77,29 @@ class Group(Enum):
 @dataclass
 class About:
     """What the board says of a method: its title, the address of its paper, the paper's year, and its group.
-    own_grid: its steps are not among the T steps of the others."""
+    own_grid: its steps are not among the T steps of the others. reference: it computes every step, and the others are
+    compared with its samples; one method says so."""
 
     title: str = ""
     paper: str | None = None
     year: int | None = None
     group: Group = Group.other
     own_grid: bool = False
+    reference: bool = False
 
 
 class Stage(Enum):
-    """run: sample and evaluate. calibrate: only settle the method. eval: score finished run folders again."""
+    """run: sample and evaluate. calibrate: only calibrate and build the method. eval: score finished run folders
+    again."""
 
     run = "run"
     calibrate = "calibrate"
     eval = "eval"
+
+
+@dataclass
+class ReferenceConfig:
+    num_inference_steps: int | None = None
 
 
 @dataclass
@@ -104,6 +112,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     logger: Any = MISSING
     budget: int = 10
+    quality: float | None = None
     num_inference_steps: int = 50
     seed: int = 0
     num_prompts: int = 16
@@ -113,18 +122,24 @@ class RunConfig:
     dry_run: bool | None = None
     label: str | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     output_dir: str = "outputs"
 
 
 ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
+LATER = {"quality": None, "reference": {"num_inference_steps": None}}
+"""Settings that were added after the first results, as they are where nobody sets them."""
+
+
 def config_hash(config: DictConfig) -> str:
-    """12 hex digits of everything that shapes the results; where they go, who is told and what the board says do
-    not count."""
+    """12 hex digits of all settings that shape the results. The output folder, the logger and the board's record are
+    left out, and so are settings of later versions where they are not set: a run keeps the name that it had before."""
     others = ("about", "hydra", "logger", "output_dir", "overwrite", "dry_run", "label", "stage", "dir")
     keys = [key for key in config if key not in others]
     content = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
+    content = {key: value for key, value in content.items() if value != LATER.get(key, ())}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -137,13 +152,14 @@ def label(config: DictConfig, method: str, calibrated: bool, overrides: Iterable
 
 
 def run_name(_root_: DictConfig) -> str:
-    """Name of the run folder: the same command always gets the same one, so a killed run resumes."""
+    """Name of the run folder. The same command always has the same name, so that a killed run goes on where it was."""
     choices, c = _root_.hydra.runtime.choices, _root_
     if c.stage is Stage.eval:  # Hydra's notes on this command, beside the run folders
         return "../evaluations"
     if c.dry_run or c.stage is Stage.calibrate:
         return "../dry_runs"
-    return f"{choices.model}-{choices.method}-K{c.budget}-T{c.num_inference_steps}-seed{c.seed}-{config_hash(_root_)}"
+    spent = f"K{c.budget}" if c.quality is None else f"{c.quality:g}dB"
+    return f"{choices.model}-{choices.method}-{spent}-T{c.num_inference_steps}-seed{c.seed}-{config_hash(_root_)}"
 
 
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)

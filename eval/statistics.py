@@ -7,7 +7,7 @@ import numpy as np
 from dpcache.errors import SettingError
 
 RESAMPLES = 10_000
-LEVEL = 0.01  # gains that differ by less are level: no machine measures them closer
+LEVEL = 0.01  # gains that differ by a smaller share count as equal, because no machine measures them more closely
 
 
 def summarise(values: Sequence[float], seed: int = 0) -> dict:

@@ -1,7 +1,7 @@
 """Generated samples on disk: one file per batch, each written atomically, so that a killed run goes on where it was.
 
 Processes that need the same batches (jobs of a sweep with the same reference, or one run under `accelerate launch`)
-share the work through these files alone: each batch has a lock, and whoever holds it makes the batch.
+share the work through these files alone: each batch has a lock, and the process that holds it makes the batch.
 """
 
 import json
@@ -42,12 +42,12 @@ def load_or_make(
         make: `make(slice) -> (images uint8 (B, ...), latents (B, ...), computed steps)` for these prompts.
 
     Returns:
-        All samples, and what `make` said of every batch's computed steps.
+        All samples, and every batch's computed steps as `make` returned them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(prompts), batch_size)
     batches = {_batch(folder, index): slice(start, start + batch_size) for index, start in enumerate(starts)}
-    for patience in (0, -1):  # first what nobody else is making, then what others have left unfinished
+    for patience in (0, -1):  # first the batches that no other process makes, then wait for those that others make
         for path, chunk in tqdm(batches.items(), desc=description, unit="batch", leave=False):
             if not _whole(path):
                 with suppress(Timeout), FileLock(f"{path}.lock", timeout=patience):
@@ -56,12 +56,14 @@ def load_or_make(
                         arrays = {"images": torch.as_tensor(images).contiguous(), "latents": latents.contiguous()}
                         with atomic(path) as part:
                             save_file(arrays, part, {"computed": json.dumps(steps)})
-                    Path(f"{path}.lock").unlink(missing_ok=True)  # whoever waits for it finds the batch whole
+                    Path(f"{path}.lock").unlink(
+                        missing_ok=True
+                    )  # a process that waits for the lock then finds the batch
     return _read(list(batches), prompts)
 
 
 def stored(folder: Path, prompts: list[str]) -> Samples:
-    """The samples that `load_or_make` has left in `folder`. Raises FileNotFoundError unless they are whole."""
+    """The samples that `load_or_make` has written to `folder`. Raises FileNotFoundError unless they are complete."""
     paths = [_batch(folder, index) for index in range(len(list(folder.glob("batch_*.safetensors"))))]
     missing = [path.name for path in paths if not _whole(path)]
     if missing or not paths:
@@ -77,7 +79,7 @@ def _batch(folder: Path, index: int) -> Path:
 
 
 def _whole(path: Path) -> bool:
-    """False where there is no such batch, or a damaged one, which is made again."""
+    """Whether the batch is there and not damaged."""
     try:
         with safe_open(path, "np") as file:
             return "computed" in (file.metadata() or {})
@@ -94,7 +96,7 @@ def _read(paths: Sequence[Path], prompts: list[str]) -> tuple[Samples, list]:
 
 
 def _joined(paths: Sequence[Path], name: str) -> torch.Tensor:
-    """The batches' tensors as one, kept in a file without a name, so that it need not fit into memory."""
+    """The batches' tensors as one, in an unnamed temporary file, so that it need not fit into memory."""
     shapes = []
     for path in paths:
         with safe_open(path, "np") as file:

@@ -1,12 +1,14 @@
-"""What Hydra does around the jobs of a sweep: folders and threads before, the board and the failures after.
+"""A callback for Hydra. Before a run or sweep it prepares folders and threads, after a sweep it writes the board and
+names the jobs that failed.
 
-Imported by every command, so torch and pandas wait until they are needed.
+Every command imports this file, so modules that load torch or pandas are imported only where they are used.
 """
 
 import errno
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -19,14 +21,14 @@ from eval.processes import main_process
 
 
 def group(hydra: DictConfig) -> str | None:
-    """The name that all runs of one sweep share: its experiment, else its folder. None for a single run."""
+    """The name of a sweep: its experiment or, without one, its folder. None for a single run."""
     if hydra.mode is not RunMode.MULTIRUN:
         return None
     return hydra.runtime.choices.get("experiment") or Path(hydra.sweep.dir).name
 
 
 def _writable(*folders: str) -> None:
-    """Make the folders, or end the command with one line: Hydra would end it with a traceback."""
+    """Makes the folders. Where this fails, the command ends with one line instead of Hydra's traceback."""
     for folder in map(Path, folders):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -42,20 +44,21 @@ def _writable(*folders: str) -> None:
 class Board(Callback):
     """Hydra's callback around every run and sweep.
 
-    Before it, makes their folders, and leaves one thread to each job of a launcher that starts all jobs at once, unless
-    OMP_NUM_THREADS says otherwise; jobs on joblib and Ray are given their share of the cores by these. After a sweep,
-    prints the PSNR table of its folder and leaves the whole board there as `leaderboard.csv`, `.md`, `.png` and
-    `report.html`; then names its failed jobs, for which the exit code is 1.
+    Before them it makes the folders. Submitit's local launcher starts all jobs at once, so there each job gets one
+    thread, unless OMP_NUM_THREADS is set; joblib and Ray share the cores among their jobs themselves. After a sweep it
+    prints the tables of the main metric, writes the board into the sweep's folder (`leaderboard.csv`, `.md`, `.png` and
+    `report.html`), prints the errors of failed jobs and, if there are any, ends the command with status 1.
 
     Args:
-        against: a row of the board to which the others are compared in pairs.
+        against: a row of the board; the paired differences of the others to it are printed too.
+        published: a paper's numbers, which are printed beside the measured ones, see `eval.tables.published_table`.
     """
 
-    def __init__(self, against: str | None = None):
-        self.against, self.began = against, time.time()
+    def __init__(self, against: str | None = None, published: Sequence[Mapping] = ()):
+        self.against, self.published, self.began = against, published, time.time()
 
     def on_run_start(self, config: DictConfig, **kwargs) -> None:
-        HydraConfig.instance().set_config(config)  # which the names of run folders depend on
+        HydraConfig.instance().set_config(config)  # the name of the run folder is resolved from it
         _writable(config.output_dir, config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
@@ -66,14 +69,18 @@ class Board(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
         if not main_process():
             return
-        from eval import charts, report, results, tables
+        from eval import charts, metrics, report, results, tables
 
         folder = Path(config.hydra.sweep.dir)
         frame = results.collect(folder)
-        if "psnr" in frame:
-            print(tables.table(frame), end="\n\n")
-            if self.against in set(frame["label"]):
-                print(tables.paired_table(frame, self.against), end="\n\n")
+        if metrics.MAIN in frame:
+            for metric in (metrics.MAIN, metrics.fine_name(metrics.MAIN)):
+                if metric in frame:
+                    print(tables.table(frame, metric), end="\n\n")
+                    if self.against in set(frame["label"]):
+                        print(tables.paired_table(frame, self.against, metric), end="\n\n")
+            if self.published:
+                print(tables.published_table(frame, self.published), end="\n\n")
             picture = charts.figure(folder / "leaderboard.png", frame)
             print(*report.write(folder, folder, frame), picture, sep="\n")
         failed = failures.since(self.began, folder)

@@ -1,15 +1,18 @@
 """The board as Markdown tables."""
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import pandas as pd
 
 from dpcache.errors import SettingError
 from eval.methods import FULL, order
+from eval.metrics import MAIN
 from eval.results import SETTING, boards, column, newest
 from eval.statistics import paired_difference
 
 
-def table(frame: pd.DataFrame, metric: str = "psnr") -> str:
+def table(frame: pd.DataFrame, metric: str = MAIN) -> str:
     """Markdown tables, one per setting: methods x budgets, mean ± half the width of the 95 % interval, of speeds
     half the range of the timed rounds, or "not reliable" where these disagree.
 
@@ -44,7 +47,7 @@ def table(frame: pd.DataFrame, metric: str = "psnr") -> str:
     return "\n\n".join(parts)
 
 
-def paired_table(frame: pd.DataFrame, against: str, metric: str = "psnr") -> str:
+def paired_table(frame: pd.DataFrame, against: str, metric: str = MAIN) -> str:
     """Markdown table of every row's mean difference to the row `against` over the same prompts and noise, with its
     paired 95 % bootstrap interval. Raises SettingError if there is no such row."""
     frame = newest(frame)
@@ -63,4 +66,28 @@ def paired_table(frame: pd.DataFrame, against: str, metric: str = "psnr") -> str
                 lines.append(
                     f"| {model}, {total} steps | {budget} | {method} | {d['mean']:+.3g} | [{low:+.3g}, {high:+.3g}] |"
                 )
+    return "\n".join(lines)
+
+
+def published_table(frame: pd.DataFrame, published: Sequence[Mapping]) -> str:
+    """Markdown table of a paper's numbers beside the measured ones.
+
+    Args:
+        published: of every row `label` and `budget`, and the paper's numbers by column of the frame.
+    """
+    frame = newest(frame)
+    names = list(dict.fromkeys(name for row in published for name in row if name not in ("label", "budget")))
+    titles = [f"{column(name).title} {whose}" for name in names for whose in ("in the paper", "here")]
+    lines = ["### The paper's numbers and ours", "", f"| method | K | {' | '.join(titles)} |"]
+    lines.append("|---|" + "---:|" * (1 + len(titles)))
+    for row in published:
+        same = frame[frame["label"] == row["label"]]
+        if row["label"] != FULL:  # which has no budget
+            same = same[same["budget"] == row["budget"]]
+        cells = []
+        for name in names:
+            measured = pd.to_numeric(same[name]).mean() if name in same else np.nan
+            for value in (row.get(name), measured):
+                cells.append("–" if value is None or np.isnan(value) else f"{value:.{column(name).digits}f}")
+        lines.append(f"| {row['label']} | {row['budget']} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from dpcache.errors import SettingError
 from dpcache.flops import FlopCounter
 from dpcache.session import stopwatch
 
-LARGEST_SPREAD = 0.1  # between the ratios of rounds; where they differ by more, no single number describes them
+LARGEST_SPREAD = 0.1  # of the rounds' speed-ups; a timing with a larger spread is called unreliable
 
 
 def compare(
@@ -30,8 +30,8 @@ def compare(
 ) -> dict:
     """Times two callables side by side: `warmup` unmeasured rounds, then `repeats` rounds of reference, accelerated.
 
-    Alternating lets slow drift (clocks, temperature, other jobs) hit both alike; `speedup` is the median of the ratios
-    within the rounds for the same reason. The device is synchronised before each clock reading.
+    The two alternate, so that slow drift (clocks, temperature, other jobs) changes both alike; for the same reason
+    `speedup` is the median of the ratios within the rounds. The device is synchronised before each clock reading.
 
     Returns medians `reference_s`, `cached_s` and `speedup`, the least and the largest of the rounds in `speedup_range`,
     and the raw seconds of every round in `reference_all_s` and `cached_all_s`. Raises SettingError for `repeats` < 1.
@@ -93,13 +93,13 @@ def phases(pipe) -> Iterator[Callable[[], dict[str, float]]]:
         yield lambda: {name: watch.seconds(taken) for name, taken in spans.items()}
     finally:
         for owner, method in parts.values():
-            delattr(owner, method)  # the class's own shows again
+            delattr(owner, method)  # then the class's own method is found again
 
 
 def flops(models: list[torch.nn.Module], generate: Callable[[], object]) -> tuple[int, list[int], object]:
-    """Floating-point operations of `generate()`: all, and those of every call of the models, as PyTorch's counter
-    counts them: matrix multiplications, convolutions and attention, a multiplication with its addition as two. Last,
-    what `generate` returned."""
+    """Floating-point operations of `generate()`: of everything, and of each call of one of the models; and what
+    `generate` returned. PyTorch's counter counts matrix multiplications, convolutions and attention, and a
+    multiplication with its addition as two."""
     counter, calls = FlopCounter(), []
 
     def before(*_):
@@ -143,7 +143,8 @@ def reliability(timed: dict) -> dict:
     """Whether the rounds agree, from what `compare` and `efficiency` returned together.
 
     Returns `spread`, by how much the speed-ups of the rounds differ at most (0.1: the largest is 10 % above the least),
-    and `unreliable`: why the timing describes the method badly, or None.
+    and `unreliable`: why the timing describes the method badly, or None. Where there is a reason, also `efficiency`,
+    which is then None.
     """
     ranges = timed["speedup_range"], timed["transformer_speedup_range"]
     spread = max(high / low for low, high in ranges) - 1
@@ -155,7 +156,7 @@ def reliability(timed: dict) -> dict:
         reason = f"the rounds differ by {spread:.0%}"
     elif least > 1:
         reason = f"every round is faster than its computed steps allow, by {least - 1:.1%} and more"
-    return {"spread": spread, "unreliable": reason}
+    return {"spread": spread, "unreliable": reason} | ({"efficiency": None} if reason else {})
 
 
 def memory(device: torch.device | str = "cpu") -> dict[str, int]:

@@ -1,5 +1,5 @@
-"""Where a run is logged, as `conf/logger` chooses. Losing a log must never lose a run: whatever W&B raises becomes one
-warning, and waiting is limited."""
+"""Loggers of runs, one of which `conf/logger` chooses. A failure of a logger must not end a run: every error that W&B
+raises becomes one warning, and waiting for its server is limited."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ INIT_TIMEOUT, FINISH_TIMEOUT = 60.0, 120.0  # seconds
 
 
 class Logger:
-    """What a run tells its logger. This one keeps nothing."""
+    """The interface of all loggers. This one does nothing."""
 
     def start(self, config: dict, name: str, group: str, folder: str | Path) -> None:
         """The run begins.
@@ -37,7 +37,7 @@ class Logger:
         Args:
             result: what `result.json` holds.
             pictures: files by name.
-            rows: (prompt, reference image, accelerated image, PSNR in dB); images uint8 (H, W, 3).
+            rows: (prompt, reference image, accelerated image, score by the main metric); images uint8 (H, W, 3).
         """
 
     def finish(self) -> None:
@@ -63,7 +63,7 @@ class Wandb(Logger):
         Path(folder).mkdir(parents=True, exist_ok=True)
         mode = self.mode or os.environ.get("WANDB_MODE")
         with _harmless("look for an API key"):
-            import wandb  # here: it takes a second, which runs without it need not wait for
+            import wandb  # imported here: it takes a second, which other runs need not wait for
 
             mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
         for attempt in dict.fromkeys((mode or "offline", "offline")):
@@ -86,6 +86,7 @@ class Wandb(Logger):
             return
         import wandb
 
+        from eval.metrics import MAIN
         from eval.results import flatten
 
         with _harmless("log the result"):
@@ -95,9 +96,9 @@ class Wandb(Logger):
         with _harmless("log pictures"):
             self.run.log({key: wandb.Image(str(path)) for key, path in (pictures or {}).items()})
         with _harmless("log the table of samples"):
-            table = wandb.Table(columns=["prompt", "reference", "accelerated", "psnr"])
-            for prompt, *images, psnr in rows:
-                table.add_data(prompt, *(wandb.Image(np.asarray(image)) for image in images), psnr)
+            table = wandb.Table(columns=["prompt", "reference", "accelerated", MAIN])
+            for prompt, *images, score in rows:
+                table.add_data(prompt, *(wandb.Image(np.asarray(image)) for image in images), score)
             if table.data:
                 self.run.log({"samples": table})
 

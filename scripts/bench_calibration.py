@@ -1,8 +1,10 @@
-"""What the Gram matrix of a calibration costs beside the paper's L1 tensor: ``python -m scripts.bench_calibration``.
+"""Measures time and memory of a calibration's Gram matrix and of the paper's L1 tensor, to compare them.
+
+    python -m scripts.bench_calibration
 
 Features of FLUX.1-dev's last block (T x 4,608 x 3,072) by default. The forward passes that make them are estimated from
-one single-stream block of that size, timed here: the model has 57 blocks, of which 19 cost about twice as much. Memory
-is read from /proc, so it takes Linux.
+one single-stream block of that size, which is timed: the model has 57 blocks, of which 19 cost about twice as much.
+Memory is read from /proc, so the script needs Linux.
 """
 
 import argparse
@@ -19,7 +21,8 @@ from dpcache.predictors import Taylor
 
 
 def measure(name: str, steps: int, shape: tuple[int, int], dtype: str, threads: int, report) -> None:
-    """In a process of its own: seconds, bytes that the work takes at its peak beyond the features, and theirs."""
+    """Runs in a process of its own. Reports the seconds, the peak of memory beyond the features in bytes, and the
+    features' own bytes."""
     torch.set_num_threads(threads)
     features = torch.empty(steps, *shape, dtype=getattr(torch, dtype))
     torch.manual_seed(0)
@@ -38,7 +41,7 @@ def measure(name: str, steps: int, shape: tuple[int, int], dtype: str, threads: 
 
 
 def peak_memory() -> int:
-    """Bytes, of this process, as Linux tells."""
+    """Peak memory of this process in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
 

@@ -1,4 +1,4 @@
-"""Time l1_cost against the plain loop over entries, and the planner: ``python -m scripts.bench_pact``."""
+"""Times `l1_cost` against a plain loop over its entries, and the planner: ``python -m scripts.bench_pact``."""
 
 import argparse
 import math
@@ -14,7 +14,8 @@ from dpcache.predictors import Taylor
 
 
 def loop_cost(features, order):
-    """One Taylor evaluation and one mean per entry, differences once per key pair; entries from i >= order - 1."""
+    """The cost by a loop: for each entry one Taylor evaluation and one mean, for each pair of keys its differences
+    once. Only entries with i >= order - 1."""
     steps = len(features)
     end = 0.8 * evaluate(differences(features, range(steps - order - 1, steps)), 1) + 0.2 * features[-order - 1 :].mean(
         0

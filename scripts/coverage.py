@@ -1,10 +1,10 @@
-"""What caching does on every pipeline of diffusers that has a transformer: a table, right / refused / wrong.
+"""Tries caching on every pipeline of diffusers that has a transformer, and writes a table: right, refused or wrong.
 
-    python scripts/coverage.py coverage.md                        # all, in some minutes
+    python scripts/coverage.py coverage.md                        # all pipelines, some minutes
     python scripts/coverage.py coverage.md Flux Wan --workers 4   # those with one of these in the name
 
-The pipelines are tiny, with random weights (tests/pipelines). Each runs in a process of its own, so that a crash or a
-pipeline that hangs spoils its own rows only. Ends with status 1 if anything is wrong.
+The pipelines are tiny and have random weights (tests/pipelines). Each runs in a process of its own, so that one that
+crashes or hangs only loses its own rows. The script ends with status 1 if any cell is wrong.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# This file's name is also a library's: its folder must not be searched.
+# A library is called `coverage`, too: with this folder on the path, this file would be imported in its place.
 sys.path = [str(Path(__file__).parents[1] / "tests"), *(p for p in sys.path if Path(p) != Path(__file__).parent)]
 
 import diffusers  # noqa: E402
@@ -32,7 +32,7 @@ Rows = list[tuple[str, str, str]]  # case, site, outcome
 
 
 def examine(name: str, sites: tuple[str, ...], results: Connection) -> None:
-    """Send every outcome of one pipeline as it comes, then None."""
+    """Sends every outcome of one pipeline as soon as it is known, and then None."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     for outcome in outcomes(PIPELINES[name], sites):
@@ -41,8 +41,8 @@ def examine(name: str, sites: tuple[str, ...], results: Connection) -> None:
 
 
 def examine_all(names: list[str], sites: tuple[str, ...], workers: int, limit: float) -> dict[str, Rows]:
-    """The outcomes of each pipeline, `limit` seconds for each."""
-    context = multiprocessing.get_context("fork")  # what is imported here need not be imported again for each
+    """The outcomes of each pipeline, which may take `limit` seconds."""
+    context = multiprocessing.get_context("fork")  # imported once here, and not again in every process
     waiting, running = list(reversed(names)), {}
     rows: dict[str, Rows] = {name: [] for name in names}
     while waiting or running:
@@ -87,7 +87,7 @@ def summary(rows: Rows) -> str:
 
 
 def table(rows: dict[str, Rows], sites: tuple[str, ...]) -> str:
-    """Markdown: one line for each pipeline and way to call it, then the words."""
+    """Markdown: a row for each pipeline and way to call it, and below them the messages of refusals and errors."""
     words: dict[str, int] = {}
     lines = [f"| pipeline | call | {' | '.join(sites)} |", f"|---|---|{'---|' * len(sites)}"]
     for name, mine in rows.items():

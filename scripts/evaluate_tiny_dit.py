@@ -1,11 +1,12 @@
-"""How well `tiny_dit` draws what it is asked for, and how close its images are to real ones.
+"""Measures how well `tiny_dit` draws what it is asked for, and how close its images are to real ones.
 
     python scripts/evaluate_tiny_dit.py
     python scripts/evaluate_tiny_dit.py --guidance 1 2 3 --scheduler ddpm --steps 250 --grid grid.png
 
-Trains a small classifier on Fashion-MNIST's training images (kept in --work), prints its accuracy on the test set, and
-for each guidance the share of samples that it recognises as what they should be, with the FID and KID of these samples
-in EfficientNet-Lite0's features to the model's reference, 2,000 test images. As many training images give the scale.
+It trains a small classifier on Fashion-MNIST's training images (kept in --work) and prints its accuracy on the test
+set. For each guidance it prints the share of samples that the classifier assigns to the right class, and FID and KID of
+these samples against the model's reference (EfficientNet-Lite0's features of 2,000 test images). For comparison it
+prints FID and KID of as many training images.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def build_classifier() -> nn.Sequential:
 
 
 def inputs_of(images: torch.Tensor) -> torch.Tensor:
-    """Of the classifier: one channel of the uint8 images, 0 to 1."""
+    """The classifier's inputs: one channel of the uint8 images, scaled to 0..1."""
     return images[:, :1] / 255
 
 
@@ -78,7 +79,7 @@ def sample(pipe: DiTPipeline, labels: list[str], guidance: float, steps: int, ba
 
 
 def save_grid(images: torch.Tensor, classes: torch.Tensor, path: Path, rows: int = 6) -> None:
-    """The first images of each class in a column of its own."""
+    """Writes a picture with a column of images for each class."""
     columns = [torch.cat(list(images[classes == k][:rows]), dim=1) for k in range(10)]
     Image.fromarray(torch.cat(columns, dim=2).permute(1, 2, 0).numpy()).save(path)
 

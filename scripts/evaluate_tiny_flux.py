@@ -1,10 +1,11 @@
-"""How well `tiny_flux` has learned its images, and `tiny_clip` to name them.
+"""Measures how well `tiny_flux` draws the images of its training, and how well `tiny_clip` names them.
 
     python scripts/evaluate_tiny_flux.py
 
-For the first prompts of the model's list it samples 50 steps and asks whose training image is the nearest of all, by
-cosine similarity of EfficientNet-Lite0's pooled ImageNet features, and which of all names tiny_clip finds the best.
-Prints the share of prompts whose own image (name) is the nearest, and among the five nearest.
+It samples the first prompts of the model's list in 50 steps. For each sample it finds the nearest training image, by
+cosine similarity of EfficientNet-Lite0's pooled ImageNet features, and the name that tiny_clip scores highest. It
+prints the share of prompts whose own image (or name) is the nearest, and the share for which it is among the five
+nearest.
 """
 
 import argparse
@@ -24,7 +25,7 @@ EXTRACTOR = "efficientnet_lite0"
 
 
 def report(what: str, similarity: torch.Tensor, names: list[str]) -> None:
-    """Prints how often column i is the best of row i, which belongs to names[i]."""
+    """Prints how often the largest entry of row i, which belongs to names[i], is in column i."""
     rank = (similarity > similarity.diagonal()[:, None]).sum(1)
     print(f"{len(rank)} images, {len(names)} {what}: top 1 {(rank == 0).float().mean():.1%}", end=", ")
     print(f"top 5 {(rank < 5).float().mean():.1%}")

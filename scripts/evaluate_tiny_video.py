@@ -1,13 +1,14 @@
-"""How well `tiny_video` does what its prompts say.
+"""Measures how well `tiny_video` does what its prompts say.
 
     python scripts/evaluate_tiny_video.py
 
-For the first prompts of the model's list it samples clips in 50 steps and measures, beside as many training clips:
+It samples clips of the first prompts of the model's list in 50 steps. On these, and on as many training clips, it
+measures two things:
 
-* motion: the way of the centroid of all that is not white, from the first frame to the last. It counts as standing
-  still below 4 pixels, and else as moving along the axis of the larger component.
-* emoji: the nearest of the 48 by squared distance to the frame, at whichever whole-pixel place it fits best, summed
-  over the frames.
+* motion: how far the centroid of all pixels that are not white moves from the first frame to the last. Below 4 pixels
+  the clip counts as standing still, else as moving along the axis of the larger component.
+* emoji: which of the 48 is nearest, by the squared distance to each frame at the best whole-pixel place, summed over
+  the frames.
 
 With --grid PATH it also draws the first 16 clips, every second frame.
 """
@@ -29,7 +30,7 @@ STILL = 4  # pixels; the slowest motion of the training clips makes 8
 
 
 def centroids(clips: torch.Tensor) -> torch.Tensor:
-    """Of all that is not white: (B, frames, 2), down and to the right."""
+    """Centroids of all pixels that are not white, (B, frames, 2), as (down, right)."""
     mass = (1 - clips).mean(1)
     at = torch.arange(SIZE, dtype=mass.dtype)
     down, right = (mass.sum(axis) @ at for axis in (3, 2))

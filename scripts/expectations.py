@@ -1,4 +1,5 @@
-"""Write what the embedded models should make, `expectation.json` beside their weights, which loading them checks.
+"""Writes `expectation.json` beside the weights of the embedded models: values that the model makes, which are checked
+whenever it is loaded.
 
 python scripts/expectations.py [NAME ...]     # after a training; in an environment that is known to be right
 """

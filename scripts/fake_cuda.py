@@ -1,4 +1,4 @@
-"""How often the host waits for the GPU in every method's steps on every model family, as a table:
+"""Counts how often the host waits for the GPU in every method's steps on every model family, and writes a table:
 
 python scripts/fake_cuda.py FILE
 

@@ -1,10 +1,11 @@
-"""Features of real images, the reference of an embedded model's FID and KID.
+"""Computes features of real images: the reference of an embedded model's FID and KID.
 
     python scripts/reference_features.py tiny_flux
     python scripts/reference_features.py tiny_dit
 
-For `tiny_flux` they are its 1,026 training images, row i belongs to line i of its prompts.txt; for `tiny_dit` the first
-2,000 test images of Fashion-MNIST, in half precision to stay small. The data come from where the training gets them.
+For `tiny_flux` these are its 1,026 training images; row i belongs to line i of its prompts.txt. For `tiny_dit` these
+are the first 2,000 test images of Fashion-MNIST, stored in half precision to keep the file small. The images are
+downloaded as for the training.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Train `tiny_clip`, the small CLIP that scores the embedded model's images, and say how well it retrieves.
+"""Trains `tiny_clip`, the small CLIP that scores the images of `tiny_flux`, and prints how well it finds their names.
 
     python scripts/train_tiny_clip.py                        # resumable: run it again after a kill
-    python scripts/train_tiny_clip.py --hold-out-every 11    # without 94 names and images, which it is then tested on
+    python scripts/train_tiny_clip.py --hold-out-every 11    # leaves out 94 names and images, and tests with these
 
 The result is a folder that open_clip loads as `local-dir:FOLDER`: its configuration, its weights and a byte-level BPE
-tokenizer. The data are those of `tiny_flux`: 1,026 Noto emoji and their names. It is tested on drawings that
-it has not seen: the same names in Twitter's emoji, which are downloaded for this only.
+tokenizer. The data are those of `tiny_flux`: 1,026 Noto emoji and their names. It is tested on drawings that it has not
+seen: Twitter's emoji of the same names, which are downloaded for this only.
 """
 
 import argparse
@@ -26,8 +26,8 @@ WORDS = 1000  # tokens of the vocabulary
 
 
 def subword_tokenizer(names: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE learned from the names, so that any text has tokens. The end has the highest index of all, which
-    is where open_clip's text encoder looks for its summary."""
+    """Byte-level BPE learned from the names, so that any text has tokens. The end token has the highest index, because
+    open_clip's text encoder takes its summary at the token of the highest index."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("’", "'")])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
@@ -61,7 +61,7 @@ def configuration(vocabulary: int) -> dict:
         "model_cfg": {
             "embed_dim": 128,
             "vision_cfg": vision,
-            "text_cfg": text | {"hf_tokenizer_name": "tiny_clip"},  # read from the folder, whatever the name
+            "text_cfg": text | {"hf_tokenizer_name": "tiny_clip"},  # read from the folder, under any name
         },
         "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"},
     }

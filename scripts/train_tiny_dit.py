@@ -1,4 +1,4 @@
-"""Train `tiny_dit`, the small class-to-image model that ships with the project.
+"""Trains `tiny_dit`, the small class-to-image model that ships with the project.
 
     python scripts/train_tiny_dit.py                 # all stages, resumable: run it again after a kill
     python scripts/train_tiny_dit.py --steps 20000   # go on with a longer schedule
@@ -48,7 +48,7 @@ def build_transformer() -> torch.nn.Module:
         attention_head_dim=32,
         num_layers=8,
         in_channels=4,
-        out_channels=4,  # said, because the pipeline halves it to see whether the variance is learned, too
+        out_channels=4,  # given, because the pipeline halves it to find out whether the variance is learned
         sample_size=16,
         patch_size=2,
         num_embeds_ada_norm=NULL,
@@ -57,7 +57,7 @@ def build_transformer() -> torch.nn.Module:
     for block in transformer.transformer_blocks:
         torch.nn.init.zeros_(block.norm1.linear.weight)  # adaLN-Zero: every block starts as the identity
         embedder = block.norm1.emb.class_embedder
-        embedder.dropout_prob = 0  # every block would drop labels of its own; `loss_of` drops one for all of them
+        embedder.dropout_prob = 0  # else every block would drop other labels; `loss_of` drops them for all blocks alike
         torch.nn.init.normal_(embedder.embedding_table.weight, std=0.02)
         embedder.embedding_table.weight.data[len(LABELS) : NULL] = 0  # never used, so they stay zero
     torch.nn.init.zeros_(transformer.proj_out_2.weight)
@@ -85,9 +85,9 @@ def train_vae(vae: AutoencoderKL, images: torch.Tensor, steps: int, out: Path, d
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: torch.Tensor, steps: int, out: Path, device: str) -> tuple[torch.Tensor, dict]:
-    """Latents (N, 4, 16, 16) of unit standard deviation, as the pipeline sees them, and what was measured on the way.
+    """Latents (N, 4, 16, 16) of unit standard deviation, as the pipeline sees them, and the measurements of the VAE.
 
-    Sets the VAE's scaling factor. Minutes of work on a CPU, so the latents are kept for the next start.
+    Sets the VAE's scaling factor. It takes minutes on a CPU, so the latents are kept for the next start.
     """
     kept = out / "latents.pt"
     if not kept.exists() or (state := torch.load(kept, map_location=device, weights_only=True))["steps"] != steps:
@@ -163,7 +163,7 @@ def main() -> None:
     else:
         report["transformer"] = train_transformer(transformer, latents, labels, args.steps, args.work, args.device)
     build_pipeline(transformer, vae).to(dtype=DTYPE).save_pretrained(args.out)
-    # The same label with another noise is another image, so the labels come 50 times, in random order.
+    # With another noise a label gives another image, so the list has every label 50 times, in random order.
     prompts = list(LABELS) * 50
     random.Random(0).shuffle(prompts)
     (args.out / "prompts.txt").write_text("\n".join(prompts) + "\n")

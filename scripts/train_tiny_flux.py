@@ -1,4 +1,4 @@
-"""Train `tiny_flux`, the small text-to-image model that ships with the project.
+"""Trains `tiny_flux`, the small text-to-image model that ships with the project.
 
     python scripts/train_tiny_flux.py                 # all stages, resumable: run it again after a kill
     python scripts/train_tiny_flux.py --steps 20000   # go on with a longer schedule
@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast,
 
 from dpcache.models import flux
 
-TEXT_LENGTH = 12  # words of the longest name (9), begin, end and room
+TEXT_LENGTH = 12  # the longest name has 9 words; begin, end and some room
 
 
 def build_vae() -> AutoencoderKL:
@@ -96,7 +96,7 @@ def train_vae(vae: AutoencoderKL, images: torch.Tensor, steps: int, out: Path, d
 
     report = train("vae", vae, loss_of, steps, 2e-3, 16, len(images), out, device)
     vae.eval()
-    measured = out / "vae.json"  # a minute's work on a CPU, so it is kept for the next start
+    measured = out / "vae.json"  # takes a minute on a CPU, so it is kept for the next start
     if not measured.exists() or (statistics := json.loads(measured.read_text()))["steps"] != steps:
         with torch.no_grad():
             latents = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in images.split(64)])
@@ -188,7 +188,7 @@ def main() -> None:
     else:
         report["denoiser"] = train_denoiser(denoiser, vae, tokenizer, images, names, args.steps, args.work, args.device)
     build_pipeline(denoiser, vae, tokenizer).to(dtype=DTYPE).save_pretrained(args.out)
-    random.Random(0).shuffle(names)  # so that the first ones and the last ones are of every kind
+    random.Random(0).shuffle(names)  # so that both ends of the list have prompts of every kind
     (args.out / "prompts.txt").write_text("\n".join(names) + "\n")
     (args.work / "report.json").write_text(json.dumps(report, indent=1))
     print(json.dumps(report))

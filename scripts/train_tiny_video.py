@@ -1,4 +1,4 @@
-"""Train `tiny_video`, the small text-to-video model that ships with the project.
+"""Trains `tiny_video`, the small text-to-video model that ships with the project.
 
     python scripts/train_tiny_video.py                # all stages, resumable: run it again after a kill
     python scripts/train_tiny_video.py --steps 20000  # go on with a longer schedule
@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from dpcache.models import wan
 
-# Shapes and colours that are told apart at 20 pixels.
+# Emoji whose shapes and colours differ visibly at 20 pixels.
 NAMES = (
     "red apple, banana, strawberry, watermelon, pineapple, lemon, grapes, carrot, hamburger, slice of pizza, doughnut, "
     "birthday cake, dog face, cat face, panda face, frog face, pig face, lion face, monkey face, fox face, penguin, "
@@ -46,7 +46,7 @@ FINE = 3  # clips are drawn this much larger and averaged, so that positions are
 SPEEDS = (3, 4)  # fine pixels a frame: 8 or 10.7 pixels in all
 CLIPS = 16  # of every prompt, to train the transformer on
 CHANNELS = 8
-TEXT_LENGTH = 8  # words of the longest prompt (5), begin, end and room
+TEXT_LENGTH = 8  # the longest prompt has 5 words; begin, end and some room
 SHIFT = 3.0
 
 
@@ -131,8 +131,8 @@ def encode(vae: AutoencoderKLWan, sprites: torch.Tensor, prompts: torch.Tensor, 
 
 
 def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """`vae.decode` without its clamp, after which a pixel that is whiter than white, as most are at first, would get
-    no gradient."""
+    """`vae.decode` without its clamp. With it, a pixel that is whiter than white, as most are at first, would get no
+    gradient."""
     chunks = []  # the decoder is called with one latent frame at a time
     hook = vae.decoder.register_forward_hook(lambda module, inputs, output: chunks.append(output))
     vae.decode(latents)
@@ -152,7 +152,7 @@ def train_vae(vae: AutoencoderKLWan, sprites: torch.Tensor, steps: int, out: Pat
 
     report = train("vae", vae, loss_of, steps, 2e-3, 8, len(PROMPTS), out, device)
     vae.eval()
-    measured = out / "vae.json"  # a minute's work on a CPU, so it is kept for the next start
+    measured = out / "vae.json"  # takes a minute on a CPU, so it is kept for the next start
     if not measured.exists() or (statistics := json.loads(measured.read_text()))["steps"] != steps:
         generator = torch.Generator().manual_seed(steps)  # clips that training has not seen
         with torch.no_grad():
@@ -228,7 +228,7 @@ def main() -> None:
     else:
         report["denoiser"] = train_denoiser(denoiser, vae, tokenizer, sprites, args.steps, args.work, args.device)
     build_pipeline(denoiser, vae, tokenizer).to(dtype=DTYPE).save_pretrained(args.out)
-    prompts = random.Random(0).sample(PROMPTS, len(PROMPTS))  # so that the first and the last ones are of every kind
+    prompts = random.Random(0).sample(PROMPTS, len(PROMPTS))  # so that both ends of the list have prompts of every kind
     (args.out / "prompts.txt").write_text("\n".join(prompts) + "\n")
     (args.work / "report.json").write_text(json.dumps(report, indent=1))
     print(json.dumps(report))

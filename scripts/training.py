@@ -85,7 +85,7 @@ def word_tokenizer(names: list[str], length: int) -> PreTrainedTokenizerFast:
 
 
 def save(state: dict, path: Path) -> None:
-    """Atomically, so that a kill leaves the last whole checkpoint."""
+    """Writes a checkpoint atomically: after a kill the last complete one is there."""
     torch.save(state, path.with_suffix(".part"))
     os.replace(path.with_suffix(".part"), path)
 
@@ -105,7 +105,7 @@ def train(name, model, loss_of, steps, learning_rate, batch, size, out: Path, de
     model.train()
     losses, began = [], time.time()
     for step in (bar := tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=2)):
-        generator = torch.Generator().manual_seed(step)  # a resumed run sees the batches that it would have seen
+        generator = torch.Generator().manual_seed(step)  # a resumed run then sees the same batches
         index = torch.randperm(size, generator=generator)[:batch]
         with torch.autocast(device, DTYPE):
             loss = loss_of(index.to(device), generator)

@@ -91,7 +91,7 @@ def test_output_site_never_enters_the_model(rollout):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("site", SITES)
-def test_half_precision(site, dtype):
+def test_predictions_in_half_precision_are_close_to_float32(site, dtype):
     low, high = Rollout("flux", dtype=dtype), Rollout("flux")
     method = dpcache.Method(Schedule(STEPS, 10), site, Taylor(2))
     with dpcache.cached(low.model, method):
@@ -102,7 +102,7 @@ def test_half_precision(site, dtype):
 
 
 @pytest.mark.parametrize(("site", "compile_first"), [("stack", False), ("residual", True), ("modules", True)])
-def test_compiled_blocks_give_the_same(rollout, site, compile_first):
+def test_compiled_blocks_give_the_same_images(rollout, site, compile_first):
     method = dpcache.Method(Schedule(STEPS, 10), site, Taylor(2))
     with dpcache.cached(rollout.model, method):
         expected = rollout()
@@ -132,7 +132,7 @@ def test_compiled_blocks_give_the_same(rollout, site, compile_first):
     assert not any("copy_" in code or "alpha" in code for code in graphs)
 
 
-def test_history_is_allocated_once(rollout):
+def test_the_history_is_allocated_once(rollout):
     method = dpcache.Method(Schedule(STEPS, 10), "stack", Taylor(2))
     with dpcache.cached(rollout.model, method) as session:
         rollout()
@@ -142,7 +142,7 @@ def test_history_is_allocated_once(rollout):
         assert [buffer.data_ptr() for buffer in history.buffers] == addresses and len(addresses) == 3
 
 
-def test_guidance_branches_have_their_own_histories(rollout, pipe):
+def test_guidance_branches_have_histories_of_their_own(rollout, pipe):
     method = dpcache.Method(Schedule(STEPS, 10), "stack", Taylor(2))
     with dpcache.cached(rollout.model, method):
         alone = rollout.branches(["cond"]) | rollout.branches(["uncond"])
@@ -203,7 +203,7 @@ def test_features_are_freed_and_the_report_stays(rollout):
     assert session.report().history_bytes == 3 * 2 * 9 * 32 * 4  # keys x batch x tokens x width x float32
 
 
-def test_images_and_latents(pipe):
+def test_a_sample_has_uint8_images_and_float32_latents(pipe):
     batch = sample(pipe, full(4), ["dog"], [0], **CALL)
     assert (
         batch.images.shape == (1, 64, 64, 3) and batch.images.dtype == "uint8" and batch.latents.dtype == torch.float32
@@ -238,8 +238,8 @@ def test_mistakes_are_named(pipe, rollout):
         dpcache.enable(object(), full(10))
     with pytest.raises(ValueError, match="has no transformer blocks"):
         dpcache.enable(torch.nn.Linear(1, 1), fora(4, 10))
-    with pytest.raises(ValueError, match=r"prepare\(pipe, calibration\)"):
-        from dpcache.method import dpcache as planned
+    with pytest.raises(ValueError, match=r"Planned is not built yet: call its build\(pipe"):
+        from dpcache.planned import dpcache as planned
 
         dpcache.enable(rollout.model, planned(5, 10))
 

@@ -1,6 +1,5 @@
-"""Calibration on the embedded model: what it measures, its file, and the methods that are settled by it."""
+"""Calibration on the embedded model: what it measures, its file, and the methods that are built on it."""
 
-from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -14,16 +13,18 @@ import dpcache
 from baselines.full import full
 from baselines.teacache import teacache
 from baselines.uniform_skip import uniform_skip
-from dpcache.calibration import describe, fingerprint, purpose, record
+from dpcache.calibration import record
+from dpcache.circumstances import describe, fingerprint
 from dpcache.gram import gram, path_costs
 from dpcache.lsq import FittedWeights, LeastSquaresPlan, fit_closed_loop
-from dpcache.method import dpcache as dpcache_method
 from dpcache.pact import l1_cost
+from dpcache.planned import dpcache as dpcache_method
 from dpcache.planner import path_cost
 from dpcache.predictors import LeastSquares, Taylor
 from dpcache.sampler import generate, sample
 from dpcache.schedules import Schedule
 from dpcache.sites import transformer_blocks
+from dpcache.statistics import Gain, Gram, InputChange, L1Cost, OutputChange, of_one_pass
 
 CALL = {"height": 64, "width": 64, "max_sequence_length": 12}
 PROMPTS, T = ["red heart", "dog", "pizza"], 8
@@ -31,12 +32,12 @@ PROMPTS, T = ["red heart", "dog", "pizza"], 8
 
 @pytest.fixture(scope="module")
 def calibration(pipe):
-    return dpcache.calibrate(pipe, PROMPTS, T, measure_gains=True, batch_size=2, **CALL)
+    return dpcache.calibrate(pipe, PROMPTS, T, (*of_one_pass(), Gain("stack")), batch_size=2, **CALL)
 
 
 @pytest.fixture(scope="module")
 def output_calibration(pipe):
-    return dpcache.calibrate(pipe, PROMPTS, T, site="output", measure_gains=True, batch_size=2, **CALL)
+    return dpcache.calibrate(pipe, PROMPTS, T, (*of_one_pass("output"), Gain("output")), batch_size=2, **CALL)
 
 
 @pytest.fixture(scope="module")
@@ -63,29 +64,57 @@ def test_it_measures_the_full_trajectories(calibration, trajectory):
     finite = np.isfinite(expected)
     assert (finite == np.isfinite(calibration.cost)).all()
     np.testing.assert_allclose(calibration.cost[finite], expected[finite], rtol=1e-3)
-    np.testing.assert_allclose(calibration.gram, gram(features), rtol=1e-3)
+    np.testing.assert_allclose(calibration[Gram("stack")], gram(features), rtol=1e-3)
     np.testing.assert_allclose(calibration.latents, latents.numpy(), atol=1e-3)
-    assert calibration.input_change.shape == calibration.output_change.shape == (2, T)
-    assert (calibration.input_change[:, 1:] > 0).all() and (calibration.output_change[:, 1:] > 0).all()
-    assert calibration.gain.shape == (T,) and (calibration.gain > 0).all()
-    assert calibration.gain.mean() == pytest.approx(1)
+    for statistic in (InputChange(), OutputChange()):
+        changes = calibration[statistic]
+        assert changes.shape == (2, T) and (changes[:, 1:] > 0).all()
+    gain = calibration[Gain("stack")]
+    assert gain.shape == (T,) and (gain > 0).all() and gain.mean() == pytest.approx(1)
+
+
+def test_what_measuring_took_is_counted_in_full_trajectories(calibration, pipe):
+    assert calibration.took(of_one_pass()) == len(PROMPTS) and calibration.took(()) == 0
+    # Two prompts, one batch, without each of the steps 1 to 7 in turn.
+    assert calibration.took([Gain("stack")]) == pytest.approx(3 + 2 * 7 * 7 / 8)
+    assert calibration.took([Gain("stack"), Gram("stack"), L1Cost()]) == calibration.took([Gain("stack")])
+    calls = []
+    inner = transformer_blocks(pipe.transformer)[-1].attn.to_q
+    handle = inner.register_forward_hook(lambda *_: calls.append(1))
+    alone, before = dpcache.calibrate(pipe, PROMPTS[:1], T, (), **CALL), len(calls)
+    assert before == 0 and alone.arrays == {} and alone.took(()) == 0
+    alone.rerun(pipe, uniform_skip(4, T))
+    handle.remove()
+    assert len(calls) == 4 and alone.reran == 4 / T
+
+
+def test_statistics_that_are_missing_are_measured_later_and_are_the_same(calibration, pipe, tmp_path):
+    later = dpcache.calibrate(pipe, PROMPTS, T, [L1Cost()], batch_size=2, **CALL)
+    with pytest.raises(ValueError, match=r"does not hold Gram.1 site=stack, but L1Cost.1 site=stack predictor=taylor2"):
+        later[Gram("stack")]
+    later.save(tmp_path / "c.safetensors")
+    later = dpcache.Calibration.load(tmp_path / "c.safetensors")
+    assert [s.name for s in later.missing([L1Cost(), Gain("stack")])] == [Gram("stack").name, Gain("stack").name]
+    later.measure(pipe, [L1Cost(), Gain("stack")])
+    for statistic in (L1Cost(), Gram("stack"), Gain("stack")):
+        np.testing.assert_array_equal(later[statistic], calibration[statistic])
 
 
 def test_at_the_output_it_measures_predictions_and_inputs(output_calibration, trajectory):
     _, outputs, inputs, _ = trajectory
-    assert output_calibration.gram.shape == (2 * T, 2 * T) and len(output_calibration.input_change) == 0
-    np.testing.assert_allclose(output_calibration.gram, gram([outputs, inputs]), rtol=1e-3, atol=1e-3)
+    G, cost = output_calibration[Gram("output")], output_calibration[L1Cost("output")]
+    np.testing.assert_allclose(G, gram([outputs, inputs]), rtol=1e-3, atol=1e-3)
     expected = l1_cost(outputs, Taylor(2))
     finite = np.isfinite(expected)
-    np.testing.assert_allclose(output_calibration.cost[finite], expected[finite], rtol=1e-3)
+    np.testing.assert_allclose(cost[finite], expected[finite], rtol=1e-3)
 
 
 def test_the_file_holds_everything(calibration, tmp_path, pipe):
     calibration.save(tmp_path / "new" / "c.safetensors")
     loaded = dpcache.Calibration.load(tmp_path / "new" / "c.safetensors")
     for name, value in vars(calibration).items():
-        np.testing.assert_equal(getattr(loaded, name), value)
-    assert loaded.check(describe(pipe, T, **CALL) | purpose()) is loaded
+        np.testing.assert_equal(getattr(loaded, name), 0.0 if name == "reran" else value)
+    assert loaded.check(describe(pipe, T, **CALL)) is loaded
     assert not list((tmp_path / "new").glob(".*.part"))
 
 
@@ -97,13 +126,10 @@ def test_the_file_holds_everything(calibration, tmp_path, pipe):
         ("dtype", {"dtype": "bfloat16"}),
         ("guidance", {"guidance": "{'guidance_scale': 2.0}"}),
         ("model", {"model": "FluxTransformer2DModel 0"}),
-        ("site", purpose(site="output")),
-        ("cost", purpose(Taylor(1))),
-        ("cost", purpose(path_aware=False)),
     ],
 )
 def test_check_names_the_field_that_differs(calibration, pipe, field, changed):
-    expected = describe(pipe, T, **CALL) | purpose()
+    expected = describe(pipe, T, **CALL)
     assert field in expected
     with pytest.raises(ValueError, match=f"{field}: made for"):
         calibration.check(expected | changed)
@@ -134,7 +160,8 @@ def test_guidance_branches_are_pooled(pipe):
     guided = {"negative_prompt": [""], "true_cfg_scale": 2.0, **CALL}
     calibration = dpcache.calibrate(pipe, PROMPTS[:1], T, **guided)
     plain = dpcache.calibrate(pipe, PROMPTS[:1], T, **CALL)
-    assert calibration.gram.shape == (T, T) and not np.allclose(calibration.gram, plain.gram, rtol=1e-3)
+    G, alone = calibration[Gram("stack")], plain[Gram("stack")]
+    assert G.shape == (T, T) and not np.allclose(G, alone, rtol=1e-3)
     assert calibration.made_for["guidance"] != plain.made_for["guidance"]
 
 
@@ -146,45 +173,38 @@ def error(pipe, method):
 
 
 def test_dpcache_plans_exactly_over_three_keys(calibration, pipe):
-    method = dpcache_method(5, T, warmup=2, solver="exact", cost="gram")
-    method.prepare(pipe, calibration)
-    tensor = path_costs(calibration.gram, Taylor(2), 3)
+    method = dpcache_method(5, T, warmup=2, solver="exact", cost="gram").build(pipe, calibration)
+    tensor = path_costs(calibration[Gram("stack")], Taylor(2), 3)
     costs = {steps: path_cost(tensor, steps, 2) for steps in ((0, 1, *rest) for rest in combinations(range(2, T), 3))}
     assert tuple(method.schedule.steps) == min(costs, key=costs.get)
 
 
 def test_dpcache_plans_on_its_costs(calibration, pipe):
-    method = dpcache_method(5, T)
-    method.prepare(pipe, calibration)
-    assert method.schedule.steps == dpcache.plan(calibration.cost, 5, 3, "paper") and method.needs_calibration
+    method = dpcache_method(5, T).build(pipe, calibration)
+    assert method.schedule.steps == method.decided["steps"] == dpcache.plan(calibration.cost, 5, 3, "paper")
     assert error(pipe, method) < error(pipe, dpcache_method(4, T, steps=[0, 1, 2, 3]))
 
 
 @pytest.mark.parametrize("budget", [3, 5])
 def test_teacache_spends_its_budget_in_closed_loop(calibration, pipe, budget):
-    method = teacache(budget, T)
-    method.prepare(pipe, calibration)
+    method = teacache(budget, T).build(pipe, calibration)
     _, report = calibration.rerun(pipe, method)
     assert abs(np.mean(report.computed_counts["cond"]) - budget) <= 1
-    assert method.settled["threshold"] == method.schedule.threshold
-
-
-def test_least_squares_asks_for_gains(calibration, pipe):
-    with pytest.raises(ValueError, match="measure_gains=True"):
-        LeastSquaresPlan(4, T).prepare(pipe, replace(calibration, gain=np.zeros(0)))
+    assert method.decided["threshold"] == method.schedule.threshold
 
 
 @pytest.mark.parametrize(("site", "predictor"), [("stack", "lsq2"), ("output", "lsq2x")])
 def test_least_squares_takes_the_best_candidate(calibration, output_calibration, pipe, site, predictor):
     calibration = calibration if site == "stack" else output_calibration
     planners = ["gram", "coherent", "l1", "even"]
-    method = LeastSquaresPlan(4, T, site, [predictor, "taylor2"], planners, warmups=[1, 3], alphas=[0.0, 1.0])
-    method.prepare(pipe, calibration)
-    trials = method.settled["trials"]
+    recipe = LeastSquaresPlan(4, T, site, [predictor, "taylor2"], planners, warmups=[1, 3], alphas=[0.0, 1.0])
+    assert calibration.missing(recipe.statistics) == []
+    method = recipe.build(pipe, calibration)
+    trials = method.decided["trials"]
     assert len(trials) == 24 and all(len(trial["steps"]) == 4 for trial in trials)
     best = min(trials, key=lambda trial: trial["error"])
     assert method.schedule.steps == best["steps"]
-    refit = method.settled.get("refit")
+    refit = method.decided.get("refit")
     if refit and refit["held_out_after"] < refit["held_out_before"]:
         assert isinstance(method.predictor, FittedWeights)
         return
@@ -197,7 +217,7 @@ def test_least_squares_takes_the_best_candidate(calibration, output_calibration,
 
 def test_the_input_is_seen_in_closed_loop_as_in_open(output_calibration, pipe):
     # With one skipped step the accelerated run is the full one up to there, so the weights can be checked by hand.
-    predictor = LeastSquares(output_calibration.gram, 2, sees_input=True)
+    predictor = LeastSquares(output_calibration[Gram("output")], 2, sees_input=True)
     method = dpcache.Method(Schedule([0, 1, 2, 3, 4, 6, 7], T), "output", predictor)
     _, kept = record(pipe, method, PROMPTS, [0, 1, 2], **CALL)
     rows = kept["cond"]
@@ -210,7 +230,7 @@ def test_the_input_is_seen_in_closed_loop_as_in_open(output_calibration, pipe):
 
 def test_closed_loop_fit_with_the_input_is_the_open_loop_one(output_calibration, pipe):
     method = dpcache.Method(
-        Schedule([0, 1, 2, 3], T), "output", LeastSquares(output_calibration.gram, 3, sees_input=True)
+        Schedule([0, 1, 2, 3], T), "output", LeastSquares(output_calibration[Gram("output")], 3, sees_input=True)
     )
     _, every = fit_closed_loop(pipe, output_calibration, method, split=2)
     np.testing.assert_allclose(every.table[4], method.predictor.weights([0, 1, 2, 3], 4), rtol=1e-2, atol=1e-2)
@@ -219,7 +239,7 @@ def test_closed_loop_fit_with_the_input_is_the_open_loop_one(output_calibration,
 
 def test_closed_loop_fit_is_the_open_loop_one_where_nothing_is_skipped_before(calibration, pipe):
     # Keys 0..3 are the full trajectory's own, so the first skipped steps have the same regression in both.
-    method = dpcache.Method(Schedule([0, 1, 2, 3], T), "stack", LeastSquares(calibration.gram, 3))
+    method = dpcache.Method(Schedule([0, 1, 2, 3], T), "stack", LeastSquares(calibration[Gram("stack")], 3))
     part, every = fit_closed_loop(pipe, calibration, method, split=2)
     for step in (4, 5, 6, 7):
         expected = method.predictor.weights([0, 1, 2, 3], step)
@@ -286,10 +306,10 @@ def unet_pipe(pipe):
 
 def test_the_output_site_takes_any_denoiser(unet_pipe):
     call = {"height": 8, "width": 8, "guidance_scale": 3.0}
-    calibration = dpcache.calibrate(unet_pipe, PROMPTS, T, site="output", measure_gains=True, batch_size=2, **call)
-    assert calibration.gram.shape == (2 * T, 2 * T)
-    method = LeastSquaresPlan(4, T, "output", ["lsq2", "lsq2x"], warmups=[1], alphas=[1])
-    method.prepare(unet_pipe, calibration)
+    recipe = LeastSquaresPlan(4, T, "output", ["lsq2", "lsq2x"], warmups=[1], alphas=[1])
+    calibration = dpcache.calibrate(unet_pipe, PROMPTS, T, recipe.statistics, batch_size=2, **call)
+    assert calibration[Gram("output")].shape == (2 * T, 2 * T)
+    method = recipe.build(unet_pipe, calibration)
     reference, _ = calibration.rerun(unet_pipe, full(T))
     np.testing.assert_allclose(reference, calibration.latents, atol=1e-5)
     (latents, report), (even, _) = (calibration.rerun(unet_pipe, which) for which in (method, uniform_skip(4, T)))

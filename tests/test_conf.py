@@ -1,5 +1,7 @@
 """Every file in `conf/` composes and makes its method, alone and with every value that a recorded sweep gives it."""
 
+import ast
+
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -8,7 +10,9 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from dpcache.predictors import short_names
 from eval import methods
+from eval.metrics import METRICS
 from eval.schema import Group, config_hash
 from helpers.commands import ROOT, run
 
@@ -63,6 +67,13 @@ def test_a_record_does_not_count_for_the_name_of_a_run():
     assert config_hash(config) == config_hash(compose("config", ["method=fora"])) == "3ac04cd756e9"
 
 
+def test_settings_of_later_versions_do_not_change_the_name_of_a_run_that_does_not_set_them():
+    names = {
+        config_hash(compose("config", more)) for more in ([], ["quality=30"], ["reference.num_inference_steps=99"])
+    }
+    assert len(names) == 3
+
+
 def test_the_board_sweeps_every_method():
     assert compose("config", ["experiment=board"], return_hydra_config=True).hydra.sweeper.params.method == "glob(*)"
 
@@ -98,3 +109,18 @@ def test_the_published_schedule_is_planned_without_a_calibration(tmp_path):
     code, out, err = run("experiment=flux_published", "+dry_run=true", folder=tmp_path)
     assert code == 0, err
     assert "[0, 1, 2, 4, 7, 10, 14, 19, 23, 28, 34, 40, 45]" in out and "FLUX.1-dev" in out
+
+
+def test_methods_and_metrics_are_named_in_their_own_files_alone():
+    """Elsewhere they are read from the records, so that a new one is in no list."""
+    own = {"dpcache", "full"}  # also the library's name, and a key of result.json
+    own |= short_names().keys()  # FoCa's and ZEUS's predictors are called as the methods are
+    words = ({*names("method")} - own) | METRICS.keys()
+    paths = [ROOT / "run.py", *(ROOT / "dpcache").rglob("*.py"), *(ROOT / "eval").glob("*.py")]
+    found = {
+        (path.relative_to(ROOT).as_posix(), node.value)
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in words
+    }
+    assert len(words) > 40 and not found

@@ -1,4 +1,4 @@
-"""Schedules for other programs, run there; and what `stage=calibrate` settles."""
+"""Schedules for other programs, run there; and what `stage=calibrate` leaves."""
 
 import json
 
@@ -9,6 +9,7 @@ import torch
 import dpcache
 from baselines.teacache import fit_polynomial, r_squared
 from dpcache import export
+from dpcache.planned import dpcache as planned
 from dpcache.sampler import generate
 from helpers.commands import run
 
@@ -36,8 +37,7 @@ def execute(code, pipe):
 
 
 def test_diffusers_snippet_is_the_method(pipe, calibration):
-    method = dpcache.method.dpcache(K, T)
-    method.prepare(pipe, calibration)
+    method = planned(K, T).build(pipe, calibration)
     with dpcache.cached(pipe, method):
         expected = generate(pipe, ["dog"], [0], T, decode=False, **CALL).latents
     latents, names, code = execute(export.export(calibration, K, "diffusers"), pipe)
@@ -69,7 +69,10 @@ def test_the_command(calibration, tmp_path, capsys, monkeypatch):
     plan = json.loads(capsys.readouterr().out)
     assert sum(plan["mask"]) == K == len(plan["computed_steps"]) and len(plan["mask"]) == T
     assert [step for step, computed in enumerate(plan["mask"]) if computed] == plan["computed_steps"]
-    for arguments, line in ((["--budget", "99"], "budget=99"), (["--budget", "5", "--order", "1"], "order=1")):
+    for arguments, line in (
+        (["--budget", "99"], "budget=99"),
+        (["--budget", "5", "--order", "1"], "predictor=taylor1"),
+    ):
         monkeypatch.setattr("sys.argv", ["export", str(tmp_path / "c.safetensors"), *arguments])
         with pytest.raises(SystemExit):
             export.main()
@@ -80,9 +83,11 @@ def test_stage_calibrate_leaves_what_other_engines_take(tmp_path):
     tiny = ["num_inference_steps=12", "budget=5", "calibration.num_prompts=2", "batch_size=2"]
     code, out, err = run("stage=calibrate", "method=teacache", *tiny, folder=tmp_path)
     assert code == 0, err
-    settled = json.loads((tmp_path / "calibrations" / "tiny_flux-teacache-K5-T12.json").read_text())
-    assert len(settled["polynomial"]) == 5 and settled["threshold"] > 0 and 0 < settled["r_squared"] <= 1
-    assert f"polynomial: {json.dumps(settled['polynomial'])}" in out
+    decided = json.loads((tmp_path / "calibrations" / "tiny_flux-teacache-K5-T12.json").read_text())
+    assert len(decided["polynomial"]) == 5 and decided["threshold"] > 0 and 0 < decided["r_squared"] <= 1
+    assert f"polynomial: {json.dumps(decided['polynomial'])}" in out
+    cost = decided["calibration_trajectories"]
+    assert cost["statistics"] == 2 and cost["method"] >= 2 * 5 / 12  # of two prompts; a try or more of about 5 of 12
 
 
 def test_a_poor_fit_has_a_low_r_squared():

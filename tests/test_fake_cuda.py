@@ -14,13 +14,14 @@ from hydra.utils import instantiate
 import dpcache
 import eval.schema  # noqa: F401, registers the types of the settings
 from baselines.library import LibraryCache
-from dpcache.calibration import Calibration, record, relative_change
+from dpcache.calibration import Calibration, record
 from dpcache.gram import gram
 from dpcache.method import Method
 from dpcache.pact import l1_cost
 from dpcache.predictors import Reuse, Taylor
 from dpcache.sampler import generate, sample
 from dpcache.schedules import EvenlySpaced
+from dpcache.statistics import Gain, Gram, InputChange, L1Cost, OutputChange, relative_change
 from helpers.fake_cuda import DTYPE, FAMILIES, Host, make
 
 ROOT = Path(__file__).parents[1]
@@ -104,31 +105,38 @@ def case(name: str, deep: bool = False):
     return made
 
 
-def calibration(case, site: str) -> Calibration:
+def calibration(case) -> Calibration:
     """Of a made-up trajectory, with real numbers: what the planners look at does not depend on a device."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(T, 64, generator=generator).cumsum(0)
     changes = np.full((1, T), 0.5)
+    output = gram([features, features.flip(0)] if case.family.input_like_output else features)
+    known = {
+        L1Cost(): l1_cost(features, Taylor(2)),
+        L1Cost("output"): l1_cost(features, Taylor(2)),
+        InputChange(): changes,
+        OutputChange(): changes,
+        Gram("stack"): gram(features),
+        Gram("output"): output,
+        Gain("stack"): np.ones(T),
+        Gain("output"): np.ones(T),
+    }
     return Calibration(
-        l1_cost(features, Taylor(2)),
-        changes,
-        changes,
-        gram([features, features.flip(0)] if site == "output" and case.family.input_like_output else features),
-        np.ones(T),
-        np.ones(case.latents, np.float32),
-        {"site": site, "num_inference_steps": str(T)},
+        {"num_inference_steps": str(T)},
         {"prompts": ["7"], "seeds": [0], "batch_size": 1, "call": dict(case.family.call)},
+        {statistic.name: array for statistic, array in known.items()},
+        np.ones(case.latents, np.float32),
     )
 
 
 def run(case, name: str):
     """One generation: the method, its computed steps and the calls of the transformer, branch by branch."""
     host, pipe, call, branches = case.host, case.pipe, case.family.call, case.family.branches
-    method = instantiate(settings(name))
-    made = calibration(case, method.calibration_options.get("site", "stack"))
+    recipe, made = instantiate(settings(name)), calibration(case)
     with host:
         host.listed = 15.0 if name == "seacache" else 0.5  # it reads the last row and column of FLUX's tokens
-        method.prepare(pipe, made if method.needs_calibration else None)
+        made.measure(pipe, recipe.statistics or ())
+        method = recipe.build(pipe, made)
         with case.calls() as calls:
             report = sample(pipe, method, ["7"], [0], decode=False, **call).report
     return method, report.computed, {branch: calls[i :: len(branches)] for i, branch in enumerate(branches)}
@@ -175,16 +183,16 @@ def test_calibration_stays_on_the_device(name):
     one = case(name)
     with one.host:
         made = dpcache.calibrate(one.pipe, ["7"], T, **one.family.call)
-    assert made.cost.shape == (T, T + 1, T + 1) and made.gram.shape == (T, T)
-    assert made.input_change.shape == made.output_change.shape == (1, T)
+    assert made.cost.shape == (T, T + 1, T + 1) and made[Gram("stack")].shape == (T, T)
+    assert made[InputChange()].shape == made[OutputChange()].shape == (1, T)
     assert made.latents.shape == one.latents
 
 
 def test_calibration_at_the_output_and_its_gains():
     one = case("FLUX.1-dev")
     with one.host:
-        made = dpcache.calibrate(one.pipe, ["7"], T, site="output", measure_gains=True, **one.family.call)
-    assert made.gram.shape == (2 * T, 2 * T) and made.gain.shape == (T,)
+        made = dpcache.calibrate(one.pipe, ["7"], T, [Gain("output")], **one.family.call)
+    assert made[Gram("output")].shape == (2 * T, 2 * T) and made[Gain("output")].shape == (T,)
 
 
 def test_features_that_do_not_fit_on_the_device_are_kept_by_the_host():

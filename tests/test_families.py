@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 import dpcache
 from baselines.full import full
-from baselines.profilingdit import ProfilingDiT
+from baselines.profilingdit import profilingdit
 from baselines.taylorseer import taylorseer
 from baselines.teacache import teacache
 from baselines.toca import toca
@@ -27,6 +27,7 @@ from dpcache.predictors import LeastSquares, Reuse, Taylor
 from dpcache.sampler import sample
 from dpcache.schedules import EvenlySpaced, Schedule
 from dpcache.sites import SITES, transformer_blocks
+from dpcache.statistics import Gram
 from helpers.cases import Case, K, T, case, settings
 from helpers.commands import ROOT
 from helpers.families import FAMILIES, wan21_t2v
@@ -53,9 +54,9 @@ def at(site: str, case: Case, everything: bool = False):
     if site == "tokens":
         return toca(budget, T, interval=1 if everything else 3, warmup=4, fresh_ratio=0.5)
     if site == "blocks":
-        return ProfilingDiT(budget, T, blocks=[1], interval=1 if everything else 3, warmup=3)
+        return profilingdit(budget, T, blocks=[1], interval=1 if everything else 3, warmup=3)
     if site == "output":
-        gram = case.calibration(site="output").gram
+        gram = case.calibration([Gram("output")])[Gram("output")]
         return dpcache.Method(Schedule(steps, T), site, LeastSquares(gram, 2, sees_input=len(gram) == 2 * T))
     return dpcache.Method(EvenlySpaced(budget, T), site, Taylor(1))
 
@@ -185,9 +186,7 @@ def test_a_method_spends_its_budget_gives_the_same_twice_and_leaves_no_trace(ind
     for family in map(case, families):
         reference, before = family.reference, snapshot(family.pipe.transformer)
         try:
-            method = instantiate(config)
-            options = method.calibration_options if method.needs_calibration else None
-            method.prepare(family.pipe, None if options is None else family.calibration(**options))
+            method = family.build(instantiate(config))
             (first, report), (second, _) = family.run(method), family.run(method)
         except ValueError as refusal:
             assert re.search(REFUSALS, str(refusal)) and "\n" not in str(refusal)

@@ -265,6 +265,6 @@ FEATURES, EYE = walk(0, 4), np.eye(4)
         (lambda: LeastSquares(EYE).weights((0, 1), 4), "step=4 must lie between key 1 and the 4 steps"),
     ],
 )
-def test_what_is_wrong_is_said(call, message):
+def test_mistakes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()

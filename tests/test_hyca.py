@@ -92,12 +92,15 @@ def test_k_means_assigns_every_row_to_its_nearest_center(seed, rows, clusters):
     assert (k_means(np.ones((rows, 3)), clusters) == 0).all()
 
 
-def test_prepared_on_one_prompt(pipe):
-    method = HyCa(4, T, clusters=3)
-    with pytest.raises(ValueError, match="prepare"):
-        dpcache.enable(pipe, method)
-    method.prepare(pipe, calibrate(pipe, ["green apple", "dog"], T, **method.calibration_options, **CALL))
-    solvers, sizes = method.settled["solvers"], method.settled["channels"]
+def test_built_on_one_prompt(pipe):
+    recipe = HyCa(4, T, clusters=3)
+    with pytest.raises(ValueError, match=r"HyCa is not built yet: call its build\(pipe, calibration\)"):
+        dpcache.enable(pipe, recipe)
+    one, two = (calibrate(pipe, ["green apple", *more], T, recipe.statistics, **CALL) for more in ([], ["dog"]))
+    for statistic in recipe.statistics:
+        np.testing.assert_array_equal(one[statistic], two[statistic])
+    method = recipe.build(pipe, two)
+    solvers, sizes = method.decided["solvers"], method.decided["channels"]
     assert len(solvers) == len(sizes) <= 3 and set(solvers) <= set(SOLVERS) and sum(sizes) == 192
     assert sorted(set(zip(method.predictor.latest, method.predictor.before))) == sorted({SOLVERS[s] for s in solvers})
     result = sample(pipe, method, ["red apple"], [0], decode=False, **CALL)

@@ -19,7 +19,7 @@ from baselines.taylorseer import taylorseer
 from baselines.teacache import count_computed, find_threshold, fit_polynomial, teacache
 from baselines.uniform_skip import uniform_skip
 from baselines.zeus import zeus
-from dpcache.method import dpcache
+from dpcache.planned import dpcache
 from dpcache.schedules import EvenlySpaced, Interval, Schedule
 from eval import methods
 

@@ -408,7 +408,7 @@ def test_wrong_settings_raise_before_anything_is_sampled(name, settings, message
         metrics.load([name], Settings(**settings))
 
 
-def test_references_that_do_not_fit(folder, tmp_path, torch_hub, monkeypatch):
+def test_references_that_do_not_fit_are_named(folder, tmp_path, torch_hub, monkeypatch):
     monkeypatch.setitem(fid.EXTRACTORS, "inception", torch.nn.Identity)
     for reference, reason in ((str(FEATURES), "features of efficientnet_lite0"), (None, "no reference images")):
         error = metrics.load(["fid_inception"], Settings(fid_reference=reference))["fid_inception"]
@@ -418,7 +418,7 @@ def test_references_that_do_not_fit(folder, tmp_path, torch_hub, monkeypatch):
         metrics.load(["fid_efficientnet_lite0"], Settings(fid_reference=str(folder), cache=tmp_path / "features"))
 
 
-def test_failing_metric_costs_only_itself(monkeypatch):
+def test_a_metric_that_fails_leaves_the_others(monkeypatch):
     def broken(sample, reference):
         raise RuntimeError("weights\nnot found")
 
@@ -439,7 +439,7 @@ def test_failing_metric_costs_only_itself(monkeypatch):
     assert "needs the latents" in unavailable["latent_error"]
 
 
-def test_wrong_requests_raise():
+def test_wrong_requests_are_refused():
     with pytest.raises(ValueError, match=r"unknown metrics \['lpipz'\].*fid_inception.*latent_error.*psnr.*ssim"):
         metrics.load(["psnr", "lpipz"], Settings())
     with pytest.raises(ValueError, match="different prompts"):
@@ -453,7 +453,7 @@ def test_wrong_requests_raise():
 # --- runs
 
 
-def test_offline_run(tmp_path):
+def test_a_run_with_eval_offline_has_all_its_metrics(tmp_path):
     code, out, err = run("method=uniform_skip", "budget=4", "eval=offline", *TINY, folder=tmp_path)
     assert code == 0, err
     (result,) = results(tmp_path)

@@ -237,7 +237,7 @@ def test_bwcache(flux, threshold, reuse):
 def test_bwcache_ends_with_half_as_many_steps_as_it_began_with():
     """The first reuse is at step 10: of 30 steps the last 5 are computed."""
     schedule = bwcache(10, 30, threshold=0.15, reuse=3).schedule
-    context, stream = SimpleNamespace(online=schedule.start(), keys=[]), torch.ones(())
+    context, stream = SimpleNamespace(state=schedule.start(), keys=[]), torch.ones(())
     for context.step in range(30):
         stream = stream * (1.5 if context.step < 10 else 1.01)
         if schedule.decide(context, None, (), {}):
@@ -251,7 +251,7 @@ def test_bwcache_ends_with_half_as_many_steps_as_it_began_with():
 )
 def test_speca_computes_the_step_after_a_failed_forecast(steps, warmup, shortest, longest, fails):
     schedule = speca(8, steps, threshold=1.0, decay=1.0, shortest=shortest, longest=longest, warmup=warmup).schedule
-    context, failed = SimpleNamespace(online=schedule.start(), keys=[]), []
+    context, failed = SimpleNamespace(state=schedule.start(), keys=[]), []
     for context.step in range(steps):
         if schedule.decide(context, None, (), {}):
             context.keys.append(context.step)
@@ -401,9 +401,9 @@ def test_models_that_cannot_be_are_named(rollout):
     with pytest.raises(ValueError, match="a probe of 5 blocks leaves nothing of FluxTransformer2DModel's 5"):
         dpcache.enable(rollout.model, ONLINE["dicache"](probe=5))
     for name, make in ONLINE.items():
-        with pytest.raises(ValueError, match=r"prepare\(pipe, calibration\)"):
+        with pytest.raises(ValueError, match=r"Search is not built yet: call its build\(pipe, calibration\)"):
             dpcache.enable(rollout.model, make(threshold=None))
-        assert make(threshold=None).needs_calibration and not make().needs_calibration, name
+        assert make(threshold=None).statistics == () and make().statistics is None, name
 
 
 def test_a_prediction_of_another_shape_has_no_residual(rollout):
@@ -418,8 +418,8 @@ def test_a_prediction_of_another_shape_has_no_residual(rollout):
     ("make", "budget"), [(dicache, 5), (partial(speca, shortest=1), 4), (easycache, 5), (bwcache, 4)]
 )
 def test_the_threshold_spends_the_budget(pipe, make, budget):
-    method, calibration = make(budget, 10), dpcache.calibrate(pipe, ["red apple"], 10, **CALL)
-    method.prepare(pipe, calibration)
-    assert method.settled["threshold"] == method.schedule.threshold and abs(method.settled["spent"] - budget) <= 0.5
+    calibration = dpcache.calibrate(pipe, ["red apple"], 10, (), **CALL)
+    method = make(budget, 10).build(pipe, calibration)
+    assert method.decided["threshold"] == method.schedule.threshold and abs(method.decided["spent"] - budget) <= 0.5
     _, report = calibration.rerun(pipe, method)
-    assert report.spent["cond"] == [method.settled["spent"]]
+    assert report.spent["cond"] == [method.decided["spent"]]

@@ -65,14 +65,14 @@ def cost_by_hand(features, order, max_lookback=None, path_aware=True):
 
 @given(st.integers(2, 12), st.integers(0, 3), st.sampled_from([None, 1, 3]), st.booleans(), st.integers(1, 40))
 @settings(deadline=None, max_examples=40)
-def test_every_entry(steps, order, max_lookback, path_aware, chunk):
+def test_every_entry_is_that_of_a_loop_by_hand(steps, order, max_lookback, path_aware, chunk):
     features = trajectory(steps)
     cost = l1_cost(features, Taylor(order), max_lookback, chunk, path_aware=path_aware)
     assert cost.shape == (steps, steps + 1, steps + 1) and cost.dtype == np.float64
     np.testing.assert_allclose(cost, cost_by_hand(features, order, max_lookback, path_aware), rtol=1e-5, atol=1e-5)
 
 
-def test_more_entries_than_are_formed_at_a_time():
+def test_more_entries_than_are_computed_at_a_time_are_those_of_a_loop_by_hand():
     features = trajectory(34)
     np.testing.assert_allclose(l1_cost(features, Taylor(2)), cost_by_hand(features, 2), rtol=1e-5, atol=1e-5)
 
@@ -122,7 +122,7 @@ def test_authors_entries(order):
 
 @pytest.mark.parametrize("warmup", [1, 2, 3])
 @pytest.mark.parametrize("path_aware", [True, False])
-def test_plans_from_any_warmup(warmup, path_aware):
+def test_costs_can_be_planned_from_any_warmup(warmup, path_aware):
     cost = l1_cost(trajectory(12), Taylor(2), path_aware=path_aware)
     for budget in range(warmup, 13):
         assert np.isfinite(path_cost(cost, plan(cost, budget, warmup), warmup))
@@ -144,6 +144,6 @@ def test_predictor_may_leave_out_old_keys():
         (trajectory(5), dict(warmup=6), "warmup=6: must be at least 1 and at most 5"),
     ],
 )
-def test_says_what_is_wrong(features, settings, message):
+def test_mistakes_are_named(features, settings, message):
     with pytest.raises(ValueError, match=message):
         l1_cost(features, Taylor(2), **settings)

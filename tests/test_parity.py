@@ -5,6 +5,7 @@ its rule bent a little, which has to show.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from baselines.spectrum import spectrum
 from baselines.taylorseer import taylorseer
 from baselines.teacache import teacache
 from baselines.zeus import zeus
-from dpcache.method import dpcache as planned
+from dpcache.planned import dpcache as planned
 from dpcache.predictors import Multistep
 from helpers.by_hand import (
     EVERYTHING,
@@ -269,9 +270,8 @@ def hyca_rule(F, keys, step, solvers):
 
 def test_hyca(flux):
     solvers = (list(SOLVERS) * 7)[:32]
-    method = HyCa(9, T)
-    method.predictor = Multistep(*np.array([SOLVERS[solver] for solver in solvers]).T)
-    method.settled = {"solvers": solvers}
+    predictor = Multistep(*np.array([SOLVERS[solver] for solver in solvers]).T)
+    method = replace(HyCa(9, T).example, predictor=predictor)
     v, steps = attached(flux, method, flux_inputs())
     assert distance(v, predicted_by_hand(flux, steps, lambda *a: hyca_rule(*a, solvers), "stack")) < 1e-5
     assert distance(v, predicted_by_hand(flux, steps, lambda *a: hyca_rule(*a, solvers[::-1]), "stack")) > 1e-2

@@ -10,12 +10,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 
 import baselines.dbcache
 import dpcache
-from baselines.dbcache import DBCache
-from baselines.first_block_cache import FirstBlockCache
+from baselines.dbcache import dbcache
+from baselines.first_block_cache import first_block_cache
 from baselines.full import full
 from baselines.library import LibraryCache
-from baselines.magcache import measure_ratios
-from baselines.pab import PyramidAttentionBroadcast
+from baselines.magcache import MagnitudeRatios
+from baselines.pab import pab
 from baselines.search import closest
 from dpcache.sampler import generate, sample
 from eval import timing
@@ -35,16 +35,17 @@ def attentions(pipe):
 
 @pytest.fixture(scope="module")
 def calibration(pipe):
-    return dpcache.calibrate(pipe, ["red apple"], T, **CALL)
+    return dpcache.calibrate(pipe, ["red apple"], T, (), **CALL)
 
 
 @pytest.mark.parametrize("name", [*WHOLE, *FIRST_BLOCK, *ATTENTION])
 def test_a_peer_spends_its_budget_and_leaves_no_trace(pipe, calibration, name):
     if name.startswith("dbcache"):
         pytest.importorskip("cache_dit")
-    _, method = composed(f"method={name}", f"budget={K}", f"num_inference_steps={T}")
+    _, recipe = composed(f"method={name}", f"budget={K}", f"num_inference_steps={T}")
     expected, before = run_once(pipe), snapshot(pipe.transformer)
-    method.prepare(pipe, calibration if method.needs_calibration else None)
+    calibration.measure(pipe, recipe.statistics or ())
+    method = recipe.build(pipe, calibration)
     assert snapshot(pipe.transformer) == before
     outputs = []
     with dpcache.cached(pipe, method):
@@ -79,7 +80,7 @@ def test_a_generation_that_broke_off_leaves_no_trace(pipe):
             raise KeyboardInterrupt
         return {}
 
-    with dpcache.cached(pipe, FirstBlockCache(K, T, threshold=0.2)):
+    with dpcache.cached(pipe, first_block_cache(K, T, threshold=0.2)):
         expected = run_once(pipe)
         with pytest.raises(KeyboardInterrupt):
             pipe(prompt="cat", num_inference_steps=T, callback_on_step_end=stop, **CALL)
@@ -91,18 +92,19 @@ def test_magnitude_ratios_are_those_that_diffusers_measures(pipe, calibration, c
     generate(pipe, ["red apple"], [0], T, decode=False, **CALL)
     pipe.transformer.disable_cache()
     theirs = json.loads(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("[1.0")))
-    assert measure_ratios(pipe, calibration) == pytest.approx(theirs, rel=1e-4)
+    calibration.measure(pipe, [MagnitudeRatios()])
+    assert calibration[MagnitudeRatios()].tolist() == pytest.approx(theirs, rel=1e-4)
 
 
 def test_guidance_branches(pipe):
     guided = {"negative_prompt": "", "true_cfg_scale": 3.0}
     with (
-        dpcache.cached(pipe, PyramidAttentionBroadcast(K, T, skip_range=2)),
+        dpcache.cached(pipe, pab(K, T, skip_range=2)),
         pytest.raises(ValueError, match="one cache for all guidance branches"),
     ):
         run_once(pipe, **guided)
     expected = run_once(pipe)
-    with dpcache.cached(pipe, FirstBlockCache(K, T, threshold=0.2)):
+    with dpcache.cached(pipe, first_block_cache(K, T, threshold=0.2)):
         run_once(pipe, **guided)
         assert set(dpcache.report(pipe).computed) == {"cond", "uncond"}
     assert torch.equal(run_once(pipe), expected)
@@ -111,10 +113,10 @@ def test_guidance_branches(pipe):
 def test_cache_dit_is_told_of_guidance_branches(pipe):
     pytest.importorskip("cache_dit")
     guided = {"negative_prompt": "", "true_cfg_scale": 3.0}
-    method = DBCache(K, T, threshold=0.2)
+    method = dbcache(K, T, threshold=0.2)
     with dpcache.cached(pipe, method), pytest.raises(ValueError, match="one cache for all guidance branches"):
         run_once(pipe, **guided)
-    with dpcache.cached(pipe, DBCache(K, T, threshold=0.2, separate_cfg=True)):
+    with dpcache.cached(pipe, dbcache(K, T, threshold=0.2, separate_cfg=True)):
         run_once(pipe, **guided)
         counts = dpcache.report(pipe).computed_counts
     assert 1 < counts["cond"][0] < T and 1 < counts["uncond"][0] < T
@@ -133,14 +135,14 @@ def dit_pipe():
 def test_a_model_that_diffusers_does_not_cache(dit_pipe):
     before = snapshot(dit_pipe.transformer)
     with pytest.raises(ValueError, match="diffusers offers none of its caches for DiTTransformer2DModel"):
-        sample(dit_pipe, FirstBlockCache(K, T, threshold=0.1), ["dog"], [0])
+        sample(dit_pipe, first_block_cache(K, T, threshold=0.1), ["dog"], [0])
     assert snapshot(dit_pipe.transformer) == before
 
 
 def test_cache_dit_on_a_model_without_cache_context(dit_pipe):
     pytest.importorskip("cache_dit")
     before, expected = snapshot(dit_pipe.transformer), sample(dit_pipe, full(T), ["dog"], [0]).latents
-    method = DBCache(K, T, threshold=10.0, warmup=2)
+    method = dbcache(K, T, threshold=10.0, warmup=2)
     made = sample(dit_pipe, method, ["dog"], [0])
     assert not torch.equal(made.latents, expected)
     assert made.report.computed == {"default": [0, 1]}
@@ -150,26 +152,26 @@ def test_cache_dit_on_a_model_without_cache_context(dit_pipe):
 
 def test_mistakes_are_named(pipe, monkeypatch):
     with pytest.raises(ValueError, match="needs a pipeline"):
-        dpcache.enable(pipe.transformer, FirstBlockCache(K, T, threshold=0.1))
+        dpcache.enable(pipe.transformer, first_block_cache(K, T, threshold=0.1))
     with pytest.raises(ValueError, match="budget=11 must be between 1 and"):
-        FirstBlockCache(11, T)
-    with dpcache.cached(pipe, FirstBlockCache(K, T, threshold=0.1)), pytest.raises(ValueError, match="steps=6"):
+        first_block_cache(11, T)
+    with dpcache.cached(pipe, first_block_cache(K, T, threshold=0.1)), pytest.raises(ValueError, match="steps=6"):
         run_once(pipe, steps=6)
     monkeypatch.setattr(baselines.dbcache, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install -e '.\[peers\]'"):
-        DBCache(K, T)
+        dbcache(K, T)
 
 
-def test_the_search_finds_the_knob_with_few_tries():
+def test_the_search_finds_the_value_with_few_tries():
     tried = []
 
-    def spent(knob):
-        tried.append(knob)
-        return 50 / (1 + knob)
+    def spent(value):
+        tried.append(value)
+        return 50 / (1 + value)
 
-    knob, found = closest(spent, budget=9, first=0.1, tries=20)
-    assert abs(found - 9) <= 0.5 and spent(knob) == found and len(tried) < 16
-    assert closest(lambda knob: 30.0, budget=9, first=0.1)[1] == 30
+    value, found = closest(spent, budget=9, first=0.1, tries=20)
+    assert abs(found - 9) <= 0.5 and spent(value) == found and len(tried) < 16
+    assert closest(lambda value: 30.0, budget=9, first=0.1)[1] == 30
 
 
 class EveryThird(LibraryCache):
@@ -191,7 +193,7 @@ class EveryThird(LibraryCache):
 
 def test_any_cache_can_be_watched(pipe):
     before = snapshot(pipe.transformer)
-    method = EveryThird(4, T)
+    method = EveryThird(T)
     report = sample(pipe, method, ["dog"], [0], decode=False, **CALL).report
     assert report.computed == {"cond": [0, 3, 6, 9]} and snapshot(pipe.transformer) == before
 

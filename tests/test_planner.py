@@ -120,7 +120,7 @@ def test_exact_is_never_worse_on_the_published_costs(published):
             assert path_cost(published, exact[budget]) <= path_cost(published, steps) * (1 + 1e-12)
 
 
-def test_published_flux_schedules():
+def test_plans_on_the_published_cost_are_the_published_schedules():
     if not PUBLISHED["flux_dev"].exists():
         pytest.skip("the released cost tensors are not here")
     cost = np.load(PUBLISHED["flux_dev"])["cost"]
@@ -151,7 +151,7 @@ ONES = np.ones((6, 7, 7))
         (np.ones((6, 6, 6, 7)), dict(budget=4, solver="paper"), "three axes, not 4"),
     ],
 )
-def test_plan_says_what_is_wrong(cost, settings, message):
+def test_mistakes_are_named(cost, settings, message):
     with pytest.raises(ValueError, match=message):
         plan(cost, **settings)
 

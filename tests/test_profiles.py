@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 import dpcache
 from baselines.ertacache import ERTACache, rectification, refreshed
 from baselines.full import full
-from baselines.profilingdit import ProfilingDiT, profile
+from baselines.profilingdit import profilingdit
 from dpcache.models.family import Streams
 from dpcache.sites import runs, transformer_blocks
+from dpcache.statistics import BlockChanges
 from helpers.embedded import CALL
 from helpers.rollout import Rollout
 from helpers.tracing import state_of
@@ -23,7 +24,8 @@ T = 10
 
 @pytest.fixture(scope="module")
 def calibration(pipe):
-    return dpcache.calibrate(pipe, ["red apple", "dog"], T, batch_size=2, **CALL)
+    statistics = (*ERTACache(5, T).statistics, *profilingdit(7, T).statistics)
+    return dpcache.calibrate(pipe, ["red apple", "dog"], T, statistics, batch_size=2, **CALL)
 
 
 @given(st.sets(st.integers(0, 11)))
@@ -76,7 +78,7 @@ def by_hand(rollout: Rollout, blocks, refresh, bent=False) -> torch.Tensor:
 def test_profilingdit_reuses_what_blocks_add(kind, blocks):
     rollout = Rollout(kind, T)
     before, full, refresh = state_of(rollout.model), rollout(), {0, 1, 2, 5, 8}
-    with dpcache.cached(rollout.model, ProfilingDiT(8, T, blocks=blocks, interval=3, warmup=2)):
+    with dpcache.cached(rollout.model, profilingdit(8, T, blocks=blocks, interval=3, warmup=2)):
         made, again = rollout(), rollout()
         report = dpcache.report(rollout.model)
     assert torch.equal(made, again) and state_of(rollout.model) == before
@@ -90,21 +92,19 @@ def test_profilingdit_reuses_what_blocks_add(kind, blocks):
 
 def test_all_families_take_runs_of_blocks(any_rollout):
     full = any_rollout()
-    with dpcache.cached(any_rollout.model, ProfilingDiT(8, T, blocks=[1, 2], interval=3, warmup=2)):
+    with dpcache.cached(any_rollout.model, profilingdit(8, T, blocks=[1, 2], interval=3, warmup=2)):
         made = any_rollout()
         (spent,) = dpcache.report(any_rollout.model).spent["default"]
     assert made.isfinite().all() and not torch.equal(made, full) and 5 < spent < T
 
 
 def test_profilingdit_profiles_spends_the_budget_and_says_so(pipe, calibration):
-    method = ProfilingDiT(7, T, warmup=2)
-    changes = profile(pipe, calibration)
-    blocks = transformer_blocks(pipe.transformer)
+    changes, blocks = calibration[BlockChanges()], transformer_blocks(pipe.transformer)
     assert len(changes) == len(blocks) and min(changes) > 0
-    method.prepare(pipe, calibration)
+    method = profilingdit(7, T, warmup=2).build(pipe, calibration)
     count = round(0.6 * len(blocks))
-    assert sorted(np.argsort(changes)[:count]) == method.site.blocks == method.settled["blocks"]
-    assert abs(method.settled["spent"] - 7) <= 0.5
+    assert sorted(np.argsort(changes)[:count]) == method.site.blocks == method.decided["blocks"]
+    assert abs(method.decided["spent"] - 7) <= 0.5
 
 
 def test_profile_is_the_change_of_what_a_block_adds(pipe, calibration):
@@ -117,7 +117,7 @@ def test_profile_is_the_change_of_what_a_block_adds(pipe, calibration):
     calibration.rerun(pipe, full(T))
     handle.remove()
     expected = [((b - a).abs().mean() / a.abs().mean()).item() for a, b in pairwise(added)]
-    assert len(added) == T and profile(pipe, calibration)[1] == pytest.approx(np.mean(expected), rel=1e-4)
+    assert len(added) == T and calibration[BlockChanges()][1] == pytest.approx(np.mean(expected), rel=1e-4)
 
 
 @given(st.integers(2, 12), st.integers(0, 10**6))
@@ -144,12 +144,10 @@ def test_rectification_is_the_regression_of_the_error_on_the_reused_prediction(s
 
 
 def test_ertacache_by_hand(pipe, calibration):
-    method = ERTACache(5, T)
-    method.prepare(pipe, calibration)
+    method = ERTACache(5, T).build(pipe, calibration)
     steps = method.schedule.steps
     assert steps[0] == 0 and 2 <= len(steps) <= 5
-    plain = ERTACache(5, T, threshold=method.settled["threshold"], rectify=False)
-    plain.prepare(pipe, calibration)
+    plain = ERTACache(5, T, threshold=method.decided["threshold"], rectify=False).build(pipe, calibration)
     assert plain.schedule.steps == steps
     errors = [np.linalg.norm(calibration.rerun(pipe, m)[0] - calibration.latents) for m in (method, plain)]
     assert errors[0] < errors[1]  # on the prompts of the profile
@@ -175,10 +173,13 @@ def test_ertacache_by_hand(pipe, calibration):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ProfilingDiT(11, T), "budget=11 must be between 1"),
-        (lambda: ProfilingDiT(5, T, share=0), "share=0 must be above 0"),
+        (lambda: profilingdit(11, T), "budget=11 must be between 1"),
+        (lambda: profilingdit(5, T, share=0), "share=0 must be above 0"),
         (lambda: ERTACache(11, T), "budget=11 must be between"),
-        (lambda: dpcache.enable(Rollout("dit").model, ProfilingDiT(5, T, blocks=[7], interval=2)), r"blocks=\[7\]"),
+        (
+            lambda: dpcache.enable(Rollout("dit").model, profilingdit(5, T, blocks=[7], interval=2)),
+            r"blocks=\[7\]",
+        ),
     ],
 )
 def test_mistakes_are_named(make, message):

@@ -111,7 +111,7 @@ def test_images_are_those_of_the_runs(outputs):
             assert run["images"] == wall["reference"]  # which was read from the shared store
 
 
-def test_fewer_prompts_and_another_folder(outputs, tmp_path, monkeypatch):
+def test_the_board_can_show_fewer_prompts_and_stand_in_another_folder(outputs, tmp_path, monkeypatch):
     before = (outputs / "report.html").read_bytes()
     monkeypatch.setattr("sys.argv", ["leaderboard", str(outputs), "--out", str(tmp_path / "new"), "--prompts", "1"])
     leaderboard.main()
@@ -148,14 +148,14 @@ def execute(name: str, folder: Path, monkeypatch) -> str:
     return json.dumps([output for cell in notebook.cells for output in cell.get("outputs", [])], ensure_ascii=False)
 
 
-def test_leaderboard_notebook(outputs, monkeypatch):
+def test_the_leaderboard_notebook_shows_every_run(outputs, monkeypatch):
     shown = execute("leaderboard.ipynb", outputs, monkeypatch)
     for result in results(outputs).values():
         assert f" {result['metrics']['psnr']['mean']:.2f} ± " in shown
     assert "PSNR (dB) against fewer_steps" in shown and "application/vnd.plotly" in shown
 
 
-def test_ablation_notebook(tmp_path, monkeypatch):
+def test_the_ablation_notebook_shows_every_number_of_prompts(tmp_path, monkeypatch):
     sweep(tmp_path, "method=dpcache", "budget=4,5", "calibration.num_prompts=1,2", "eval.timing.repeats=0")
     shown = execute("ablation_calibration_size.ipynb", tmp_path, monkeypatch)
     assert sorted(r["calibration_prompts"] for r in results(tmp_path).values()) == [1, 1, 2, 2]
@@ -256,7 +256,7 @@ def test_an_image_opens_and_flips_by_keyboard(page):
 
 
 @needs_browser
-def test_light_and_dark(page):
+def test_the_page_is_light_or_dark_as_the_system_or_the_reader_says(page):
     background = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(background)
     page.emulate_media(color_scheme="dark")

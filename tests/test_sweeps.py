@@ -100,7 +100,7 @@ def test_samples_need_not_fit_into_memory(tmp_path):
 # --- prompts
 
 
-def test_every_format_of_prompts(tmp_path):
+def test_every_format_of_prompts_is_read(tmp_path):
     expected = ["a red fox, running", "two „quoted“ cats", 'a sign that says "hi"']
     files = {
         "a.txt": 'a red fox, running\n\n  two „quoted“ cats\na sign that says "hi"',
@@ -113,6 +113,15 @@ def test_every_format_of_prompts(tmp_path):
     for name, text in files.items():
         (tmp_path / name).write_text(text, newline="", encoding="utf-8")
         assert prompts.read("prompts", tmp_path / name) == expected, name
+
+
+def test_a_relative_path_is_looked_up_in_the_current_folder_and_then_in_the_projects(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "dpcache/models/prompts.txt"
+    assert prompts.read("prompts", name) == (ROOT / name).read_text().splitlines()
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_text("mine\n")
+    assert prompts.read("prompts", name) == ["mine"]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +145,7 @@ def test_a_bad_file_of_prompts_names_the_line(tmp_path, name, content, message):
         prompts.read("prompts", path)
 
 
-def test_known_sets_of_prompts(tmp_path, monkeypatch):
+def test_known_sets_of_prompts_are_read(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     tables = {
         "drawbench": {"Prompts": ["a fox ", "a cat"], "Category": ["x", "y"]},

@@ -13,7 +13,8 @@ from baselines.toca import spread_out, toca
 from dpcache.predictors import Reuse, Taylor
 from dpcache.sampler import sample
 from dpcache.schedules import EvenlySpaced, Schedule
-from dpcache.tokens import attend
+from dpcache.sites import Tokens
+from dpcache.tokens import TokenState, attend
 from eval import timing
 from helpers.by_hand import (
     T,
@@ -178,20 +179,20 @@ def test_dit_is_the_rule_by_hand(dit, interval, ratio):
     ],
 )
 def test_numbers_of_fresh_tokens_are_the_authors(block, step, layers, length, counts):
-    schedule = toca(9, 50, interval=4).schedule
-    assert tuple(schedule.count(step, block, layer, length) for layer in layers) == counts
+    scores = toca(9, 50, interval=4).site.selector
+    assert tuple(scores.count(step, block, layer, length) for layer in layers) == counts
 
 
 def test_no_token_waits_for_longer_than_another():
-    schedule = toca(9, 50, interval=6, fresh_ratio=0.21).schedule  # 3 of 10
-    context = SimpleNamespace(online={}, keys=[0, 1, 2], step=3)
+    scores = toca(9, 50, interval=6, fresh_ratio=0.21).site.selector  # 3 of 10
+    context = SimpleNamespace(state=TokenState(), keys=[0, 1, 2], step=3)
     got = 0.1 + torch.arange(10.0)[None] / 1e4  # less than a step of age apart
     turns = []
     for context.step in range(3, 8):
-        turns += schedule.select(context, "ff", "WanTransformerBlock", 0, got).tolist()
+        turns += scores.select(context, "ff", "WanTransformerBlock", 0, got).tolist()
     assert turns == [[9, 8, 7], [6, 5, 4], [3, 2, 1], [0, 9, 8], [7, 6, 5]]
     context.keys, context.step = [*context.keys, 8], 9
-    assert schedule.select(context, "ff", "WanTransformerBlock", 0, got).tolist() == turns[:1]
+    assert scores.select(context, "ff", "WanTransformerBlock", 0, got).tolist() == turns[:1]
 
 
 def test_the_best_token_of_every_cell_gains():
@@ -236,12 +237,12 @@ def test_the_same_on_whole_pipelines(name):
 
 
 def test_with_all_tokens_fresh_attention_alone_is_reused(any_rollout):
-    class All(Schedule):
+    class All:
         def select(self, context, name, block, layer, received):
             return torch.arange(received.shape[1]).expand(len(received), -1)
 
     model, outputs = any_rollout.model, []
-    with dpcache.cached(model, dpcache.Method(All(STEPS, 10), "tokens", Reuse())):
+    with dpcache.cached(model, dpcache.Method(Schedule(STEPS, 10), Tokens(selector=All()), Reuse())):
         outputs.append(any_rollout())
     kept, calls = {}, {}
 
@@ -263,15 +264,15 @@ def test_with_all_tokens_fresh_attention_alone_is_reused(any_rollout):
 
 @pytest.fixture(scope="module")
 def calibration(pipe):
-    return dpcache.calibrate(pipe, ["red apple"], 10, **CALL)
+    return dpcache.calibrate(pipe, ["red apple"], 10, (), **CALL)
 
 
 @pytest.mark.parametrize("budget", [5, 7, 10])
 def test_the_budget_is_spent_in_full_step_equivalents(pipe, calibration, budget):
-    method = toca(budget, 10)
-    assert method.needs_calibration and method.partial
+    recipe = toca(budget, 10)
+    assert recipe.statistics == () and recipe.example.site.partial
     expected, before = run_once(pipe), snapshot(pipe.transformer)
-    method.prepare(pipe, calibration)
+    method = recipe.build(pipe, calibration)
     outputs = []
     with dpcache.cached(pipe, method):
         outputs.append(run_once(pipe))
@@ -283,7 +284,7 @@ def test_the_budget_is_spent_in_full_step_equivalents(pipe, calibration, budget)
     assert report.computed["cond"] == method.schedule.steps == EvenlySpaced(attended, 10, 3).steps
 
     (spent, _) = report.spent["cond"]
-    assert spent == method.settled["spent"] and abs(spent - budget) <= 0.5
+    assert spent == method.decided["spent"] and abs(spent - budget) <= 0.5
 
     def flops(method):
         return sum(
@@ -305,7 +306,7 @@ def test_guidance_branches_have_tokens_of_their_own(rollout):
 def test_mistakes_are_named(pipe, rollout):
     with pytest.raises(ValueError, match="budget=2 must be between warmup=3"):
         toca(2, 50)
-    with pytest.raises(ValueError, match="the schedule is not settled yet"):
+    with pytest.raises(ValueError, match="ToCa is not built yet"):
         dpcache.enable(pipe, toca(5, 10))
     with dpcache.cached(rollout.model, toca(5, 10, interval=4)):
         for block in rollout.model.transformer_blocks:  # as another library's kernels would have it
@@ -315,6 +316,5 @@ def test_mistakes_are_named(pipe, rollout):
 
 
 def test_a_budget_out_of_reach_is_said(pipe, calibration, caplog):
-    method = toca(3, 10)
-    method.prepare(pipe, calibration)
+    method = toca(3, 10).build(pipe, calibration)
     assert method.schedule.steps == [0, 1, 2] and "budget=3 is out of reach: 3 full steps spend" in caplog.text

@@ -13,6 +13,8 @@ from eval.metrics.base import Column, Metric, Samples, Scorer, Settings, Unavail
 from eval.metrics.fidelity import MAX_PSNR, latent_error, psnr, ssim
 
 __all__ = [
+    "FINE",
+    "MAIN",
     "MAX_PSNR",
     "METRICS",
     "Column",
@@ -23,6 +25,7 @@ __all__ = [
     "Unavailable",
     "check",
     "evaluate",
+    "fine_name",
     "latent_error",
     "load",
     "psnr",
@@ -43,6 +46,28 @@ METRICS: dict[str, Metric] = {
 }
 """All metrics by name, those that compare with the full-step run first: the order of the board's columns."""
 
+MAIN = next(metric.name for metric in METRICS.values() if metric.main)
+"""The metric that is shown where there is room for one, and that tuning maximises."""
+
+
+def fine_name(name: str) -> str:
+    """What a metric that compares with the full-step run is called where it compares with the fine reference."""
+    return f"{name}_fine"
+
+
+FINE = {
+    fine_name(name): Column(
+        name=fine_name(name),
+        label=f"{metric.label} to the fine reference",
+        unit=metric.unit,
+        digits=metric.digits,
+        higher_is_better=metric.higher_is_better,
+    )
+    for name, metric in METRICS.items()
+    if metric.against_full
+}
+"""The columns of such metrics."""
+
 
 def check(names: Iterable[str]) -> None:
     """Raises SettingError for a name that is not in `METRICS`."""
@@ -56,10 +81,10 @@ def _line(error: Exception) -> str:
 
 
 def load(names: Iterable[str], settings: Settings, require_all: bool = False) -> dict[str, Scorer | Exception]:
-    """The scorers of these metrics, for `evaluate`; the error in place of one that cannot be had.
+    """The scorers of these metrics, for `evaluate`, or the error with which a metric could not be loaded.
 
     Raises SettingError for a name that is not in `METRICS`, for wrong settings and, with `require_all`, if any metric
-    cannot be had, with every reason.
+    could not be loaded, with every reason.
     """
     names = list(names)
     check(names)
@@ -69,7 +94,7 @@ def load(names: Iterable[str], settings: Settings, require_all: bool = False) ->
             scorers[name] = METRICS[name].load(settings)
         except ValueError:
             raise
-        except Exception as error:  # any failure of a metric must cost that metric only
+        except Exception as error:  # if one metric fails, the others still count
             scorers[name] = error
     lost = [f"{name}: {_line(scorer)}" for name, scorer in scorers.items() if isinstance(scorer, Exception)]
     if require_all and lost:
@@ -106,6 +131,6 @@ def evaluate(
             values[name] = scores.tolist()
             if more:
                 details[name] = more
-        except Exception as error:  # any failure of a metric must cost that metric only
+        except Exception as error:  # if one metric fails, the others still count
             unavailable[name] = _line(error)
     return values, unavailable, details

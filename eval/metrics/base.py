@@ -1,4 +1,4 @@
-"""What a metric is, what it is given, and what it raises when something it needs cannot be had."""
+"""What a metric is, what it is given, and what it raises when something that it needs is missing."""
 
 import logging
 import os
@@ -76,7 +76,7 @@ class Column:
     """How tables, pictures and the page show one number of a result.
 
     name: as in `result.json`. label, unit: for readers. digits: after the decimal point. higher_is_better: None where
-    nobody can say, so that no run is called better by it.
+    this is not known; then no run is called better by it.
     """
 
     name: str
@@ -95,16 +95,18 @@ class Metric(Column):
     """One metric of `eval.metrics.METRICS`.
 
     load: loads what the metric needs and returns its scorer. Raises SettingError for wrong settings, and `Unavailable`,
-    or any other error, where something cannot be had. against_full: whether it compares with the full-step run, which
-    itself is then perfect and shown in no picture.
+    or any other error, where something is missing. against_full: whether it compares with the full-step run, which
+    itself is then perfect and shown in no picture. main: whether it is the one that is shown where there is room for
+    one, and that tuning maximises.
     """
 
     load: Callable[[Settings], Scorer]
     against_full: bool = False
+    main: bool = False
 
 
 class Unavailable(Exception):
-    """Something that a metric needs cannot be had here. The message says why, and what would get it."""
+    """Something that a metric needs is missing. The message says what, and how to get it."""
 
 
 @contextmanager

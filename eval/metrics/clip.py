@@ -24,9 +24,9 @@ def load(settings: Settings) -> Scorer:
     weights; or, with weights of its own, `hf-hub:OWNER/NAME`, a folder in open_clip's format, or `tiny_clip`.
 
     Raises SettingError for settings that open_clip does not know and where `tiny_clip` does not make what it should
-    (see `dpcache.models.expectation`), Unavailable where the weights cannot be had.
+    (see `dpcache.models.expectation`), Unavailable where the weights are missing.
     """
-    import open_clip  # here: these take seconds, which runs without CLIP need not wait for
+    import open_clip  # imported here: it takes seconds, which runs without CLIP need not wait for
 
     from dpcache.models import expectation
     from dpcache.models.pretrained import EMBEDDED

@@ -53,7 +53,7 @@ class EfficientNetLite0(nn.Module):
 
 def _inception() -> nn.Module:
     """FID's own Inception v3, pooled features (B, 2048)."""
-    from torchmetrics.image.fid import NoTrainInceptionV3  # here: it takes seconds, and tables need it not
+    from torchmetrics.image.fid import NoTrainInceptionV3  # imported here: it takes seconds
 
     fetch = 'python -c "from torchmetrics.image.fid import FrechetInceptionDistance as FID; FID()"'
     with weights("FID's weights of Inception v3", fetch):
@@ -133,7 +133,7 @@ def _read_image(file: Path) -> Tensor:
 
 
 def _given(features: Tensor) -> nn.Module:
-    """Makes torchmetrics take features for images."""
+    """A network that returns what it is given: with it torchmetrics takes features in place of images."""
     network = nn.Identity()
     network.num_features = features.shape[1]
     return network
@@ -158,7 +158,7 @@ def kid(real: Tensor, fake: Tensor, subsets: int = 100, seed: int = 0) -> Tensor
     from torchmetrics.image.kid import KernelInceptionDistance
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")  # that features are kept in memory
+        warnings.simplefilter("ignore")  # torchmetrics warns that it keeps the features in memory
         torch.manual_seed(seed)
         metric = KernelInceptionDistance(
             feature=_given(real), subsets=subsets, subset_size=min(1000, len(real), len(fake))

@@ -16,7 +16,7 @@ that differs by one grey level in one single value has 89 dB, and rounding every
 
 def psnr(sample: Samples, reference: Samples) -> Tensor:
     """Peak signal-to-noise ratio in dB per image, shape (N,), capped at `MAX_PSNR`."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio  # here: it takes seconds, and tables need it not
+    from torchmetrics.functional.image import peak_signal_noise_ratio  # imported here: it takes seconds
 
     options = {"data_range": 255.0, "reduction": "none", "dim": (1, 2, 3)}
     values = [peak_signal_noise_ratio(x, ref, **options) for x, ref in pairs(sample, reference)]
@@ -47,7 +47,15 @@ def latent_error(sample: Samples, reference: Samples) -> Tensor:
 
 
 METRICS = (
-    Metric(name="psnr", load=lambda settings: psnr, label="PSNR", unit="dB", higher_is_better=True, against_full=True),
+    Metric(
+        name="psnr",
+        load=lambda settings: psnr,
+        label="PSNR",
+        unit="dB",
+        higher_is_better=True,
+        against_full=True,
+        main=True,
+    ),
     Metric(name="ssim", load=lambda settings: ssim, label="SSIM", digits=4, higher_is_better=True, against_full=True),
     Metric(
         name="latent_error",

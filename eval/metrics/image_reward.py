@@ -1,7 +1,7 @@
-"""ImageReward, a learned human preference score (Xu et al., arXiv 2304.05977), by a process of its own.
+"""ImageReward, a learned human preference score (Xu et al., arXiv 2304.05977), computed by a process of its own.
 
-The `image-reward` package needs versions that cannot live beside ours, so `image_reward_scorer.py` runs in an
-environment of about 6.5 GB, see `eval.metrics.isolated`.
+The `image-reward` package needs versions of other packages that conflict with ours, so `image_reward_scorer.py` runs in
+an environment of about 6.5 GB, see `eval.metrics.isolated`.
 """
 
 import tempfile
@@ -22,7 +22,7 @@ SCRIPT = Script("ImageReward", Path(__file__).with_name("image_reward_scorer.py"
 def load(settings: Settings) -> Scorer:
     """`image_reward` with the weights of the settings, after a check that it can run.
 
-    Raises Unavailable where the environment or the weights cannot be had.
+    Raises Unavailable where the environment cannot be created or the weights are missing.
     """
     options = {"weights": settings.image_reward_weights, "device": str(settings.device)}
     with needed():

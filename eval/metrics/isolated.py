@@ -1,11 +1,11 @@
-"""Scorers whose packages cannot live beside ours: PEP 723 scripts, each in a process and an environment of its own.
+"""Scorers whose packages conflict with ours: PEP 723 scripts, each in a process and an environment of its own.
 
-uv creates the environment on first use and keeps it in its cache; after that no index is needed. Whatever becomes of
-that process, this one only ever sees an exception whose message is one line.
+uv creates the environment on first use and keeps it in its cache; after that no package index is needed. If the process
+fails, hangs or dies, this one raises an exception with a message of one line.
 
 A script is run as `SCRIPT REQUEST RESULT [--flag=value ...]`, two JSON files, and exits with 0 when it wrote RESULT:
 
-    REQUEST  {"images": [{"path": "a.png", ...}, ...]}, or "videos"; none is valid, and only finds out what is missing
+    REQUEST  {"images": [{"path": "a.png", ...}, ...]}, or "videos"; an empty list only checks that nothing is missing
     RESULT   {"images": [{"path": "a.png", "score": 0.1}, {"path": "b.png", "error": "..."}, ...]} in the same order, or
              {"unavailable": {"reason": "...", "command": "what would fetch the weights"}}
 """
@@ -52,7 +52,7 @@ class Script:
             Scores, float64 (N,), NaN for a file that could not be scored; and the reason by path for each of those.
 
         Raises:
-            RuntimeError: uv is not installed, the environment cannot be created, the weights cannot be had (with the
+            RuntimeError: uv is not installed, the environment cannot be created, the weights are missing (with the
                 command that fetches them), or the scorer died.
             TimeoutError: a step took too long.
         """
@@ -82,7 +82,7 @@ class Script:
         """Create the script's environment where it is not there yet. Raises RuntimeError, TimeoutError."""
         sync = [self.uv(), "sync", "--quiet", "--script", str(self.path)]
         if subprocess.run([*sync, "--offline"], capture_output=True, env=environment()).returncode:
-            sync.remove("--quiet")  # gigabytes are on their way
+            sync.remove("--quiet")  # shows the progress of a download of gigabytes
             _run(sync, timeout, f"creating {self.name}'s environment")
 
     def uv(self) -> str:
@@ -107,7 +107,7 @@ def complete(scores: Tensor, errors: dict[Path, str], kind: str) -> Tensor:
 
 @contextmanager
 def needed() -> Iterator[None]:
-    """In this context, what `Script.score` says of itself becomes `Unavailable`."""
+    """Within it, errors that `Script.score` raises become `Unavailable`."""
     try:
         yield
     except (RuntimeError, TimeoutError) as error:

@@ -14,7 +14,7 @@ def load(settings: Settings) -> Scorer:
 
     Raises Unavailable where torchvision has no ImageNet weights of AlexNet in its cache and cannot download them.
     """
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity  # here: it takes seconds
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity  # imported here: it takes seconds
 
     with weights("ImageNet weights of AlexNet", FETCH):
         metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)

@@ -1,7 +1,8 @@
-"""VBench's dimensions of video quality (Huang et al., arXiv 2311.17982), each by a process of its own.
+"""VBench's dimensions of video quality (Huang et al., arXiv 2311.17982), each computed by a process of its own.
 
-The `vbench` package needs versions that cannot live beside ours, so `vbench_scorer.py` runs in an environment of about
-7.4 GB, see `eval.metrics.isolated`. Of its 16 dimensions these seven need no prompts of its own list.
+The `vbench` package needs versions of other packages that conflict with ours, so `vbench_scorer.py` runs in an
+environment of about 7.4 GB, see `eval.metrics.isolated`. VBench has 16 dimensions. These seven can score videos of any
+prompts; the others need prompts of VBench's own list.
 """
 
 import tempfile
@@ -33,7 +34,7 @@ LOSSLESS = {"codec": "libx264rgb", "pixelformat": "rgb24", "quality": None, "out
 def load(dimension: str, settings: Settings) -> Scorer:
     """`vbench` of a dimension, after a check that it can run.
 
-    Raises Unavailable where the environment or the weights cannot be had.
+    Raises Unavailable where the environment cannot be created or the weights are missing.
     """
     options = {"dimension": dimension, "device": str(settings.device)}
     with needed():

@@ -30,18 +30,25 @@ class Case:
         """Latents without any cache."""
         return self.latents()
 
-    @functools.cache  # noqa: B019, cases live as long as the tests
-    def calibration(self, **options):
+    @functools.cached_property
+    def _calibration(self):
         prompts = self.family.prompts[-2:]
-        return dpcache.calibrate(self.pipe, prompts, T, seeds=[8, 9], **options, **self.family.call)
+        return dpcache.calibrate(self.pipe, prompts, T, (), seeds=[8, 9], **self.family.call)
 
-    @functools.cache  # noqa: B019
+    def calibration(self, statistics):
+        """With these among what was measured."""
+        self._calibration.measure(self.pipe, statistics)
+        return self._calibration
+
+    def build(self, recipe):
+        """The method, as run.py makes it."""
+        statistics = recipe.statistics
+        return recipe.build(self.pipe, None if statistics is None else self.calibration(statistics))
+
+    @functools.cache  # noqa: B019, cases live as long as the tests
     def method(self, name: str, budget: int = K):
-        """With the settings of its file, and prepared as run.py does."""
-        method = instantiate(settings(name, budget))
-        calibration = self.calibration(**method.calibration_options) if method.needs_calibration else None
-        method.prepare(self.pipe, calibration)
-        return method
+        """With the settings of its file."""
+        return self.build(instantiate(settings(name, budget)))
 
     def latents(self, which=(0, 1), steps: int = T, **call) -> torch.Tensor:
         """Of some prompts, each with a seed of its own, in one batch."""

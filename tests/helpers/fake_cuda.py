@@ -253,10 +253,9 @@ def _metadata(value):
 
 class Memo:
     """Makes runs short. Fake outputs depend on nothing but the inputs' shapes, dtypes and devices, so a module that has
-    run once on such inputs without a wait returns the same outputs again. It takes the blocks, their
-    parts and the embedders, and lets one run in earnest when anything has hooked what is inside it or looks at its
-    operations.
-    The hooks of `LayerFlops` on the layers inside are called nevertheless.
+    run once on such inputs without a wait returns the same outputs again. This is done for the blocks, their parts and
+    the embedders. A module runs all the same where something has hooked a module inside it or looks at its operations.
+    The hooks of `LayerFlops` on the layers inside are called in any case.
     """
 
     def __init__(self, host: Host, transformer: torch.nn.Module):

@@ -1,0 +1,105 @@
+"""A method as one file: its parts with all their settings, in safetensors, never pickle.
+
+A part is a frozen dataclass, so its fields are all there is to store: numbers and names as JSON in the file's metadata,
+arrays as tensors beside it. One file may hold a method for each of several budgets.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from dpcache.errors import SettingError
+
+_FORMAT = "dpcache method 1"
+_PACKAGES = ("dpcache", "baselines")  # whose classes a file may name; others have to be imported before it is loaded
+
+
+def save(methods: Mapping[int, object], path: str | Path) -> None:
+    """Write methods, by budget, to one file, atomically.
+
+    Raises SettingError for a part that is no dataclass of plain values.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    text = json.dumps({str(budget): _plain(method, arrays) for budget, method in methods.items()})
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    save_file(arrays or {"none": np.zeros(0)}, part, {"format": _FORMAT, "methods": text})
+    os.replace(part, path)
+
+
+def load(path: str | Path) -> dict[int, object]:
+    """The methods in a file, by budget.
+
+    Raises SettingError if it is no such file or names a class that is not known here, FileNotFoundError if there is
+    none.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"method file {path} does not exist")
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
+        arrays = load_file(path)
+        return {int(budget): _object(made, arrays) for budget, made in json.loads(metadata["methods"]).items()}
+    except Exception as error:
+        raise SettingError(f"{path} is not a method file: {error}") from None
+
+
+def _plain(value, arrays: dict[str, np.ndarray]):
+    """`value` as JSON holds it; its arrays are added to `arrays`."""
+    if is_dataclass(value):
+        kind = next(kind for kind in type(value).__mro__ if "__dataclass_fields__" in vars(kind))
+        settings = {field.name: _plain(getattr(value, field.name), arrays) for field in fields(kind) if field.init}
+        return {"class": f"{kind.__module__}:{kind.__qualname__}", "settings": settings}
+    if isinstance(value, np.ndarray):
+        name = f"array{len(arrays)}"
+        arrays[name] = np.ascontiguousarray(value)
+        return {"array": name}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {"pairs": [[_plain(key, arrays), _plain(item, arrays)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_plain(item, arrays) for item in value]}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item, arrays) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise SettingError(f"a {type(value).__name__} cannot be stored in a method file: parts are dataclasses of values")
+
+
+def _object(value, arrays: dict[str, np.ndarray]):
+    """What `_plain` was given."""
+    if isinstance(value, list):
+        return [_object(item, arrays) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "tuple" in value:
+        return tuple(_object(item, arrays) for item in value["tuple"])
+    if "array" in value:
+        return arrays[value["array"]]
+    if "pairs" in value:
+        return {_object(key, arrays): _object(item, arrays) for key, item in value["pairs"]}
+    kind = _part(value["class"])
+    return kind(**{name: _object(item, arrays) for name, item in value["settings"].items()})
+
+
+def _part(name: str) -> type:
+    """The dataclass of that name. Nothing else is ever called."""
+    module, _, kind = name.partition(":")
+    if module.split(".")[0] in _PACKAGES:
+        import_module(module)
+    found = getattr(sys.modules.get(module), kind, None)
+    if not (isinstance(found, type) and is_dataclass(found)):
+        raise ValueError(f"it names {name}, which is not known here: import its module first")
+    return found

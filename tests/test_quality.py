@@ -1,0 +1,67 @@
+"""The smallest budget that reaches a quality."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+import dpcache
+from baselines.full import full
+from baselines.taylorseer import taylorseer
+from dpcache.quality import find_budget, psnr
+from dpcache.sampler import generate, sample
+from helpers.embedded import CALL
+
+T, PROMPTS = 8, ["red apple", "dog"]
+
+
+def decibels(pipe, method):
+    """On the prompts of these tests, by torchmetrics."""
+    made, reference = (
+        torch.from_numpy(sample(pipe, which, PROMPTS, [0, 1], **CALL).images).double() for which in (method, full(T))
+    )
+    options = {"data_range": 255.0, "reduction": "none", "dim": (1, 2, 3)}
+    return peak_signal_noise_ratio(made, reference, **options).mean().item()
+
+
+def test_the_smallest_budget_that_reaches_it_is_found(pipe, caplog):
+    calibration = dpcache.calibrate(pipe, PROMPTS, T, (), batch_size=2, **CALL)
+    with caplog.at_level(logging.INFO):
+        found = find_budget(pipe, lambda budget: taylorseer(budget, T, lite=True), calibration, 30.0)
+    method = taylorseer(found.budget, T, lite=True)
+    assert found.method.schedule.steps == method.schedule.steps and 3 < found.budget < T
+    assert decibels(pipe, method) == pytest.approx(found.tried[found.budget], abs=0.01) and found.tried[T] == 100
+    assert found.tried[found.budget] >= 30 > decibels(pipe, taylorseer(found.budget - 1, T, lite=True))
+    runs = [T, *found.tried]  # the full-step images, and every budget that was tried
+    assert calibration.reran == pytest.approx(len(PROMPTS) * sum(runs) / T)
+    assert f"budget={found.budget} reaches" in caplog.text
+
+
+def test_qualities_that_cannot_be_are_named(pipe):
+    calibration = dpcache.calibrate(pipe, PROMPTS[:1], T, (), **CALL)
+    for quality in (0, -3.0, 101):
+        with pytest.raises(dpcache.SettingError, match=f"quality={quality} must be above 0 and at most 100 dB"):
+            find_budget(pipe, lambda budget: taylorseer(budget, T), calibration, quality)
+    with pytest.raises(dpcache.SettingError, match="budget=None and quality=None: give one of the two"):
+        dpcache.accelerate(pipe, "fora", prompts=PROMPTS)
+
+
+def test_accelerate_takes_a_quality(pipe):
+    method = dpcache.accelerate(pipe, "taylorseer_lite", None, PROMPTS, T, batch_size=2, quality=30, **CALL)
+    try:
+        generate(pipe, PROMPTS, [0, 1], T, decode=False, **CALL)
+        assert dpcache.report(pipe).computed == {"cond": method.schedule.steps}
+    finally:
+        dpcache.disable(pipe)
+    assert decibels(pipe, method) >= 30
+
+
+def test_psnr_of_videos_is_the_mean_over_frames():
+    rng = np.random.default_rng(0)
+    one, two = rng.integers(0, 256, (2, 3, 4, 5, 6, 3), dtype=np.uint8)
+    two[0, 0] = one[0, 0]
+    expected = [np.mean([psnr(a[None], b[None])[0] for a, b in zip(*videos)]) for videos in zip(one, two)]
+    np.testing.assert_allclose(psnr(one, two), expected)
+    assert psnr(one[:, 0], two[:, 0])[0] == 100

@@ -7,7 +7,7 @@ from dpcache.gram import key_axes, path_costs
 from dpcache.planner import plan as plan_exactly
 from dpcache.predictors import Predictor
 from dpcache.schedules import EvenlySpaced
-from dpcache.simulator import Plan, Simulator, Trajectories, Weights, decibels
+from dpcache.simulator import Plan, Recorded, Simulator, Weights, decibels
 
 
 def search_plans(
@@ -65,10 +65,10 @@ def search_plans(
     return sorted(found, reverse=True)[:keep]
 
 
-def starting_plans(trajectories: Trajectories, predictor: Predictor, budget: int) -> list[Plan]:
+def starting_plans(recorded: Recorded, predictor: Predictor, budget: int) -> list[Plan]:
     """Plans of K steps to search from: evenly spaced ones, some that grow denser towards the end, and the exact plan
     over open-loop costs, in which a step's error counts by how far it moves the final latents."""
-    T = trajectories.steps
+    T = recorded.steps
     starts = [tuple(EvenlySpaced(budget, T, warmup).steps) for warmup in (1, 3) if warmup <= budget]
     for power in (1.5, 2, 3):
         plan = [0]
@@ -77,7 +77,7 @@ def starting_plans(trajectories: Trajectories, predictor: Predictor, budget: int
             plan.append(min(max(step, plan[-1] + 1), T - budget + key))
         starts.append(tuple(plan))
     if not predictor.sees_input:
-        G, moved = trajectories.gram.mean(0)[:T, :T], trajectories.sampler.response[-1] ** 2
+        G, moved = recorded.gram.mean(0)[:T, :T], recorded.sampler.response[-1] ** 2
         starts.append(tuple(plan_exactly(path_costs(G, predictor, key_axes(predictor, T), moved), budget, warmup=1)))
     return starts
 

@@ -1,119 +1,117 @@
 """Beyond the paper: steps and predictor searched in a simulated closed loop, the best few confirmed in a real one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
 from dpcache.method import Method
 from dpcache.plan_search import search_plans, starting_plans
-from dpcache.predictors import Predictor, short_names
-from dpcache.schedules import Schedule, check_budget
-from dpcache.simulator import Plan, Simulator, Trajectories, Weights, decibels
+from dpcache.predictors import LeastSquares, Predictor, short_names
+from dpcache.schedules import EvenlySpaced, Schedule, check_budget
+from dpcache.simulator import Recorded, Simulator, Weights, decibels, fit_response, random_probes, record
+from dpcache.statistics import Rerun
 
-PREDICTORS = ("lsq2", "lsq3", "lsq2x", "lsq3x", "lagrange2", "taylor2", "ab2", "ab3", "hermite2")
+PREDICTORS = ("lsq2", "lsq3", "lsq2x", "lsq3x", "lagrange2", "taylor2", "ab2", "ab3")
 LEAST_SQUARES = [f"lsq{keys}{seen}" for seen in ("", "x") for keys in range(1, 5)]
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A plan for one predictor and site, with the decibels of its final error that the simulator promises and that
-    real runs confirmed (None: it was not run)."""
+class SimulatedRuns(Rerun):
+    """What the simulator needs: `Simulator.pack`. It takes every prompt once with all steps and `probes` accelerated
+    runs of two prompts each, about five full runs for twelve; the full-step latents come with it."""
 
-    plan: Plan
-    predictor: Predictor
-    name: str
-    site: str
-    promised: float
-    confirmed: float | None = None
+    probes: int = 12
 
-    def method(self, num_inference_steps: int) -> Method:
-        """The method that it is."""
-        return Method(Schedule(self.plan, num_inference_steps), self.site, self.predictor)
-
-    def record(self) -> dict:
-        """What it is, for a file."""
-        return {
-            "steps": list(self.plan),
-            "predictor": self.name,
-            "site": self.site,
-            "promised": self.promised,
-            "confirmed": self.confirmed,
-        }
+    def measure(self, pipe, calibration):
+        T, call = calibration.num_inference_steps, calibration.made_from["call"]
+        probes = random_probes(self.probes, T)
+        recorded, answers = record(pipe, calibration.batches(), T, probes, calibration.count, **call)
+        calibration.latents = recorded.latents
+        return Simulator(recorded, fit_response(answers, recorded)).pack()
 
 
+@dataclass(frozen=True)
 class SimulatedPlan:
-    """Chooses steps, predictor and site for one budget.
+    """The recipe of a method whose steps and predictor are searched in the simulator, at site=output.
 
-    The simulator answers for every predictor which plan is best; step 0 alone is fixed. It cannot tell the sites
-    apart, and least squares may be less sure than it thinks, so the best few are run.
+    Step 0 alone is fixed. The simulator finds the best plan of every predictor. It is too hopeful about some, as it
+    knows no answers that are not proportional to their errors: so the best few are run.
 
     Args:
-        sites: `output`, `stack` or both.
+        budget, num_inference_steps: K and T, see `dpcache.schedules`.
         predictors: candidates: "lsq1" to "lsq4", least squares over so many keys; "lsq1x" to "lsq4x", over the current
-            latents as well (site=output alone); and the short names of `dpcache.predictors`.
+            latents as well (left out where the scheduler adds noise); and the short names of `dpcache.predictors`.
         finalists: how many are run.
-        trajectories: what these runs may cost together, in full runs of one prompt.
+        trajectories: what these runs may cost together, in full-step trajectories of one sample.
+        probes: see `SimulatedRuns`.
+
+    Raises SettingError for a budget out of range and for candidates that are not known.
     """
 
-    def __init__(
-        self,
-        budget: int,
-        num_inference_steps: int,
-        sites: Sequence[str] = ("output", "stack"),
-        predictors: Sequence[str] = PREDICTORS,
-        finalists: int = 4,
-        trajectories: float = 3.0,
-    ):
-        check_budget(budget, num_inference_steps, 1)
-        if unknown := [name for name in predictors if name not in [*LEAST_SQUARES, *short_names()]]:
-            raise SettingError(f"predictors={unknown}: choose from {', '.join([*LEAST_SQUARES, *short_names()])}")
-        if not sites or set(sites) - {"output", "stack"}:
-            raise SettingError(f"sites={list(sites)}: choose from output, stack")
-        if finalists < 1 or trajectories <= 0:
-            raise SettingError(f"finalists={finalists}, trajectories={trajectories}: must be at least 1 and above 0")
-        self.budget, self.num_inference_steps = budget, num_inference_steps
-        self.sites, self.predictors = tuple(sites), tuple(predictors)
-        self.finalists, self.trajectories = finalists, trajectories
+    budget: int
+    num_inference_steps: int
+    predictors: Sequence[str] = PREDICTORS
+    finalists: int = 3
+    trajectories: float = 3.0
+    probes: int = 12
 
-    def candidates(self, simulator: Simulator) -> list[Candidate]:
-        """The best plan of every predictor at every site, best first."""
-        known, found = simulator.trajectories, []
-        for name in self.predictors:
-            if name.endswith("x") and ("output" not in self.sites or known.sampler.noisy):
-                continue
-            predictor = make_predictor(name, known)
-            weights = Weights(predictor, known.steps)
-            starts = starting_plans(known, predictor, self.budget)
-            ((promised, plan),) = search_plans(simulator, weights, starts)
-            sites = ("output",) if name.endswith("x") else self.sites
-            found += [Candidate(plan, predictor, name, site, promised) for site in sites]
-        return sorted(found, key=lambda candidate: -candidate.promised)
+    def __post_init__(self):
+        check_budget(self.budget, self.num_inference_steps, 1)
+        known = [*LEAST_SQUARES, *short_names()]
+        if not self.predictors or set(self.predictors) - set(known):
+            raise SettingError(f"predictors={list(self.predictors)}: choose from {', '.join(known)}")
+        if self.finalists < 1 or self.trajectories <= 0 or self.probes < 1:
+            raise SettingError(
+                f"finalists={self.finalists}, trajectories={self.trajectories}, probes={self.probes}: must be positive"
+            )
 
-    def build(self, simulator: Simulator, rerun: Callable[[Method, int], np.ndarray]) -> tuple[Method, list[Candidate]]:
-        """The method, and the candidates in the order of their merit, the one chosen first.
+    @property
+    def statistics(self) -> tuple[SimulatedRuns]:
+        return (SimulatedRuns(self.probes),)
 
-        Args:
-            rerun: of a method and a number n, the final latents (n, ...) of its runs of the first n recorded prompts.
-        """
-        T, reference = self.num_inference_steps, simulator.trajectories.latents
-        candidates = self.candidates(simulator)
-        runs = min(self.finalists, len(candidates))
-        prompts = min(max(int(self.trajectories * T / (runs * self.budget)), 1), len(reference))
-        reference = reference[:prompts].reshape(prompts, -1)
-        confirmed = []
-        for one in candidates[:runs]:
-            moved = rerun(one.method(T), prompts).reshape(prompts, -1) - reference
+    @property
+    def example(self) -> Method:
+        T = self.num_inference_steps
+        fixed = [short_names()[name]() for name in self.predictors if name not in LEAST_SQUARES]
+        learnt = [LeastSquares(np.eye(T), int(name[3])) for name in self.predictors if name in LEAST_SQUARES]
+        longest = max(fixed + learnt, key=lambda predictor: predictor.history)
+        return Method(EvenlySpaced(self.budget, T), "output", longest)
+
+    def build(self, pipe, calibration: Calibration) -> Method:
+        simulator = Simulator.unpack(calibration[self.statistics[0]], calibration.latents)
+        trials = self.search(simulator)
+        finalists, T = min(self.finalists, len(trials)), self.num_inference_steps
+        prompts = min(max(int(self.trajectories * T / (finalists * self.budget)), 1), len(calibration.latents))
+        reference, methods = calibration.latents[:prompts].reshape(prompts, -1), []
+        for trial in trials[:finalists]:
+            predictor = make_predictor(trial["predictor"], simulator.recorded)
+            methods.append(Method(Schedule(trial["steps"], T), "output", predictor))
+            moved = calibration.rerun(pipe, methods[-1], prompts)[0].reshape(prompts, -1) - reference
             errors = np.linalg.norm(moved, axis=1) / np.linalg.norm(reference, axis=1)
-            quality = float(decibels(np.maximum(errors, 1e-10)))
-            confirmed.append(Candidate(one.plan, one.predictor, one.name, one.site, one.promised, quality))
-        confirmed.sort(key=lambda candidate: -candidate.confirmed)
-        return confirmed[0].method(T), confirmed + candidates[runs:]
+            trial |= {"confirmed": float(decibels(errors.clip(1e-10))), "prompts": prompts}
+        best = max(range(finalists), key=lambda i: trials[i]["confirmed"])
+        chosen = methods[best]
+        decided = {"steps": list(chosen.schedule.steps), "predictor": trials[best]["predictor"], "trials": trials}
+        return Method(chosen.schedule, chosen.site, chosen.predictor, decided)
+
+    def search(self, simulator: Simulator) -> list[dict]:
+        """Of every predictor the best plan and its promised decibels, the best first."""
+        recorded, trials = simulator.recorded, []
+        for name in self.predictors:
+            if name.endswith("x") and recorded.sampler.noisy:
+                continue
+            predictor = make_predictor(name, recorded)
+            starts = starting_plans(recorded, predictor, self.budget)
+            ((promised, plan),) = search_plans(simulator, Weights(predictor, recorded.steps), starts)
+            trials.append({"predictor": name, "steps": list(plan), "promised": promised})
+        return sorted(trials, key=lambda trial: -trial["promised"])
 
 
-def make_predictor(name: str, trajectories: Trajectories) -> Predictor:
+def make_predictor(name: str, recorded: Recorded) -> Predictor:
     """Of a name that `SimulatedPlan` knows."""
     if name in LEAST_SQUARES:
-        return trajectories.least_squares(int(name[3]), name.endswith("x"))
+        return recorded.least_squares(int(name[3]), name.endswith("x"))
     return short_names()[name]()

@@ -14,13 +14,18 @@ of v_0 .. v_{T-1}, x_0. The model is only run to learn G and lambda.
 The response lambda_s is measured where accelerated runs compute a step: there both dx_s and the model's answer
 q_s - v_s are known. In units of 1 / distance to the end it is a smooth curve, about 1 where the latents are noise to
 the model, which it takes out again (a perfect denoiser of one image has lambda = 1 / sigma), and 0 where it takes an
-error for a part of the image. The sites `stack` and `output` differ little here: the simulator takes the predictor for
-one of the predictions themselves.
+error for a part of the image.
+
+What is left out: the part of an answer that does not point along its error. Real runs then end further off than
+simulated ones, most of all with strong guidance and large errors. And only predictions are simulated (site=output): at
+site=stack a skipped step still runs the output layers, which change with time, and plans rank otherwise.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -29,17 +34,18 @@ from dpcache._diffusers import StepListener, copy_of_scheduler, watch_steps
 from dpcache.errors import SettingError
 from dpcache.gram import _weights, gram
 from dpcache.linear_sampler import LinearSampler, read_sampler
-from dpcache.method import Method, cached
-from dpcache.predictors import AdamsBashforth, Lagrange, LeastSquares, Predictor, Taylor
-from dpcache.sampler import generate
-from dpcache.schedules import Schedule
+from dpcache.method import Method
+from dpcache.predictors import AdamsBashforth, Lagrange, LeastSquares, Predictor, Reuse, Taylor
+from dpcache.sampler import sample
+from dpcache.schedules import EvenlySpaced, OnlineSchedule, Schedule
+from dpcache.session import Report
 
 KNOTS = 12  # values of the response curve
 Plan = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Trajectories:
+class Recorded:
     """What is kept of the full-step runs of P prompts.
 
     Attributes:
@@ -118,57 +124,58 @@ class _Recorder(StepListener):
         self.latents.append(latents[: self.prompts].float().cpu())
 
 
-def _run(pipe, prompts, seeds, num_inference_steps, call) -> tuple[_Recorder, np.ndarray, np.ndarray]:
-    """One batch, with the method that is enabled on `pipe`: predictions (T, B, D) and latents (T+1, B, D)."""
+def _run(pipe, method: Method, prompts, seeds, call) -> tuple[_Recorder, torch.Tensor, torch.Tensor, Report]:
+    """One batch: predictions (T, B, ...), latents (T+1, B, ...) and what the method did."""
     recorder = _Recorder(len(prompts))
     unwatch = watch_steps(pipe.scheduler, recorder)
     try:
-        final = generate(pipe, prompts, seeds, num_inference_steps, decode=False, **call).latents
+        batch = sample(pipe, method, prompts, seeds, decode=False, **call)
     finally:
         unwatch()
-    return recorder, torch.stack(recorder.predictions), torch.stack([*recorder.latents, final])
+    return recorder, torch.stack(recorder.predictions), torch.stack([*recorder.latents, batch.latents]), batch.report
 
 
 def record(
     pipe,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
+    batches: Sequence[tuple[Sequence[str], Sequence[int]]],
     num_inference_steps: int,
-    site: str = "output",
-    probes: Sequence[tuple[Plan, Predictor]] | None = None,
-    batch_size: int = 2,
+    probes: Sequence[tuple[Plan, Predictor]],
+    count: Callable[[Report, list[int]], None] = lambda report, prompts: None,
     **call,
-) -> tuple[Trajectories, Answers]:
-    """Run the prompts with every step computed, and some of them again with plans that are only to be learnt from.
+) -> tuple[Recorded, Answers]:
+    """Run prompts with every step computed, and some of them again with plans that are only to be learnt from.
 
     Predictions and latents of one batch are held at a time.
 
     Args:
-        site: where the probes keep and put back.
-        probes: plans and predictors, dealt out to the batches in turn; None: `random_probes(24, T)`.
+        batches: prompts and their seeds.
+        probes: plans and predictors, dealt out to the batches in turn, each to two of the batch's prompts.
+        count: told of every run what it did, and of how many prompts.
         call: further arguments of the pipeline.
 
-    Raises SettingError for a scheduler whose step is not linear.
+    Raises SettingError for a scheduler whose step is not linear, and for a pipeline of two models.
     """
-    T = num_inference_steps
-    probes = random_probes(24, T) if probes is None else probes
-    grams, remaining, finals, answers, sampler = [], [], [], [], None
-    starts = range(0, len(prompts), batch_size)
-    for number, start in enumerate(starts):
-        some = slice(start, start + batch_size)
-        recorder, v, x = _run(pipe, prompts[some], seeds[some], T, call)
+    T, grams, remaining, finals, answers, sampler = num_inference_steps, [], [], [], [], None
+    full = Method(EvenlySpaced(T, T), "output", Reuse())
+    for number, (prompts, seeds) in enumerate(batches):
+        recorder, v, x, report = _run(pipe, full, prompts, seeds, call)
+        count(report, [len(prompts)])
+        if report.switches:
+            raise SettingError("the simulator does not know pipelines in which a second model takes over")
         sampler = sampler or read_sampler(recorder.scheduler, recorder.calls)
         finals.append(x[-1])
-        for one in range(x.shape[1]):
+        for one in range(len(prompts)):
             size = x[-1, one].double().square().mean().item()
             grams.append(gram([v[:, one], x[:1, one]]) / size)
             to_go = (x[:-1, one] - x[-1, one]).double().square().flatten(1).mean(1)
             remaining.append((to_go / size).sqrt().numpy())
-        for plan, predictor in probes[number :: len(starts)]:
-            with cached(pipe, Method(Schedule(plan, T), site, predictor)):
-                _, q, y = _run(pipe, prompts[some], seeds[some], T, call)
-            answers.append(_answers(plan, v, x, q, y))
-    return Trajectories(np.stack(grams), np.stack(remaining), torch.cat(finals).numpy(), sampler), Answers.join(answers)
+        for turn, (plan, predictor) in enumerate(probes[number :: len(batches)]):
+            some = sorted({(2 * turn + i) % len(prompts) for i in range(2)})
+            method = Method(Schedule(plan, T), "output", predictor)
+            _, q, y, report = _run(pipe, method, [prompts[i] for i in some], [seeds[i] for i in some], call)
+            count(report, [len(some)])
+            answers.append(_answers(plan, v[:, some], x[:, some], q, y))
+    return Recorded(np.stack(grams), np.stack(remaining), torch.cat(finals).numpy(), sampler), Answers.join(answers)
 
 
 def _answers(plan: Plan, v: torch.Tensor, x: torch.Tensor, q: torch.Tensor, y: torch.Tensor) -> Answers:
@@ -184,16 +191,20 @@ def _answers(plan: Plan, v: torch.Tensor, x: torch.Tensor, q: torch.Tensor, y: t
 
 
 def random_probes(number: int, num_inference_steps: int, seed: int = 0) -> list[tuple[Plan, Predictor]]:
-    """Plans of a tenth to four tenths of the steps, wherever these fall, with three predictors in turn: their errors
-    are of many sizes, at all steps."""
+    """Plans of an eighth to four tenths of the steps, one at random in each of as many equal parts, with three
+    predictors in turn: their errors are of several sizes, but not so large that the model answers in another way than
+    it does to those of good plans."""
     random, T = np.random.default_rng(seed), num_inference_steps
-    budgets = np.exp(random.uniform(np.log(0.1 * T), np.log(0.4 * T), number)).round().astype(int)
-    plans = [(0, *sorted((1 + random.permutation(T - 1)[: max(budget, 2) - 1]).tolist())) for budget in budgets]
-    predictors = (Taylor(1), Lagrange(2), AdamsBashforth(2))
-    return [(plan, predictors[i % len(predictors)]) for i, plan in enumerate(plans)]
+    probes = []
+    for turn in range(number):
+        budget = max(round(T * float(np.exp(random.uniform(np.log(0.125), np.log(0.4))))), 2)
+        edges = np.linspace(1, T, budget).round().astype(int)
+        plan = (0, *(int(random.integers(low, high)) for low, high in pairwise(edges)))
+        probes.append((plan, (Taylor(1), Lagrange(2), AdamsBashforth(2))[turn % 3]))
+    return probes
 
 
-def fit_response(answers: Answers, trajectories: Trajectories, knots: int = KNOTS, smooth: float = 1e-3) -> np.ndarray:
+def fit_response(answers: Answers, recorded: Recorded, knots: int = KNOTS, smooth: float = 1e-3) -> np.ndarray:
     """lambda, (T,): a curve c(s) / remaining, c linear between evenly spaced steps, that least squares fit to the
     answers: the least sum over observations of remaining |dv - lambda dx|^2 / (|dv| |dx|).
 
@@ -201,7 +212,7 @@ def fit_response(answers: Answers, trajectories: Trajectories, knots: int = KNOT
         knots: how many values the curve has.
         smooth: the weight of the curve's squared second differences, against one observation's.
     """
-    T, remaining = trajectories.steps, trajectories.remaining.mean(0)
+    T, remaining = recorded.steps, recorded.remaining.mean(0)
     at = np.linspace(0, knots - 1, T)[:, None]
     hats = np.maximum(1 - np.abs(at - np.arange(knots)), 0)  # (T, knots)
     heard = (answers.error > 1e-12) & (answers.answer > 0)
@@ -282,29 +293,46 @@ class Simulator:
     """Accelerated runs of the recorded prompts, simulated.
 
     Attributes:
-        trajectories: of the full-step runs.
+        recorded: the full-step runs.
         response: (T,), lambda.
     """
 
-    trajectories: Trajectories
+    recorded: Recorded
     response: np.ndarray
+
+    def pack(self) -> np.ndarray:
+        """All but the latents as one array, for a calibration's file."""
+        known, sampler = self.recorded, self.recorded.sampler
+        head = [known.steps, len(known.gram), sampler.drive.shape[1], sampler.noisy]
+        parts = (known.gram, known.remaining, sampler.response, sampler.start, sampler.carry, sampler.drive)
+        return np.concatenate([head, *(part.ravel() for part in parts), self.response])
+
+    @classmethod
+    def unpack(cls, packed: np.ndarray, latents: np.ndarray) -> "Simulator":
+        """Of what `pack` made, and the full-step runs' final latents (P, ...)."""
+        T, P, memory, noisy = packed[:4].astype(int)
+        shapes = [(P, T + 1, T + 1), (P, T), (T + 1, T), (T + 1,), (T, memory), (T, memory), (T,)]
+        ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+        parts = [part.reshape(shape) for part, shape in zip(np.split(packed[4:], ends), shapes)]
+        sampler = LinearSampler(*parts[2:6], bool(noisy))
+        return cls(Recorded(*parts[:2], latents, sampler), parts[6])
 
     @cached_property
     def _space(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Coordinates of v_0 .. v_{T-1} and of x_0 .. x_{T-1}, (T, r), and every prompt's Gram matrix of the r axes.
 
-        Trajectories are smooth, so that r < T + 1 directions hold all but 1e-10 of their squared length.
+        Recorded are smooth, so that r < T + 1 directions hold all but 1e-10 of their squared length.
         """
-        each, T = self.trajectories.gram, self.trajectories.steps
+        each, T = self.recorded.gram, self.recorded.steps
         values, vectors = np.linalg.eigh(each.mean(0))
         left_out = values.clip(0).cumsum() <= 1e-10 * values.sum()
         axes = vectors[:, ~left_out]
-        return axes[:T], self.trajectories.inputs @ axes, axes.T @ each @ axes
+        return axes[:T], self.recorded.inputs @ axes, axes.T @ each @ axes
 
     def errors(self, fill: Fill) -> np.ndarray:
         """Relative errors of the final latents, (N, P)."""
-        sampler, (v, x, metrics) = self.trajectories.sampler, self._space
-        T, shape = self.trajectories.steps, (len(fill.computed), v.shape[1])
+        sampler, (v, x, metrics) = self.recorded.sampler, self._space
+        T, shape = self.recorded.steps, (len(fill.computed), v.shape[1])
         q, dx = np.zeros((T, *shape)), np.zeros((T + 1, *shape))
         for s in range(T):
             run, skip = np.flatnonzero(fill.computed[:, s]), np.flatnonzero(~fill.computed[:, s])
@@ -330,15 +358,14 @@ def predict_error(simulator: Simulator, method: Method) -> float:
     """The relative error that `method` will leave in the final latents, |x - full-step x| / |full-step x|: the
     geometric mean over the recorded prompts, so that its decibels are the mean of theirs.
 
-    Raises SettingError for a method whose steps are not fixed, or that keeps something else than the stack's output or
-    the prediction.
+    Raises SettingError for a method whose steps are not fixed, or that keeps something else than the prediction.
     """
-    T, steps = simulator.trajectories.steps, method.schedule.steps
-    if steps is None:
+    T = simulator.recorded.steps
+    if isinstance(method.schedule, OnlineSchedule):
         raise SettingError(f"{type(method.schedule).__name__} decides online: the simulator takes fixed steps")
     if method.num_inference_steps != T:
         raise SettingError(f"num_inference_steps={method.num_inference_steps}: the simulator was made for {T}")
-    if method.site.name not in ("stack", "output"):
-        raise SettingError(f"site={method.site.name}: the simulator takes stack or output")
-    errors = simulator.errors(Weights(method.predictor, T).fill([steps]))
+    if method.site.name != "output":
+        raise SettingError(f"site={method.site.name}: the simulator takes site=output")
+    errors = simulator.errors(Weights(method.predictor, T).fill([method.schedule.steps]))
     return float(10 ** (-decibels(errors)[0] / 20))

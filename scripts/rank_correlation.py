@@ -1,6 +1,6 @@
 """Does the simulator know which plan is better? ``python -m scripts.rank_correlation``
 
-Random plans are simulated and run for real, on prompts that the simulator has not seen. Per model, site and budget the
+Random plans are simulated and run for real at site=output, on prompts that the simulator has not seen. Per model and budget the
 table has Spearman's rank correlation of the predicted and the real error of the final latents, the root mean square of
 their difference in dB, and its mean (positive: the simulator is too hopeful), over all plans and predictors.
 
@@ -39,12 +39,12 @@ class RealRuns:
         self.known = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.reference = None
 
-    def __call__(self, site: str, name: str, predictor, plan: list[int]) -> list[float]:
-        key = f"{site} {name} {plan}"
+    def __call__(self, name: str, predictor, plan: list[int]) -> list[float]:
+        key = f"{name} {plan}"
         if key not in self.known:
             if self.reference is None:
                 self.reference = self.flat(generate(self.pipe, self.prompts, self.which, T, decode=False, **self.call))
-            method = Method(Schedule(plan, T), site, predictor)
+            method = Method(Schedule(plan, T), "output", predictor)
             moved = self.flat(sample(self.pipe, method, self.prompts, self.which, decode=False, **self.call))
             errors = (moved - self.reference).norm(dim=1) / self.reference.norm(dim=1)
             self.known[key] = errors.tolist()
@@ -75,39 +75,36 @@ def spearman(one: np.ndarray, two: np.ndarray) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(CALLS), choices=list(CALLS))
-    parser.add_argument("--sites", nargs="+", default=["output", "stack"], choices=["output", "stack"])
     parser.add_argument("--budgets", nargs="+", type=int, default=[5, 7, 9, 13, 17])
     parser.add_argument("--plans", type=int, default=24, help="random plans per budget, each with four predictors")
     parser.add_argument("--prompts", type=int, default=4, help="unseen prompts that each plan is run on")
-    parser.add_argument("--probes", type=int, default=20, help="accelerated runs that the simulator learns from")
+    parser.add_argument("--probes", type=int, default=12, help="accelerated runs that the simulator learns from")
     parser.add_argument("--folder", type=Path, default=Path("outputs/rank_correlation"), help="keeps real runs")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
 
-    print("| model | site | K | real dB | Spearman | rms dB | mean dB |\n|---|---|---|---|---|---|---|")
+    print("| model | K | real dB | Spearman | rms dB | mean dB |\n|---|---|---|---|---|---|")
     for model in args.models:
         pipe = load(model, "float32", "cpu")
         pipe.set_progress_bar_config(disable=True)
         real = RealRuns(model, pipe, args.prompts, args.folder)
-        prompts = [lines(model)[i] for i in CALIBRATION]
-        for site in args.sites:
-            probes = random_probes(args.probes, T)
-            trajectories, answers = record(pipe, prompts, CALIBRATION, T, site, probes, **CALLS[model])
-            simulator = Simulator(trajectories, fit_response(answers, trajectories))
-            predictors = {"taylor1": Taylor(1), "lagrange2": Lagrange(2), "ab2": AdamsBashforth(2)}
-            predictors["lsq3"] = trajectories.least_squares(3)
-            weights = {name: Weights(predictor, T) for name, predictor in predictors.items()}
-            for budget in args.budgets:
-                plans = random_plans(args.plans, budget)
-                fill = Fill.join([table.fill(plans) for table in weights.values()])
-                predicted = decibels(simulator.errors(fill))
-                measured = decibels(np.array([real(site, n, predictors[n], plan) for n in weights for plan in plans]))
-                off = predicted - measured
-                print(
-                    f"| {model} | {site} | {budget} | {measured.min():.0f} to {measured.max():.0f} | "
-                    f"{spearman(predicted, measured):.3f} | {np.sqrt((off**2).mean()):.2f} | {off.mean():+.2f} |",
-                    flush=True,
-                )
+        batches = [([lines(model)[i] for i in CALIBRATION], CALIBRATION)]
+        recorded, answers = record(pipe, batches, T, random_probes(args.probes, T), **CALLS[model])
+        simulator = Simulator(recorded, fit_response(answers, recorded))
+        predictors = {"taylor1": Taylor(1), "lagrange2": Lagrange(2), "ab2": AdamsBashforth(2)}
+        predictors["lsq3"] = recorded.least_squares(3)
+        weights = {name: Weights(predictor, T) for name, predictor in predictors.items()}
+        for budget in args.budgets:
+            plans = random_plans(args.plans, budget)
+            fill = Fill.join([table.fill(plans) for table in weights.values()])
+            predicted = decibels(simulator.errors(fill))
+            measured = decibels(np.array([real(n, predictors[n], plan) for n in weights for plan in plans]))
+            off = predicted - measured
+            print(
+                f"| {model} | {budget} | {measured.min():.0f} to {measured.max():.0f} | "
+                f"{spearman(predicted, measured):.3f} | {np.sqrt((off**2).mean()):.2f} | {off.mean():+.2f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from helpers.commands import ENVIRONMENT, ROOT
+from scripts.gpu_check import part
 
 TINY = "num_layers=2 num_single_layers=3 in_channels=8 joint_attention_dim=16 pooled_projection_dim=16"
 TINY += " axes_dims_rope=[4,6,6] num_attention_heads=2 attention_head_dim=16"
@@ -27,8 +28,12 @@ def test_the_page_has_every_part_and_names_what_failed(tmp_path):
     assert "| teacache | " in page and "not without a GPU" in page
     titles = [line for line in page.splitlines() if line.startswith("## ")]
     assert len(titles) == 5 and page.count("T = 8, K = 4") == 2
-    code, page = check(tmp_path, *tiny, "--methods", "fora", "--families", "flux", "--config", "num_layers=0.5")
-    assert code == 1 and "FAILED" in page and "## FLUX.1-dev, blocks compiled" in page
+
+
+def test_a_part_that_fails_says_how_and_takes_nothing_with_it():
+    text = part("Broken", lambda: 1 / 0)
+    assert text.startswith("## Broken\n\nFAILED") and "ZeroDivisionError: division by zero" in text
+    assert part("Whole", lambda: "| a |").startswith("## Whole\n\n| a |")
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """Does the simulator know which plan is better? ``python -m scripts.rank_correlation``
 
-Random plans are simulated and run for real at site=output, on prompts that the simulator has not seen. Per model and budget the
-table has Spearman's rank correlation of the predicted and the real error of the final latents, the root mean square of
-their difference in dB, and its mean (positive: the simulator is too hopeful), over all plans and predictors.
+Random plans are simulated and run for real at site=output, on prompts that the simulator has not seen. Per model and
+budget the table has Spearman's rank correlation of the predicted and the real error of the final latents, the root mean
+square of their difference in dB, and its mean (positive: the simulator is too hopeful), over all plans and predictors.
 
 Real runs are kept in a file, so that nothing is run twice.
 """

@@ -180,9 +180,9 @@ class _WatchedStep:
         sample = kwargs["sample"] if "sample" in kwargs else args[2] if len(args) > 2 else None
         for listener in list(self.listeners):
             listener.before_step(self.scheduler, sample, kwargs)
-        arguments = self.__signature__.bind(*args, **kwargs).arguments
         for listener in list(self.listeners):
-            listener.given(self.scheduler, arguments)
+            if type(listener).given is not StepListener.given:  # binding the arguments takes time
+                listener.given(self.scheduler, self.__signature__.bind(*args, **kwargs).arguments)
         output = self.original(*args, **kwargs)
         for listener in list(self.listeners):
             listener.after_step(self.scheduler, output)

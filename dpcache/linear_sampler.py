@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 
 from dpcache._diffusers import copy_of_scheduler
 from dpcache.errors import SettingError
@@ -67,8 +68,9 @@ def read_sampler(scheduler, calls: Sequence[dict]) -> LinearSampler:
     # One generator for each column, all alike, so that a noisy scheduler adds the same to all.
     noise = [torch.Generator().manual_seed(0) for _ in range(steps + 3)]
     twin, shape = copy_of_scheduler(scheduler), (steps + 3, 1, 1, 1)
+    vars(twin).update(_on_the_cpu(vars(twin)))  # a GPU's would not go with the unit vectors
     latents, trajectory = inputs[0].reshape(shape), [inputs[0]]
-    for prediction, call in zip(inputs[1:], calls):
+    for prediction, call in zip(inputs[1:], map(_on_the_cpu, calls)):
         if "generator" in call:
             call = call | {"generator": noise}
         latents = twin.step(model_output=prediction.reshape(shape), sample=latents, **call)[0]
@@ -81,6 +83,16 @@ def read_sampler(scheduler, calls: Sequence[dict]) -> LinearSampler:
         raise SettingError(f"{name}: the simulator takes schedulers whose step is linear in what it is given")
     start, response = matrix[:, 0], matrix[:, 1:]
     return LinearSampler(response, start, *_recurrence(response, name), bool(np.abs(added).max() > 0))
+
+
+def _on_the_cpu(values: dict) -> dict:
+    """With all tensors in it, and those in lists, on the CPU."""
+
+    def moved(value):
+        return value.cpu() if torch.is_tensor(value) else value
+
+    held = {name: part for name, part in values.items() if isinstance(part, (torch.Tensor, list, tuple))}
+    return values | {name: tree_map(moved, part) for name, part in held.items()}
 
 
 def _recurrence(response: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,7 @@
 """Every method on every family at its published width, on a CUDA device that is not there: devices and dtypes agree,
 and the host waits for the device only where a method decides. `scripts/fake_cuda.py` writes the waits down."""
 
+import contextlib
 import functools
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
@@ -16,11 +18,14 @@ import eval.schema  # noqa: F401, registers the types of the settings
 from baselines.library import LibraryCache
 from dpcache.calibration import Calibration, record
 from dpcache.gram import gram
+from dpcache.linear_sampler import read_sampler
 from dpcache.method import Method
 from dpcache.pact import l1_cost
 from dpcache.predictors import Reuse, Taylor
 from dpcache.sampler import generate, sample
 from dpcache.schedules import EvenlySpaced
+from dpcache.simulated import SimulatedRuns
+from dpcache.simulator import Recorded, Simulator
 from dpcache.statistics import Gain, Gram, InputChange, L1Cost, OutputChange, relative_change
 from helpers.fake_cuda import DTYPE, FAMILIES, Host, make
 
@@ -105,6 +110,27 @@ def case(name: str, deep: bool = False):
     return made
 
 
+@functools.cache
+def simulated(shape: tuple[int, ...]) -> np.ndarray:
+    """What a simulator has learnt of a made-up trajectory."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(T)
+    sampler = read_sampler(scheduler, [{"timestep": t} for t in scheduler.timesteps])
+    points = np.random.default_rng(0).normal(size=(1, T + 1, T + 1)).cumsum(1)
+    remaining = np.linspace(1, 0.1, T)[None]
+    recorded = Recorded(points @ points.swapaxes(1, 2), remaining, np.ones(shape, np.float32), sampler)
+    return Simulator(recorded, np.full(T, 0.1)).pack()
+
+
+def test_a_schedulers_arithmetic_is_read_on_the_cpu():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    with case("FLUX.1-dev").host:
+        scheduler.set_timesteps(T, device="cuda")
+        assert scheduler.timesteps.is_cuda
+        with contextlib.suppress(ValueError):  # made-up numbers are not linear; other devices would be another error
+            read_sampler(scheduler, [{"timestep": t} for t in scheduler.timesteps])
+
+
 def calibration(case) -> Calibration:
     """Of a made-up trajectory, with real numbers: what the planners look at does not depend on a device."""
     generator = torch.Generator().manual_seed(0)
@@ -120,6 +146,7 @@ def calibration(case) -> Calibration:
         Gram("output"): output,
         Gain("stack"): np.ones(T),
         Gain("output"): np.ones(T),
+        SimulatedRuns(): simulated(case.latents),
     }
     return Calibration(
         {"num_inference_steps": str(T)},

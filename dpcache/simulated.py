@@ -38,13 +38,14 @@ class SimulatedPlan:
     """The recipe of a method whose steps and predictor are searched in the simulator, at site=output.
 
     Step 0 alone is fixed. The simulator finds the best plan of every predictor. It is too hopeful about some, as it
-    knows no answers that are not proportional to their errors: so the best few are run.
+    knows no answers that are not proportional to their errors: so the best few are run, and the best of the evenly
+    spaced plans, with which it is not.
 
     Args:
         budget, num_inference_steps: K and T, see `dpcache.schedules`.
         predictors: candidates: "lsq1" to "lsq4", least squares over so many keys; "lsq1x" to "lsq4x", over the current
             latents as well (left out where the scheduler adds noise); and the short names of `dpcache.predictors`.
-        finalists: how many are run.
+        finalists: how many are run, an evenly spaced one among them.
         trajectories: what these runs may cost together, in full-step trajectories of one sample.
         probes: see `SimulatedRuns`.
 
@@ -54,7 +55,7 @@ class SimulatedPlan:
     budget: int
     num_inference_steps: int
     predictors: Sequence[str] = PREDICTORS
-    finalists: int = 3
+    finalists: int = 4
     trajectories: float = 3.0
     probes: int = 12
 
@@ -63,9 +64,10 @@ class SimulatedPlan:
         known = [*LEAST_SQUARES, *short_names()]
         if not self.predictors or set(self.predictors) - set(known):
             raise SettingError(f"predictors={list(self.predictors)}: choose from {', '.join(known)}")
-        if self.finalists < 1 or self.trajectories <= 0 or self.probes < 1:
+        if self.finalists < 2 or self.trajectories <= 0 or self.probes < 1:
             raise SettingError(
-                f"finalists={self.finalists}, trajectories={self.trajectories}, probes={self.probes}: must be positive"
+                f"finalists={self.finalists}, trajectories={self.trajectories}, probes={self.probes}: must be at least "
+                "2, above 0 and at least 1"
             )
 
     @property
@@ -82,7 +84,8 @@ class SimulatedPlan:
 
     def build(self, pipe, calibration: Calibration) -> Method:
         simulator = Simulator.unpack(calibration[self.statistics[0]], calibration.latents)
-        trials = self.search(simulator)
+        searched, even = self.search(simulator)
+        trials = [*searched[: self.finalists - 1], even[0], *searched[self.finalists - 1 :]]
         finalists, T = min(self.finalists, len(trials)), self.num_inference_steps
         prompts = min(max(int(self.trajectories * T / (finalists * self.budget)), 1), len(calibration.latents))
         reference, methods = calibration.latents[:prompts].reshape(prompts, -1), []
@@ -97,17 +100,20 @@ class SimulatedPlan:
         decided = {"steps": list(chosen.schedule.steps), "predictor": trials[best]["predictor"], "trials": trials}
         return Method(chosen.schedule, chosen.site, chosen.predictor, decided)
 
-    def search(self, simulator: Simulator) -> list[dict]:
-        """Of every predictor the best plan and its promised decibels, the best first."""
-        recorded, trials = simulator.recorded, []
+    def search(self, simulator: Simulator) -> tuple[list[dict], list[dict]]:
+        """Of every predictor the best plan and its promised decibels, best first; and the same with even spacing."""
+        recorded, searched, spaced = simulator.recorded, [], []
+        even = EvenlySpaced(self.budget, recorded.steps).steps
         for name in self.predictors:
             if name.endswith("x") and recorded.sampler.noisy:
                 continue
             predictor = make_predictor(name, recorded)
-            starts = starting_plans(recorded, predictor, self.budget)
-            ((promised, plan),) = search_plans(simulator, Weights(predictor, recorded.steps), starts)
-            trials.append({"predictor": name, "steps": list(plan), "promised": promised})
-        return sorted(trials, key=lambda trial: -trial["promised"])
+            weights = Weights(predictor, recorded.steps)
+            ((promised, plan),) = search_plans(simulator, weights, starting_plans(recorded, predictor, self.budget))
+            searched.append({"predictor": name, "steps": list(plan), "promised": promised})
+            promised = float(decibels(simulator.errors(weights.fill([even])))[0])
+            spaced.append({"predictor": name, "steps": list(even), "promised": promised})
+        return tuple(sorted(trials, key=lambda trial: -trial["promised"]) for trials in (searched, spaced))
 
 
 def make_predictor(name: str, recorded: Recorded) -> Predictor:

@@ -271,14 +271,15 @@ def test_a_simulator_comes_back_from_its_array():
 
 
 def test_the_recipe_takes_the_finalist_that_real_runs_confirm_and_counts_what_it_took(pipe):
-    recipe = dpcache.recipe("dpcache_sim", 4, 10, predictors=["lagrange2", "lsq2x", "ab2"], probes=4, finalists=2)
+    recipe = dpcache.recipe("dpcache_sim", 4, 10, predictors=["lagrange2", "lsq2x", "ab2"], probes=4, finalists=3)
     calibration = dpcache.calibrate(pipe, ["dog", "car"], 10, recipe.statistics, batch_size=2, **CALL)
     probed = sum(2 * len(plan) for plan, _ in random_probes(4, 10)) / 10
     assert calibration.took(recipe.statistics) == pytest.approx(2 + probed)
     method = recipe.build(pipe, calibration)
     confirmed = [trial for trial in method.decided["trials"] if "confirmed" in trial]
+    assert [0, 2, 5, 7] in [trial["steps"] for trial in confirmed]
     best = max(confirmed, key=lambda trial: trial["confirmed"])
-    assert len(confirmed) == 2 and method.decided["steps"] == best["steps"] and len(best["steps"]) == 4
+    assert len(confirmed) == 3 and method.decided["steps"] == best["steps"] and len(best["steps"]) == 4
     simulator = Simulator.unpack(calibration[recipe.statistics[0]], calibration.latents)
     real = decibels(real_errors(pipe, method, simulator.recorded))
     assert best["confirmed"] == pytest.approx(real, abs=0.05)

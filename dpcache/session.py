@@ -96,6 +96,11 @@ class History:
             buffer = self.buffers[self.newest] = torch.empty(feature.shape, dtype=feature.dtype, device=feature.device)
         buffer.copy_(feature)
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the features that are kept."""
+        return self.buffers[self.newest].shape
+
     def combine(self, weights: tuple[float, ...] | np.ndarray, current: torch.Tensor | None = None) -> torch.Tensor:
         """The weighted sum of the newest features (newest last) and, if given, of `current` (its weight comes last),
         accumulated in float32, in the features' dtype. An array (n, D) weighs each entry of the last dimension."""
@@ -520,7 +525,15 @@ class Session:
         self._once(name)
         if name not in branch.kept:
             raise SettingError(f"site={self.site.name}: nothing was kept of {name!r} that step {branch.step} asks for")
-        predicted = tuple(history.combine(branch.weights, seen) for history in branch.histories[name])
+        histories = branch.histories[name]
+        if seen is not None and not all(torch.is_tensor(seen) and seen.shape == history.shape for history in histories):
+            shapes = " and ".join(str(tuple(history.shape)) for history in histories)
+            has, kind = tuple(seen.shape) if torch.is_tensor(seen) else "a list", type(self.method.predictor).__name__
+            raise SettingError(
+                f"site={self.site.name}: {kind} sees the model's input, {has}, which has another shape than the "
+                f"prediction, {shapes}: choose a predictor that does not see it"
+            )
+        predicted = tuple(history.combine(branch.weights, seen) for history in histories)
         return predicted if len(predicted) > 1 else predicted[0]
 
     def _once(self, name: str) -> None:

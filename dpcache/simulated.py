@@ -1,7 +1,7 @@
 """Beyond the paper: steps and predictor searched in a simulated closed loop, the best few confirmed in a real one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -85,20 +85,28 @@ class SimulatedPlan:
     def build(self, pipe, calibration: Calibration) -> Method:
         simulator = Simulator.unpack(calibration[self.statistics[0]], calibration.latents)
         searched, even = self.search(simulator)
-        trials = [*searched[: self.finalists - 1], even[0], *searched[self.finalists - 1 :]]
+        trials = [*searched[: self.finalists - 1], *even[:1], *searched[self.finalists - 1 :], *even[1:]]
         finalists, T = min(self.finalists, len(trials)), self.num_inference_steps
         prompts = min(max(int(self.trajectories * T / (finalists * self.budget)), 1), len(calibration.latents))
         reference, methods = calibration.latents[:prompts].reshape(prompts, -1), []
-        for trial in trials[:finalists]:
+        for trial in trials:
             predictor = make_predictor(trial["predictor"], simulator.recorded)
-            methods.append(Method(Schedule(trial["steps"], T), "output", predictor))
-            moved = calibration.rerun(pipe, methods[-1], prompts)[0].reshape(prompts, -1) - reference
+            method = Method(Schedule(trial["steps"], T), "output", predictor)
+            try:
+                moved = calibration.rerun(pipe, method, prompts)[0].reshape(prompts, -1) - reference
+            except SettingError as error:
+                if not predictor.sees_input:
+                    raise
+                trial["refused"] = str(error)  # this model's input has another shape than its prediction
+                continue
             errors = np.linalg.norm(moved, axis=1) / np.linalg.norm(reference, axis=1)
             trial |= {"confirmed": float(decibels(errors.clip(1e-10))), "prompts": prompts}
-        best = max(range(finalists), key=lambda i: trials[i]["confirmed"])
-        chosen = methods[best]
-        decided = {"steps": list(chosen.schedule.steps), "predictor": trials[best]["predictor"], "trials": trials}
-        return Method(chosen.schedule, chosen.site, chosen.predictor, decided)
+            methods.append((trial, method))
+            if len(methods) == finalists:
+                break
+        trial, chosen = max(methods, key=lambda pair: pair[0]["confirmed"])
+        decided = {"steps": trial["steps"], "predictor": trial["predictor"], "trials": trials}
+        return replace(chosen, decided=decided)
 
     def search(self, simulator: Simulator) -> tuple[list[dict], list[dict]]:
         """Of every predictor the best plan and its promised decibels, best first; and the same with even spacing."""

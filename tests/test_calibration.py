@@ -228,6 +228,20 @@ def test_the_input_is_seen_in_closed_loop_as_in_open(output_calibration, pipe):
     assert (predicted - truth).norm() < 0.7 * (rows["output"][4] - truth).norm()
 
 
+def test_an_input_of_another_shape_than_the_prediction_is_refused(output_calibration, pipe):
+    predictor = LeastSquares(output_calibration[Gram("output")], 2, sees_input=True)
+    method = dpcache.Method(Schedule([0, 1, 2, 5], T), "output", predictor)
+    own = pipe.transformer.proj_out
+    pipe.transformer.proj_out = torch.nn.Linear(own.in_features, 1)  # one channel, which would go with any number
+    try:
+        with pytest.raises(
+            dpcache.SettingError, match=r"sees the model's input, \(1, 64, 16\), which has another shape"
+        ):
+            sample(pipe, method, ["dog"], [0], decode=False, **CALL)
+    finally:
+        pipe.transformer.proj_out = own
+
+
 def test_closed_loop_fit_with_the_input_is_the_open_loop_one(output_calibration, pipe):
     method = dpcache.Method(
         Schedule([0, 1, 2, 3], T), "output", LeastSquares(output_calibration[Gram("output")], 3, sees_input=True)

@@ -1,0 +1,97 @@
+"""OSS: Optimal Stepsize for Diffusion Sampling (Pei et al., arXiv 2503.21774), as in the authors' code."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from baselines.trajectory import answers, follow
+from dpcache.method import Method
+from dpcache.predictors import Reuse
+from dpcache.schedules import Schedule, check_budget
+
+
+class OSS(Method):
+    """No cache, and the K of T steps from which the plain solver, stepping straight from each to the next, ends closest
+    to the T-step run.
+
+    A prediction that is held over skipped steps is that solver's own long step (see `Trajectory`), so the grid is run
+    as a list of computed steps. It is searched for every calibration prompt by itself, with K model calls at each of
+    the T steps, so K full trajectories a prompt; of several, each step is the median, as the authors' `cal_medium` has
+    it. They search on one image, or on each that they sample.
+
+    The authors let a grid begin later than at step 0, with the same noise; a pipeline begins at step 0.
+
+    Args:
+        prompts: calibration prompts that are searched on, the first ones.
+    """
+
+    needs_calibration = True
+
+    def __init__(self, budget: int, num_inference_steps: int, prompts: int = 4):
+        check_budget(budget, num_inference_steps, 1)
+        super().__init__(Schedule(None, num_inference_steps), "output", Reuse())
+        self.budget, self.prompts = budget, prompts
+
+    def prepare(self, pipe, calibration=None):
+        grids, call = [], calibration.made_from["call"]
+        for prompts, seeds in calibration.batches(self.prompts):
+            run = follow(pipe, prompts, seeds, self.num_inference_steps, **call)
+
+            def model(states, run=run, prompts=prompts, seeds=seeds):
+                return answers(pipe, run, states, prompts, seeds, **call)
+
+            grids.append(optimal_steps(run.states, run.times, model, self.budget))
+        steps = median(np.concatenate(grids), self.num_inference_steps)
+        self.schedule = Schedule(steps, self.num_inference_steps)
+
+
+def optimal_steps(
+    states: torch.Tensor, times: torch.Tensor, model: Callable[[torch.Tensor], torch.Tensor], budget: int
+) -> np.ndarray:
+    """The authors' dynamic programming over the number of steps (Algorithm 1), of B samples at once.
+
+    After k steps each grid point j has the state closest to the T-step run's own, among those that one step from any
+    earlier point i reaches, started from the state that i has after k - 1 steps. So states are simulated anew, and the
+    cost is the distance of a state, not a sum over the path.
+
+    Args:
+        states: of the T-step run, (T + 1, B, ...), see `Trajectory`.
+        times: (T + 1,).
+        model: predictions (T, B, ...) at states (T + 1, B, ...), one of each step.
+
+    Returns:
+        The computed steps, (B, K), int. Where fewer steps come closer, step 0 is repeated.
+    """
+    T, B = len(states) - 1, states.shape[1]
+    flat, ahead = states.flatten(2), (times - times[:, None]).float()  # ahead[i, j] = t_j - t_i
+    best = torch.full((T + 1, B), torch.inf)
+    came = torch.zeros((budget, T + 1, B), dtype=torch.long)
+    current = states[:1].expand_as(states).clone()
+    for k in range(budget):
+        slopes = model(current).flatten(2)
+        start, following = current.flatten(2), current.flatten(2).clone()
+        came[k] = came[k - 1] if k else 0
+        for i in range(T if k else 1):
+            reached = start[i] + ahead[i, i + 1 :, None, None] * slopes[i]  # (T - i, B, ...)
+            error = (reached - flat[i + 1 :]).square().mean(-1)
+            better = error < best[i + 1 :]
+            best[i + 1 :] = torch.where(better, error, best[i + 1 :])
+            came[k, i + 1 :] = torch.where(better, i, came[k, i + 1 :])
+            following[i + 1 :] = torch.where(better[..., None], reached, following[i + 1 :])
+        current = following.view_as(states)
+    grids = np.zeros((B, budget), dtype=int)
+    for sample in range(B):
+        point = T
+        for k in range(budget - 1, -1, -1):
+            point = grids[sample, k] = int(came[k, point, sample])
+    return grids
+
+
+def median(grids: np.ndarray, num_inference_steps: int) -> list[int]:
+    """Of n grids (n, K), each step's median, that of an odd number of them towards the next later one; each step once.
+
+    The authors count the steps that are left, and round half of the sum of the middle two down.
+    """
+    left, middle = np.sort(num_inference_steps - grids, axis=0), len(grids) // 2
+    return sorted({*(num_inference_steps - (left[middle] + left[middle - 1]) // 2).tolist()})

@@ -66,9 +66,7 @@ class PhaseAxis(Predictor):
         if len(keys) == 1:
             return (1.0,)
         nodes, target = self._balanced(keys, step) if self.mapping == "balanced" else self._chebyshev(keys, step)
-        return tuple(
-            math.prod((target - other) / (node - other) for other in nodes if other != node) for node in nodes
-        )
+        return tuple(math.prod((target - other) / (node - other) for other in nodes if other != node) for node in nodes)
 
     def _balanced(self, keys: Sequence[int], step: int) -> tuple[list[float], float]:
         """Places of the keys and of the step."""

@@ -1,5 +1,5 @@
-"""GITS: On the Trajectory Regularity of ODE-based Diffusion Sampling (Chen et al., arXiv 2405.11326), as in the authors'
-code."""
+"""GITS: On the Trajectory Regularity of ODE-based Diffusion Sampling (Chen et al., arXiv 2405.11326), as in the
+authors' code."""
 
 import numpy as np
 import torch

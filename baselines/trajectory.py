@@ -47,8 +47,8 @@ def follow(pipe, prompts: Sequence[str], seeds: Sequence[int], num_inference_ste
         straight = factors[-1][0] * sample.double() + factors[-1][1] * prediction[:, : sample.shape[1]].double()
         if not torch.allclose(stepped.double(), straight, rtol=1e-2, atol=1e-3 * float(stepped.std())):
             raise SettingError(
-                f"{type(scheduler).__name__} with this configuration looks at more than its latest prediction, or draws "
-                "noise: a grid of its steps is planned for schedulers of the first order"
+                f"{type(scheduler).__name__}, as it is configured, looks at more than its latest prediction or draws "
+                "noise: grids are planned for schedulers of the first order"
             )
         states.append(sample[: len(seeds)].float().cpu())
         slopes.append(prediction[: len(seeds), : sample.shape[1]].float().cpu())

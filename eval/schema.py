@@ -61,8 +61,8 @@ class EvalConfig:
 
 class Group(Enum):
     """Kinds of methods in the order of the board: the plain alternatives to a cache; caches that reuse or forecast
-    features at fixed steps, that decide their steps online, or plan them; those whose weights are trained; those that skip
-    parts of steps; those of libraries; and methods without a record."""
+    features at fixed steps, that decide their steps online, or plan them; those whose weights are trained; those that
+    skip parts of steps; those of libraries; and methods without a record."""
 
     plain = "plain"
     reuse = "reuse"

@@ -1,0 +1,81 @@
+"""LeMiCa: Lexicographic Minimax Path Caching for Efficient Diffusion-Based Video Generation (Gao et al., arXiv
+2511.00090)."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+from tqdm import tqdm
+
+from dpcache.errors import SettingError
+from dpcache.method import Method
+from dpcache.predictors import Reuse
+from dpcache.schedules import Schedule, check_budget
+
+
+class LeMiCa(Method):
+    """What all blocks add is reused between K steps: those of the path through all steps whose largest edge is the
+    smallest, then the second largest, and so on.
+
+    An edge from step i to step j weighs what a run that reuses step i's residual in the steps between, and computes all
+    others, changes of the final latents: the mean absolute difference, over prompts too. A path leads from the first
+    step to the last, as all lists do that the authors have published.
+
+    The authors have published these lists and not what finds them. Open, and chosen here: how far an edge may reach,
+    and how many prompts are averaged. Each edge takes a run, so a prompt takes T full trajectories for every step that
+    an edge may reach beyond the next: nearly 600 for T = 50 and 13 steps.
+
+    Args:
+        prompts: calibration prompts whose errors are averaged, the first ones.
+        max_jump: how far an edge may reach; None: twice as far as the mean edge of K steps.
+    """
+
+    needs_calibration = True
+
+    def __init__(self, budget: int, num_inference_steps: int, prompts: int = 1, max_jump: int | None = None):
+        check_budget(budget, num_inference_steps, min(2, num_inference_steps))
+        mean = (num_inference_steps - 1) / max(budget - 1, 1)
+        max_jump = math.ceil(2 * mean) if max_jump is None else max_jump
+        if max_jump < mean:
+            raise SettingError(f"max_jump={max_jump}: budget={budget} takes jumps of at least {math.ceil(mean)}")
+        super().__init__(Schedule(None, num_inference_steps), "residual", Reuse())
+        self.budget, self.prompts, self.max_jump = budget, prompts, max_jump
+
+    def prepare(self, pipe, calibration=None):
+        T = self.num_inference_steps
+        errors = np.full((T, T), np.inf)
+        errors[np.arange(T - 1), np.arange(1, T)] = 0  # nothing is reused
+        edges = [(i, j) for i in range(T) for j in range(i + 2, min(i + self.max_jump, T - 1) + 1)]
+        for i, j in tqdm(edges, desc="measuring edges", unit="run", leave=False):
+            method = Method(Schedule([*range(i + 1), *range(j, T)], T), self.site, self.predictor)
+            latents, _ = calibration.rerun(pipe, method, self.prompts)
+            errors[i, j] = np.abs(latents - calibration.latents[: len(latents)]).mean()
+        steps = minimax_path(errors, self.budget)
+        self.schedule = Schedule(steps, T)
+        self.settled = {"edges": len(edges), "largest": max(errors[edge] for edge in pairwise(steps))}
+
+
+def minimax_path(errors: np.ndarray, budget: int) -> list[int]:
+    """The path from the first to the last of T steps over K of them, whose edges, the largest first, come first in the
+    order of words.
+
+    What comes first does so with any further edge, too, so the best path to every step and count is all there is to
+    know.
+
+    Args:
+        errors: (T, T), of the edge from row to column; infinite where there is none.
+    """
+    T = len(errors)
+    best: dict[int, tuple[tuple[float, ...], list[int]]] = {0: ((), [0])}  # by last step: its edges, and the path
+    for _ in range(budget - 1):
+        reached = {}
+        for j in range(1, T):
+            found = [
+                (tuple(sorted((*edges, errors[i, j]), reverse=True)), [*path, j])
+                for i, (edges, path) in best.items()
+                if i < j and np.isfinite(errors[i, j])
+            ]
+            if found:
+                reached[j] = min(found)
+        best = reached
+    return best[T - 1][1]

@@ -155,7 +155,7 @@ def modal_fit(gram: np.ndarray, smallest: float = 1e-4, ridge: float = 1e-8) -> 
     features = np.sqrt(lengths.clip(0))[:, None] * axes.T
     before, after = features[:, :-1], features[:, 1:]
     U, S, Vh = np.linalg.svd(before, full_matrices=False)
-    rank = max(int(np.count_nonzero(S / S[0] > smallest)), 1)
+    rank = max(int(np.greater(S, smallest * S[0]).sum()), 1)
     U, V, inverse = U[:, :rank], Vh[:rank].T, 1 / (S[:rank] + ridge)
     made_of = V * inverse  # of `after`
     try:

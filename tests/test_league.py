@@ -234,9 +234,7 @@ def test_lemica_finds_the_lexicographic_minimax_path(seed):
     errors = np.random.default_rng(seed).integers(0, 4, (9, 9)).astype(float)  # many ties
     errors[np.subtract.outer(np.arange(9), np.arange(9)) < -5] = np.inf
     for count in (3, 5, 9):
-        ordered = {
-            path: sorted((errors[edge] for edge in pairwise(path)), reverse=True) for path in paths(8, count - 1)
-        }
+        words = {p: sorted((errors[edge] for edge in pairwise(p)), reverse=True) for p in paths(8, count - 1)}
         found = tuple(lemica.minimax_path(errors, count))
         assert words[found] == min(words.values())
 

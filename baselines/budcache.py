@@ -3,20 +3,27 @@
 import math
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import numpy as np
 
+from baselines.full import full
+from baselines.given import given
+from dpcache.calibration import Calibration
+from dpcache.errors import SettingError
 from dpcache.method import Method
 from dpcache.predictors import Reuse
-from dpcache.schedules import Schedule, check_budget
+from dpcache.schedules import EvenlySpaced, Schedule, check_budget
 
 Steps = tuple[int, ...]
 
 
-class BudCache(Method):
-    """What all blocks add is reused between K steps, which a search over whole runs has found: of the candidates, those
-    whose final latents have the least mean squared error against the full-step run's.
+@dataclass(frozen=True)
+class BudCache:
+    """The recipe: what all blocks add is reused between K steps, which a search over whole runs has found: of the
+    candidates, those whose final latents have the least mean squared error against the full-step run's.
 
     Stage 1 of the paper, which its results take unless they say otherwise. Stage 2, which then trains other sigmas for
     the sampler, is not here. The authors search on one prompt, with FLUX for up to 200 runs of annealing and 20 rounds
@@ -28,42 +35,60 @@ class BudCache(Method):
         seed: of the search.
     """
 
-    needs_calibration = True
+    budget: int
+    num_inference_steps: int
+    prompts: int = 1
+    restarts: int = 1
+    annealing: int = 200
+    hottest: float = 0.05
+    coldest: float = 1e-5
+    climbing: int = 20
+    seed: int = 0
+    statistics: ClassVar[tuple] = ()
 
-    def __init__(
-        self,
-        budget: int,
-        num_inference_steps: int,
-        prompts: int = 1,
-        restarts: int = 1,
-        annealing: int = 200,
-        hottest: float = 0.05,
-        coldest: float = 1e-5,
-        climbing: int = 20,
-        seed: int = 0,
-    ):
-        check_budget(budget, num_inference_steps, 1)
-        super().__init__(Schedule(None, num_inference_steps), "residual", Reuse())
-        self.budget, self.prompts, self.seed = budget, prompts, seed
-        self.settings = {
-            "restarts": restarts,
-            "annealing": annealing,
-            "hottest": hottest,
-            "coldest": coldest,
-            "climbing": climbing,
-        }
+    def __post_init__(self):
+        check_budget(self.budget, self.num_inference_steps)
+        if self.restarts < 1 or not self.hottest >= self.coldest > 0:
+            raise SettingError(
+                f"restarts={self.restarts}, hottest={self.hottest}, coldest={self.coldest}: must be at least 1, and "
+                "above 0 and falling"
+            )
 
-    def prepare(self, pipe, calibration=None):
-        T, runs = self.num_inference_steps, []
+    @property
+    def example(self) -> Method:
+        return Method(EvenlySpaced(self.budget, self.num_inference_steps), "residual", Reuse())
+
+    def build(self, pipe, calibration: Calibration) -> Method:
+        T = self.num_inference_steps
+        wanted, _ = calibration.rerun(pipe, full(T), self.prompts)
 
         def error(steps: Steps) -> float:
-            runs.append(steps)
-            latents, _ = calibration.rerun(pipe, Method(Schedule(steps, T), self.site, self.predictor), self.prompts)
-            return float(np.square(latents - calibration.latents[: len(latents)]).mean())
+            latents, _ = calibration.rerun(pipe, Method(Schedule(steps, T), "residual", Reuse()), self.prompts)
+            return float(np.square(latents - wanted).mean())
 
-        steps, least = search(error, self.budget, T, random.Random(self.seed), **self.settings)
-        self.schedule = Schedule(steps, T)
-        self.settled = {"runs": len(runs), "error": least}
+        steps, least = search(
+            error,
+            self.budget,
+            T,
+            random.Random(self.seed),
+            self.restarts,
+            self.annealing,
+            self.hottest,
+            self.coldest,
+            self.climbing,
+        )
+        return Method(Schedule(steps, T), "residual", Reuse(), {"steps": list(steps), "error": least})
+
+
+def budcache(budget: int, num_inference_steps: int, steps: list[int] | None = None, **settings) -> BudCache | Method:
+    """Steps that annealing and hill climbing find, see `BudCache` for the other settings.
+
+    Args:
+        steps: a list to use as it is, without calibration.
+    """
+    if steps is None:
+        return BudCache(budget, num_inference_steps, **settings)
+    return Method(given(steps, budget, num_inference_steps), "residual", Reuse())
 
 
 def search(

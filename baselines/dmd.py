@@ -86,7 +86,7 @@ class ModeHook(BlockHook):
         if not branch.skip:
             self.fits.pop(branch.name, None)
             return super().new_forward(module, *args, **kwargs)
-        keys = branch.keys[-self.session.method.history :]
+        keys = branch.keys[-self.session.method.predictor.history :]
         if branch.name not in self.fits:
             self.fits[branch.name] = self.fit(branch, equal_tail(keys))
         if fits := self.fits[branch.name]:

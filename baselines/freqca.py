@@ -76,6 +76,7 @@ class Bands(Stack):
     def __init__(self, transform: str | None = None, cutoff: float = 0.1):
         if transform not in (None, "dct", "fft") or not 0 <= cutoff <= 1:
             raise SettingError(f"transform={transform}, cutoff={cutoff}: must be dct or fft, and from 0 to 1")
+        super().__init__()
         self.transform, self.cutoff = transform, cutoff
 
     def hooks(self, session, transformer):

@@ -1,21 +1,42 @@
 """GITS: On the Trajectory Regularity of ODE-based Diffusion Sampling (Chen et al., arXiv 2405.11326), as in the
 authors' code."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
+from baselines.given import given
 from baselines.trajectory import follow
+from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
 from dpcache.method import Method
 from dpcache.predictors import Reuse
-from dpcache.schedules import Schedule, check_budget
+from dpcache.schedules import EvenlySpaced, Schedule, check_budget
+from dpcache.statistics import Rerun
 
 
-class GITS(Method):
-    """No cache, and the K of T steps whose long Euler steps leave the T-step run's trajectory least, in sum.
+@dataclass(frozen=True)
+class LongStepCosts(Rerun):
+    """`long_step_costs`, mean over prompts, (T + 1, T + 1)."""
+
+    metric: str
+
+    def measure(self, pipe, calibration):
+        costs = []
+        for batch in calibration.batches():
+            run = follow(pipe, *batch, calibration.num_inference_steps, **calibration.made_from["call"])
+            costs.append(long_step_costs(run.states, run.slopes, run.times, self.metric))
+            calibration.reran += len(batch[0])
+        return np.concatenate(costs, -1).mean(-1)
+
+
+@dataclass(frozen=True)
+class GITS:
+    """The recipe: no cache, and the K of T steps whose long Euler steps leave the T-step run's trajectory least in sum.
 
     A prediction that is held over skipped steps is such a step (see `Trajectory`), so the grid is run as a list of
-    computed steps. The T-step run that calibration records is all it needs.
+    computed steps. One full trajectory a prompt is all it needs.
 
     The authors' coordinates are x / sqrt(alpha_bar) over sigma / sqrt(alpha_bar), as here of noise predictions under
     DDIM; of flow matching, which they do not have, they are x over sigma. Their teacher is a solver of order 4 (iPNDM),
@@ -28,22 +49,46 @@ class GITS(Method):
         coefficient: what each further step's cost counts against the one before (the authors' 1.15).
     """
 
-    needs_calibration = True
+    budget: int
+    num_inference_steps: int
+    metric: str = "dev"
+    coefficient: float = 1.15
 
-    def __init__(self, budget: int, num_inference_steps: int, metric: str = "dev", coefficient: float = 1.15):
-        check_budget(budget, num_inference_steps, 1)
-        if metric not in ("dev", "l1", "l2"):
-            raise SettingError(f"metric={metric} is not one of dev, l1, l2")
-        super().__init__(Schedule(None, num_inference_steps), "output", Reuse())
-        self.budget, self.metric, self.coefficient = budget, metric, coefficient
+    def __post_init__(self):
+        check_budget(self.budget, self.num_inference_steps)
+        if self.metric not in ("dev", "l1", "l2"):
+            raise SettingError(f"metric={self.metric} is not one of dev, l1, l2")
 
-    def prepare(self, pipe, calibration=None):
-        costs, call = [], calibration.made_from["call"]
-        for prompts, seeds in calibration.batches():
-            run = follow(pipe, prompts, seeds, self.num_inference_steps, **call)
-            costs.append(long_step_costs(run.states, run.slopes, run.times, self.metric))
-        cost = np.concatenate(costs, -1).mean(-1)
-        self.schedule = Schedule(cheapest(cost, self.budget, self.coefficient), self.num_inference_steps)
+    @property
+    def statistics(self) -> tuple[LongStepCosts]:
+        return (LongStepCosts(self.metric),)
+
+    @property
+    def example(self) -> Method:
+        return Method(EvenlySpaced(self.budget, self.num_inference_steps), "output", Reuse())
+
+    def build(self, pipe, calibration: Calibration) -> Method:
+        """The method with its steps. `pipe` is not run and may be None."""
+        (costs,) = self.statistics
+        steps = cheapest(calibration[costs], self.budget, self.coefficient)
+        return Method(Schedule(steps, self.num_inference_steps), "output", Reuse(), {"steps": steps})
+
+
+def gits(
+    budget: int,
+    num_inference_steps: int,
+    metric: str = "dev",
+    coefficient: float = 1.15,
+    steps: list[int] | None = None,
+) -> GITS | Method:
+    """The trajectory's regularity plans the plain solver's steps, see `GITS`.
+
+    Args:
+        steps: a grid to use as it is, without calibration.
+    """
+    if steps is None:
+        return GITS(budget, num_inference_steps, metric, coefficient)
+    return Method(given(steps, budget, num_inference_steps), "output", Reuse())
 
 
 def long_step_costs(states: torch.Tensor, slopes: torch.Tensor, times: torch.Tensor, metric: str) -> np.ndarray:

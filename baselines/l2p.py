@@ -1,14 +1,19 @@
 """L2P: learned linear prediction of the model's outputs (arXiv 2604.26365), as in the authors' code."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 
+from baselines.given import given
+from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
 from dpcache.method import Method
-from dpcache.predictors import Predictor, Reuse
+from dpcache.predictors import Predictor
 from dpcache.schedules import EvenlySpaced, Schedule
+from dpcache.statistics import Gram
 
 # The authors' computed steps of 50, by their number: for FLUX.1-dev.
 STEPS = {
@@ -21,9 +26,10 @@ STEPS = {
 }
 
 
-class L2P(Method):
-    """A skipped step is a weighted sum of the model's predictions at all steps before it, computed or themselves
-    predicted, with weights that are trained on full-step trajectories.
+@dataclass(frozen=True)
+class L2P:
+    """The recipe: a skipped step is a weighted sum of the model's predictions at all steps before it, computed or
+    themselves predicted, with weights that are trained on full-step trajectories.
 
     The authors' T x T weights are a lower-triangular matrix that starts as the identity and is trained with Adam to
     predict each step from all before it, on the mean square. That loss depends on the trajectories' Gram matrix alone,
@@ -34,32 +40,34 @@ class L2P(Method):
         updates, rate: of Adam.
     """
 
-    needs_calibration = True
+    budget: int
+    num_inference_steps: int
+    steps: Sequence[int] | None = None
+    updates: int = 201
+    rate: float = 0.01
+    statistics: ClassVar[tuple] = (Gram("output"),)
 
-    def __init__(
-        self,
-        budget: int,
-        num_inference_steps: int,
-        steps: list[int] | None = None,
-        updates: int = 201,
-        rate: float = 0.01,
-    ):
-        if steps is None and num_inference_steps == 50:
-            steps = STEPS.get(budget)
-        if steps is None:
-            schedule = EvenlySpaced(budget, num_inference_steps, min(3, budget))
-        else:
-            schedule = Schedule(steps, num_inference_steps)
-        if len(schedule.steps) != budget:
-            raise SettingError(f"steps has {len(steps)} entries: set budget={len(steps)}, not {budget}")
-        schedule.calibration_options = {"site": "output"}
-        super().__init__(schedule, "output", Reuse())
-        self.updates, self.rate = updates, rate
+    def __post_init__(self):
+        if self.updates < 1 or not self.rate > 0:
+            raise SettingError(f"updates={self.updates}, rate={self.rate}: must be at least 1 and above 0")
+        self._schedule()
 
-    def prepare(self, pipe, calibration=None):
+    def _schedule(self) -> Schedule:
+        steps, T = self.steps, self.num_inference_steps
+        if steps is None and T == 50:
+            steps = STEPS.get(self.budget)
+        return EvenlySpaced(self.budget, T, min(3, self.budget)) if steps is None else given(steps, self.budget, T)
+
+    @property
+    def example(self) -> Method:
         T = self.num_inference_steps
-        weights = train(calibration.gram[:T, :T], self.updates, self.rate)
-        self.predictor = Unrolled(weights, len(self.schedule.steps))
+        return Method(self._schedule(), "output", Unrolled(np.eye(T), self.budget))
+
+    def build(self, pipe, calibration: Calibration) -> Method:
+        """The method with its weights. `pipe` is not run and may be None."""
+        T = self.num_inference_steps
+        weights = train(calibration[Gram("output")][:T, :T], self.updates, self.rate)
+        return Method(self._schedule(), "output", Unrolled(weights, self.budget))
 
 
 def train(gram: np.ndarray, updates: int = 201, rate: float = 0.01) -> np.ndarray:

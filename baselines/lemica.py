@@ -2,27 +2,53 @@
 2511.00090)."""
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from tqdm import tqdm
 
+from baselines.full import full
+from baselines.given import given
+from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
 from dpcache.method import Method
 from dpcache.predictors import Reuse
-from dpcache.schedules import Schedule, check_budget
+from dpcache.schedules import EvenlySpaced, Schedule, check_budget
+from dpcache.statistics import Rerun
 
 
-class LeMiCa(Method):
-    """What all blocks add is reused between K steps: those of the path through all steps whose largest edge is the
-    smallest, then the second largest, and so on.
+@dataclass(frozen=True)
+class EdgeErrors(Rerun):
+    """What reuse between steps i and j, and nowhere else, changes of the final latents: the mean absolute difference,
+    (T, T), from row to column; infinite beyond `max_jump`. Of the first `prompts` prompts."""
+
+    max_jump: int
+    prompts: int
+
+    def measure(self, pipe, calibration):
+        T = calibration.num_inference_steps
+        wanted, _ = calibration.rerun(pipe, full(T), self.prompts)
+        errors = np.full((T, T), np.inf)
+        errors[np.arange(T - 1), np.arange(1, T)] = 0  # nothing is reused
+        edges = [(i, j) for i in range(T) for j in range(i + 2, min(i + self.max_jump, T - 1) + 1)]
+        for i, j in tqdm(edges, desc="measuring edges", unit="run", leave=False):
+            method = Method(Schedule([*range(i + 1), *range(j, T)], T), "residual", Reuse())
+            errors[i, j] = np.abs(calibration.rerun(pipe, method, self.prompts)[0] - wanted).mean()
+        return errors
+
+
+@dataclass(frozen=True)
+class LeMiCa:
+    """The recipe: what all blocks add is reused between K steps: those of the path through all steps whose largest edge
+    is the smallest, then the second largest, and so on.
 
     An edge from step i to step j weighs what a run that reuses step i's residual in the steps between, and computes all
-    others, changes of the final latents: the mean absolute difference, over prompts too. A path leads from the first
-    step to the last, as all lists do that the authors have published.
+    others, changes of the final latents. A path leads from the first step to the last, as all lists do that the authors
+    have published.
 
     The authors have published these lists and not what finds them. Open, and chosen here: how many prompts are
-    averaged, and how far an edge may reach (see `longest_edge`). Each edge takes a run, so a prompt takes T full
+    averaged, and how far an edge may reach (see `longest_edge`). Each edge takes a run, so a prompt takes nearly T full
     trajectories for every step that an edge may reach beyond the next: 329 edges for T = 50 and 8 steps.
 
     Args:
@@ -30,26 +56,47 @@ class LeMiCa(Method):
         max_jump: how far an edge may reach; None: see `longest_edge`.
     """
 
-    needs_calibration = True
+    budget: int
+    num_inference_steps: int
+    prompts: int = 1
+    max_jump: int | None = None
 
-    def __init__(self, budget: int, num_inference_steps: int, prompts: int = 1, max_jump: int | None = None):
-        check_budget(budget, num_inference_steps, min(2, num_inference_steps))
-        max_jump = longest_edge(budget, num_inference_steps, max_jump)
-        super().__init__(Schedule(None, num_inference_steps), "residual", Reuse())
-        self.budget, self.prompts, self.max_jump = budget, prompts, max_jump
+    def __post_init__(self):
+        check_budget(self.budget, self.num_inference_steps, min(2, self.num_inference_steps))
+        longest_edge(self.budget, self.num_inference_steps, self.max_jump)
 
-    def prepare(self, pipe, calibration=None):
-        T = self.num_inference_steps
-        errors = np.full((T, T), np.inf)
-        errors[np.arange(T - 1), np.arange(1, T)] = 0  # nothing is reused
-        edges = [(i, j) for i in range(T) for j in range(i + 2, min(i + self.max_jump, T - 1) + 1)]
-        for i, j in tqdm(edges, desc="measuring edges", unit="run", leave=False):
-            method = Method(Schedule([*range(i + 1), *range(j, T)], T), self.site, self.predictor)
-            latents, _ = calibration.rerun(pipe, method, self.prompts)
-            errors[i, j] = np.abs(latents - calibration.latents[: len(latents)]).mean()
-        steps = minimax_path(errors, self.budget)
-        self.schedule = Schedule(steps, T)
-        self.settled = {"edges": len(edges), "largest": max(errors[edge] for edge in pairwise(steps))}
+    @property
+    def statistics(self) -> tuple[EdgeErrors]:
+        return (EdgeErrors(longest_edge(self.budget, self.num_inference_steps, self.max_jump), self.prompts),)
+
+    @property
+    def example(self) -> Method:
+        return Method(EvenlySpaced(self.budget, self.num_inference_steps), "residual", Reuse())
+
+    def build(self, pipe, calibration: Calibration) -> Method:
+        """The method with its steps. `pipe` is not run and may be None."""
+        (edges,) = self.statistics
+        steps = minimax_path(calibration[edges], self.budget)
+        largest = max((float(calibration[edges][edge]) for edge in pairwise(steps)), default=0.0)
+        decided = {"steps": steps, "largest_error": largest}
+        return Method(Schedule(steps, self.num_inference_steps), "residual", Reuse(), decided)
+
+
+def lemica(
+    budget: int,
+    num_inference_steps: int,
+    prompts: int = 1,
+    max_jump: int | None = None,
+    steps: list[int] | None = None,
+) -> LeMiCa | Method:
+    """Steps on the path whose largest errors are the smallest, see `LeMiCa`.
+
+    Args:
+        steps: a list to use as it is, without calibration (for one, the authors').
+    """
+    if steps is None:
+        return LeMiCa(budget, num_inference_steps, prompts, max_jump)
+    return Method(given(steps, budget, num_inference_steps), "residual", Reuse())
 
 
 def longest_edge(budget: int, num_inference_steps: int, max_jump: int | None) -> int:

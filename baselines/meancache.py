@@ -9,17 +9,36 @@ import numpy as np
 import torch
 
 from baselines.gits import cheapest
+from baselines.given import given
 from baselines.lemica import longest_edge
-from baselines.trajectory import follow
+from baselines.trajectory import Times, follow
+from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
 from dpcache.method import Method
-from dpcache.predictors import Predictor, Reuse
-from dpcache.schedules import Schedule, check_budget
+from dpcache.predictors import Predictor
+from dpcache.schedules import EvenlySpaced, Schedule, check_budget
+from dpcache.statistics import Rerun
 
 
-class MeanCache(Method):
-    """Between computed steps the prediction goes on with the slope by which it differs from its mean over the last few
-    steps; which steps are computed, and over how many steps each of these means is taken, is planned.
+@dataclass(frozen=True)
+class MeanErrors(Rerun):
+    """`edge_weights`, mean over prompts, (spans, T, T)."""
+
+    spans: tuple[int, ...]
+
+    def measure(self, pipe, calibration):
+        weights = []
+        for batch in calibration.batches():
+            run = follow(pipe, *batch, calibration.num_inference_steps, **calibration.made_from["call"])
+            weights.append(edge_weights(run.states, run.slopes, run.times.tolist(), self.spans))
+            calibration.reran += len(batch[0])
+        return np.concatenate(weights, -1).mean(-1)
+
+
+@dataclass(frozen=True)
+class MeanCache:
+    """The recipe: between computed steps the prediction goes on with the slope by which it differs from its mean over
+    the last few steps; which steps are computed, and over how many steps each of these means is taken, is planned.
 
     The prediction is as in the authors' code, see `Averages`. Their planner is not public, only its lists for two
     models: each pair of steps has a choice of spans, from 1 to 6, and the path from the first step to the last, which
@@ -27,45 +46,55 @@ class MeanCache(Method):
     true mean prediction over it and that of the predicted steps, of which all before the edge are true ones; the path
     minimises the sum of the weights' squares. Its edges reach no farther than those of their lists.
 
-    Other samplers than those of flow matching are planned in the coordinates of `Trajectory`.
+    Other samplers than those of flow matching are planned in the coordinates of `Trajectory`. It takes one full
+    trajectory a prompt, and one more.
 
     Args:
         spans: to choose from.
         power: of the weights in the sum: the larger, the more it is the largest that counts.
         max_jump: how far an edge may reach; None: see `longest_edge`.
+        steps: a list to use in place of the planned one (for one, the authors'); their spans are still chosen.
     """
 
-    needs_calibration = True
+    budget: int
+    num_inference_steps: int
+    spans: Sequence[int] = (1, 2, 3, 4, 5, 6)
+    power: float = 2.0
+    max_jump: int | None = None
+    steps: Sequence[int] | None = None
 
-    def __init__(
-        self,
-        budget: int,
-        num_inference_steps: int,
-        spans: Sequence[int] = (1, 2, 3, 4, 5, 6),
-        power: float = 2.0,
-        max_jump: int | None = None,
-    ):
-        check_budget(budget, num_inference_steps, min(2, num_inference_steps))
-        if not spans or min(spans) < 1:
-            raise SettingError(f"spans={list(spans)} must be at least 1")
-        super().__init__(Schedule(None, num_inference_steps), "output", Reuse())
-        self.budget, self.spans, self.power = budget, list(spans), power
-        self.max_jump = longest_edge(budget, num_inference_steps, max_jump)
+    def __post_init__(self):
+        check_budget(self.budget, self.num_inference_steps, min(2, self.num_inference_steps))
+        longest_edge(self.budget, self.num_inference_steps, self.max_jump)
+        if not self.spans or min(self.spans) < 1:
+            raise SettingError(f"spans={list(self.spans)} must be at least 1")
+        if self.steps is not None:
+            given(self.steps, self.budget, self.num_inference_steps)
 
-    def prepare(self, pipe, calibration=None):
-        T, weights, call = self.num_inference_steps, [], calibration.made_from["call"]
-        for batch in calibration.batches():
-            run = follow(pipe, *batch, T, **call)
-            times = tuple(run.times.tolist())
-            weights.append(edge_weights(run.states, run.slopes, times, self.spans))
-        weights = np.concatenate(weights, -1).mean(-1)
-        cost = weights.min(0) ** self.power
-        cost[np.subtract.outer(np.arange(T), np.arange(T)) < -self.max_jump] = np.inf
-        steps = [*cheapest(cost, self.budget - 1), T - 1] if self.budget > 1 else [0]
-        spans = {i: self.spans[weights[:, i, j].argmin()] for i, j in pairwise(steps)}
-        self.schedule = Schedule(steps, T)
-        self.predictor = Averages(times, spans, self.budget)
-        self.settled = {"spans": spans}
+    @property
+    def statistics(self) -> tuple[MeanErrors, Times]:
+        return (MeanErrors(tuple(self.spans)), Times())
+
+    @property
+    def example(self) -> Method:
+        T = self.num_inference_steps
+        return Method(EvenlySpaced(self.budget, T), "output", Averages(tuple(range(T + 1)), {}, self.budget))
+
+    def build(self, pipe, calibration: Calibration) -> Method:
+        """The method with its steps and spans. `pipe` is not run and may be None."""
+        errors, times = (calibration[statistic] for statistic in self.statistics)
+        steps = self._plan(errors.min(0)) if self.steps is None else list(self.steps)
+        spans = {i: self.spans[errors[:, i, j].argmin()] for i, j in pairwise(steps)}
+        predictor = Averages(tuple(times.tolist()), spans, self.budget)
+        decided = {"steps": steps, "spans": [*spans.values()]}
+        return Method(Schedule(steps, self.num_inference_steps), "output", predictor, decided)
+
+    def _plan(self, errors: np.ndarray) -> list[int]:
+        T = self.num_inference_steps
+        if T == 1:
+            return [0]
+        far = np.subtract.outer(np.arange(T), np.arange(T)) < -longest_edge(self.budget, T, self.max_jump)
+        return [*cheapest(np.where(far, np.inf, errors**self.power), self.budget - 1), T - 1]
 
 
 def edge_weights(

@@ -1,24 +1,49 @@
 """OSS: Optimal Stepsize for Diffusion Sampling (Pei et al., arXiv 2503.21774), as in the authors' code."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from baselines.given import given
 from baselines.trajectory import answers, follow
+from dpcache.calibration import Calibration
 from dpcache.method import Method
 from dpcache.predictors import Reuse
-from dpcache.schedules import Schedule, check_budget
+from dpcache.schedules import EvenlySpaced, Schedule, check_budget
+from dpcache.statistics import Rerun
 
 
-class OSS(Method):
-    """No cache, and the K of T steps from which the plain solver, stepping straight from each to the next, ends closest
-    to the T-step run.
+@dataclass(frozen=True)
+class Grids(Rerun):
+    """The best grid of K of T steps for each of the (first `prompts`) prompts, (n, K), see `optimal_steps`."""
+
+    budget: int
+    prompts: int
+
+    def measure(self, pipe, calibration):
+        grids, call = [], calibration.made_from["call"]
+        for prompts, seeds in calibration.batches(self.prompts):
+            run = follow(pipe, prompts, seeds, calibration.num_inference_steps, **call)
+
+            def model(states, run=run, prompts=prompts, seeds=seeds):
+                return answers(pipe, run, states, prompts, seeds, **call)
+
+            grids.append(optimal_steps(run.states, run.slopes[0], run.times, model, self.budget))
+            calibration.reran += self.budget * len(prompts)
+        return np.concatenate(grids)
+
+
+@dataclass(frozen=True)
+class OSS:
+    """The recipe: no cache, and the K of T steps from which the plain solver, stepping straight from each to the next,
+    ends closest to the T-step run.
 
     A prediction that is held over skipped steps is that solver's own long step (see `Trajectory`), so the grid is run
-    as a list of computed steps. It is searched for every calibration prompt by itself, with K model calls at each of
-    the T steps, so K full trajectories a prompt; of several, each step is the median, as the authors' `cal_medium` has
-    it. They search on one image, or on each that they sample.
+    as a list of computed steps. It is searched for every calibration prompt by itself, which takes K full trajectories
+    a prompt; of several, each step is the median, as the authors' `cal_medium` has it. They search on one image, or on
+    each that they sample.
 
     The authors let a grid begin later than at step 0, with the same noise; a pipeline begins at step 0.
 
@@ -26,28 +51,45 @@ class OSS(Method):
         prompts: calibration prompts that are searched on, the first ones.
     """
 
-    needs_calibration = True
+    budget: int
+    num_inference_steps: int
+    prompts: int = 4
 
-    def __init__(self, budget: int, num_inference_steps: int, prompts: int = 4):
-        check_budget(budget, num_inference_steps, 1)
-        super().__init__(Schedule(None, num_inference_steps), "output", Reuse())
-        self.budget, self.prompts = budget, prompts
+    def __post_init__(self):
+        check_budget(self.budget, self.num_inference_steps)
 
-    def prepare(self, pipe, calibration=None):
-        grids, call = [], calibration.made_from["call"]
-        for prompts, seeds in calibration.batches(self.prompts):
-            run = follow(pipe, prompts, seeds, self.num_inference_steps, **call)
+    @property
+    def statistics(self) -> tuple[Grids]:
+        return (Grids(self.budget, self.prompts),)
 
-            def model(states, run=run, prompts=prompts, seeds=seeds):
-                return answers(pipe, run, states, prompts, seeds, **call)
+    @property
+    def example(self) -> Method:
+        return Method(EvenlySpaced(self.budget, self.num_inference_steps), "output", Reuse())
 
-            grids.append(optimal_steps(run.states, run.times, model, self.budget))
-        steps = median(np.concatenate(grids), self.num_inference_steps)
-        self.schedule = Schedule(steps, self.num_inference_steps)
+    def build(self, pipe, calibration: Calibration) -> Method:
+        """The method with its steps. `pipe` is not run and may be None."""
+        (grids,) = self.statistics
+        steps = median(calibration[grids], self.num_inference_steps)
+        return Method(Schedule(steps, self.num_inference_steps), "output", Reuse(), {"steps": steps})
+
+
+def oss(budget: int, num_inference_steps: int, prompts: int = 4, steps: list[int] | None = None) -> OSS | Method:
+    """Optimal steps for the plain solver, see `OSS`.
+
+    Args:
+        steps: a grid to use as it is, without calibration.
+    """
+    if steps is None:
+        return OSS(budget, num_inference_steps, prompts)
+    return Method(given(steps, budget, num_inference_steps), "output", Reuse())
 
 
 def optimal_steps(
-    states: torch.Tensor, times: torch.Tensor, model: Callable[[torch.Tensor], torch.Tensor], budget: int
+    states: torch.Tensor,
+    first: torch.Tensor,
+    times: torch.Tensor,
+    model: Callable[[torch.Tensor], torch.Tensor],
+    budget: int,
 ) -> np.ndarray:
     """The authors' dynamic programming over the number of steps (Algorithm 1), of B samples at once.
 
@@ -57,6 +99,7 @@ def optimal_steps(
 
     Args:
         states: of the T-step run, (T + 1, B, ...), see `Trajectory`.
+        first: its prediction at step 0, (B, ...), from where every grid begins.
         times: (T + 1,).
         model: predictions (T, B, ...) at states (T + 1, B, ...), one of each step.
 
@@ -69,7 +112,7 @@ def optimal_steps(
     came = torch.zeros((budget, T + 1, B), dtype=torch.long)
     current = states[:1].expand_as(states).clone()
     for k in range(budget):
-        slopes = model(current).flatten(2)
+        slopes = (model(current) if k else first[None]).flatten(2)
         start, following = current.flatten(2), current.flatten(2).clone()
         came[k] = came[k - 1] if k else 0
         for i in range(T if k else 1):

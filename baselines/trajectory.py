@@ -11,6 +11,7 @@ import torch
 
 from dpcache.errors import SettingError
 from dpcache.sampler import generate
+from dpcache.statistics import Rerun
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,18 @@ def follow(pipe, prompts: Sequence[str], seeds: Sequence[int], num_inference_ste
     shape = (-1, *[1] * last.ndim)
     scales, times = torch.tensor(scales, dtype=torch.float64), torch.tensor(times, dtype=torch.float64)
     return Trajectory(torch.stack([*states, last]) / scales.float().view(shape), torch.stack(slopes), times, scales)
+
+
+@dataclass(frozen=True)
+class Times(Rerun):
+    """The `times` of a `Trajectory`, (T + 1,), which are the same for all prompts."""
+
+    def measure(self, pipe, calibration):
+        ((prompts, seeds),) = calibration.batches(1)
+        calibration.reran += 1
+        return follow(
+            pipe, prompts, seeds, calibration.num_inference_steps, **calibration.made_from["call"]
+        ).times.numpy()
 
 
 @torch.no_grad()

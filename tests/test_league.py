@@ -104,10 +104,15 @@ def bent_model(steps: int, seed: int):
     return torch.stack(states), times, velocity
 
 
+def asked(velocity, steps: int):
+    """The model as OSS asks for it."""
+    return lambda states: torch.stack([velocity(states[step], step) for step in range(steps)])
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_oss_finds_the_best_grid_of_two_steps(seed):
     states, times, velocity = bent_model(12, seed)
-    found = oss.optimal_steps(states, times, lambda x: torch.stack([velocity(x[s], s) for s in range(12)]), 2)
+    found = oss.optimal_steps(states, velocity(states[0], 0), times, asked(velocity, 12), 2)
     for sample, steps in enumerate(found):
 
         def error(between, sample=sample):
@@ -121,7 +126,7 @@ def test_oss_finds_the_best_grid_of_two_steps(seed):
 
 def test_oss_with_all_steps_ends_where_the_run_does():
     states, times, velocity = bent_model(6, 0)
-    found = oss.optimal_steps(states, times, lambda x: torch.stack([velocity(x[s], s) for s in range(6)]), 6)
+    found = oss.optimal_steps(states, velocity(states[0], 0), times, asked(velocity, 6), 6)
     assert found.tolist() == [list(range(6))] * 3
 
 
@@ -199,12 +204,16 @@ def test_l2p_builds_on_its_own_predictions():
         assert np.dot(predictor.weights(used, step), x[used]) == pytest.approx(filled[step])
 
 
-def test_l2p_has_the_authors_steps_or_those_that_it_is_given():
-    assert l2p.L2P(7, 50).schedule.steps == [0, 1, 2, 4, 12, 24, 38]
-    assert l2p.L2P(3, 8, steps=[0, 2, 5]).schedule.steps == [0, 2, 5]
-    assert len(l2p.L2P(13, 50).schedule.steps) == 13
-    with pytest.raises(SettingError, match="steps has 3 entries: set budget=3, not 4"):
-        l2p.L2P(4, 8, steps=[0, 2, 5])
+def test_lists_of_steps_are_taken_as_they_are():
+    assert l2p.L2P(7, 50).example.schedule.steps == [0, 1, 2, 4, 12, 24, 38]  # the authors'
+    assert len(l2p.L2P(13, 50).example.schedule.steps) == 13
+    steps = [0, 2, 5]
+    assert l2p.L2P(3, 8, steps).example.schedule.steps == steps
+    for make in (oss.oss, gits.gits, budcache.budcache, lemica.lemica):
+        assert make(3, 8, steps=steps).schedule.steps == steps
+    for make in (oss.oss, gits.gits, budcache.budcache, lemica.lemica, meancache.MeanCache, l2p.L2P):
+        with pytest.raises(SettingError, match="steps has 3 entries: set budget=3, not 4"):
+            make(4, 8, steps=steps)
 
 
 # BudCache

@@ -84,7 +84,7 @@ class MeanCache:
         """The method with its steps and spans. `pipe` is not run and may be None."""
         errors, times = (calibration[statistic] for statistic in self.statistics)
         steps = self._plan(errors.min(0)) if self.steps is None else list(self.steps)
-        spans = {i: self.spans[errors[:, i, j].argmin()] for i, j in pairwise(steps)}
+        spans = {i: self.spans[int(errors[:, i, j].argmin())] for i, j in pairwise(steps)}
         predictor = Averages(tuple(times.tolist()), spans, self.budget)
         decided = {"steps": steps, "spans": [*spans.values()]}
         return Method(Schedule(steps, self.num_inference_steps), "output", predictor, decided)

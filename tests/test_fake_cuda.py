@@ -14,6 +14,8 @@ from hydra.utils import instantiate
 import dpcache
 import eval.schema  # noqa: F401, registers the types of the settings
 from baselines.library import LibraryCache
+from baselines.meancache import MeanErrors
+from baselines.trajectory import Times
 from dpcache.calibration import Calibration, record
 from dpcache.gram import gram
 from dpcache.method import Method
@@ -29,7 +31,9 @@ T, K = 6, 4
 METHODS = sorted(file.stem for file in (ROOT / "conf/method").glob("*.yaml"))
 FOUND = "threshold=0.75"  # of changes that are all read as 0.5
 ONE_CANDIDATE = ("planners=[even]", "warmups=[1]")
+STEPS = ("steps=[0,1,3,5]",)
 GIVEN = {  # what would take a search, or more steps than there are
+    "budcache": STEPS,
     "bwcache": (FOUND, "reuse=1"),
     "dbcache": (FOUND,),
     "dbcache_foca": (FOUND,),
@@ -41,7 +45,10 @@ GIVEN = {  # what would take a search, or more steps than there are
     "ertacache": ("threshold=1.0",),
     "fastercache": ("skip_range=2",),
     "first_block_cache": (FOUND,),
+    "gits": STEPS,
+    "lemica": STEPS,
     "magcache": ("threshold=0.5",),
+    "oss": STEPS,
     "pab": ("skip_range=2", "timesteps=[-1,1000]"),
     "profilingdit": ("interval=2", "warmup=2", "share=0.5"),
     "seacache": (FOUND,),
@@ -120,6 +127,8 @@ def calibration(case) -> Calibration:
         Gram("output"): output,
         Gain("stack"): np.ones(T),
         Gain("output"): np.ones(T),
+        MeanErrors((1, 2, 3, 4, 5, 6)): np.ones((6, T, T)),
+        Times(): np.linspace(1, 0, T + 1),
     }
     return Calibration(
         {"num_inference_steps": str(T)},

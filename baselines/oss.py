@@ -27,8 +27,10 @@ class Grids(Rerun):
         for prompts, seeds in calibration.batches(self.prompts):
             run = follow(pipe, prompts, seeds, calibration.num_inference_steps, **call)
 
-            def model(states, run=run, prompts=prompts, seeds=seeds):
-                return answers(pipe, run, states, prompts, seeds, **call)
+            scales = run.scales[:-1].float().view(-1, *[1] * (run.states.ndim - 1))
+
+            def model(states, scales=scales, prompts=prompts, seeds=seeds):
+                return answers(pipe, states[:-1] * scales, prompts, seeds, **call)
 
             grids.append(optimal_steps(run.states, run.slopes[0], run.times, model, self.budget))
             calibration.reran += self.budget * len(prompts)

@@ -35,35 +35,61 @@ class Trajectory:
     scales: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Run:
+    """What a sampler passed through in T steps.
+
+    Attributes:
+        states: its latents, float32 on the CPU, (T + 1, B, ...); the first is noise.
+        slopes: the model's predictions after guidance, (T, B, ...).
+        timesteps: the scheduler's, T numbers.
+        factors: what each step of the scheduler multiplies the latents and the prediction with, see `_factors`.
+        scheduler: name of its class.
+    """
+
+    states: torch.Tensor
+    slopes: torch.Tensor
+    timesteps: list[float]
+    factors: list[tuple[float, float]]
+    scheduler: str
+
+
 @torch.no_grad()
-def follow(pipe, prompts: Sequence[str], seeds: Sequence[int], num_inference_steps: int, **call) -> Trajectory:
-    """Sample without a cache and record. Raises SettingError if the scheduler's step is not of the first order: a
-    linear function of its latest prediction and state alone."""
-    states, slopes, factors = [], [], []
+def recorded(pipe, prompts: Sequence[str], seeds: Sequence[int], num_inference_steps: int, **call) -> Run:
+    """Sample without a cache and record."""
+    states, slopes, timesteps, factors = [], [], [], []
 
     def record(scheduler, original, prediction, time, sample, kwargs):
+        timesteps.append(float(time))
         factors.append(_factors(scheduler, prediction, time, sample))
-        output = original(prediction, time, sample, **kwargs)
-        stepped = _stepped(output)
-        straight = factors[-1][0] * sample.double() + factors[-1][1] * prediction[:, : sample.shape[1]].double()
-        if not torch.allclose(stepped.double(), straight, rtol=1e-2, atol=1e-3 * float(stepped.std())):
-            raise SettingError(
-                f"{type(scheduler).__name__}, as it is configured, looks at more than its latest prediction or draws "
-                "noise: grids are planned for schedulers of the first order"
-            )
         states.append(sample[: len(seeds)].float().cpu())
         slopes.append(prediction[: len(seeds), : sample.shape[1]].float().cpu())
-        return output
+        return original(prediction, time, sample, **kwargs)
 
     with _stepping(pipe.scheduler, record):
         last = generate(pipe, prompts, seeds, num_inference_steps, decode=False, **call).latents
+    name = type(pipe.scheduler).__name__
+    return Run(torch.stack([*states, last]), torch.stack(slopes), timesteps, factors, name)
+
+
+def follow(pipe, prompts: Sequence[str], seeds: Sequence[int], num_inference_steps: int, **call) -> Trajectory:
+    """Sample without a cache and record. Raises SettingError if the scheduler's step is not of the first order: a
+    linear function of its latest prediction and state alone."""
+    run = recorded(pipe, prompts, seeds, num_inference_steps, **call)
     scales, times = [1.0], [0.0]
-    for of_state, of_slope in factors:
+    for step, (of_state, of_slope) in enumerate(run.factors):
+        straight = of_state * run.states[step] + of_slope * run.slopes[step]
+        reached = run.states[step + 1]
+        if not torch.allclose(reached, straight, rtol=1e-2, atol=1e-3 * float(reached.std())):
+            raise SettingError(
+                f"{run.scheduler}, as it is configured, looks at more than its latest prediction or draws noise: grids "
+                "are planned for schedulers of the first order"
+            )
         scales.append(scales[-1] * of_state)
         times.append(times[-1] + of_slope / scales[-1])
-    shape = (-1, *[1] * last.ndim)
+    shape = (-1, *[1] * (run.states.ndim - 1))
     scales, times = torch.tensor(scales, dtype=torch.float64), torch.tensor(times, dtype=torch.float64)
-    return Trajectory(torch.stack([*states, last]) / scales.float().view(shape), torch.stack(slopes), times, scales)
+    return Trajectory(run.states / scales.float().view(shape), run.slopes, times, scales)
 
 
 @dataclass(frozen=True)
@@ -79,21 +105,20 @@ class Times(Rerun):
 
 
 @torch.no_grad()
-def answers(
-    pipe, trajectory: Trajectory, states: torch.Tensor, prompts: Sequence[str], seeds: Sequence[int], **call
-) -> torch.Tensor:
-    """The model's predictions, (T, B, ...), at other states than the trajectory's, one of each step, in one pass.
+def answers(pipe, states: torch.Tensor, prompts: Sequence[str], seeds: Sequence[int], **call) -> torch.Tensor:
+    """The model's predictions, (T, B, ...), at latents (T, B, ...) of one's own, one of each step, in one pass.
 
     Args:
-        states: (T + 1, B, ...), of which the first has to be the trajectory's own; the last is not looked at.
+        states: the first is not looked at: it is the pipeline's own.
     """
-    slopes, scales = [], trajectory.scales.tolist()
+    slopes = []
 
     def replace(scheduler, original, prediction, time, sample, kwargs):
         slopes.append(prediction[: len(seeds), : sample.shape[1]].float().cpu())
         output = original(prediction, time, sample, **kwargs)
-        stepped = _stepped(output)
-        given = states[len(slopes)] * scales[len(slopes)]
+        if len(slopes) == len(states):
+            return output
+        stepped, given = _stepped(output), states[len(slopes)]
         given = torch.cat([given] * (len(stepped) // len(given))).to(stepped)  # guidance may double the batch
         if isinstance(output, tuple):
             return given, *output[1:]
@@ -101,7 +126,7 @@ def answers(
         return output
 
     with _stepping(pipe.scheduler, replace):
-        generate(pipe, prompts, seeds, len(trajectory.slopes), decode=False, **call)
+        generate(pipe, prompts, seeds, len(states), decode=False, **call)
     return torch.stack(slopes)
 
 

@@ -14,7 +14,7 @@ from baselines import budcache, dmd, gits, l2p, lemica, meancache, oss
 from baselines.freqca import Bands, freqca, low_cosines, low_frequencies
 from baselines.hicache import hicache
 from baselines.resilphase import PhaseAxis
-from baselines.trajectory import answers, follow
+from baselines.trajectory import answers, follow, recorded
 from baselines.uniform_skip import uniform_skip
 from dpcache.errors import SettingError
 from dpcache.method import Method
@@ -67,12 +67,15 @@ def test_a_held_prediction_is_the_schedulers_own_long_step():
     assert distance(latents, expected) < 1e-5 and list(report.computed.values()) == [GRID]
 
 
-@pytest.mark.parametrize("kind", ["flux", "dit_ddim"])
+@pytest.mark.parametrize("kind", ["flux", "dit_ddim", "wan21_t2v"])
 def test_the_model_answers_at_the_states_that_it_is_given(kind):
-    one, run = case(kind), followed(kind)
-    ask = functools.partial(answers, one.pipe, run, prompts=one.family.prompts[:2], seeds=(0, 1), **one.family.call)
-    assert distance(ask(states=run.states), run.slopes) < 1e-5
-    moved = run.states.clone()
+    one, which = case(kind), {"prompts": case(kind).family.prompts[:2], "seeds": (0, 1)}
+    run = recorded(one.pipe, num_inference_steps=T, **which, **one.family.call)
+    assert distance(run.states[-1], one.reference) < 1e-6
+    assert run.timesteps == one.pipe.scheduler.timesteps.tolist()
+    ask = functools.partial(answers, one.pipe, **which, **one.family.call)
+    assert distance(ask(states=run.states[:-1]), run.slopes) < 1e-5
+    moved = run.states[:-1].clone()
     moved[3] += 0.3
     slopes = ask(states=moved)
     assert distance(slopes[3], run.slopes[3]) > 1e-3

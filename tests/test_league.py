@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 import torch
 
+import dpcache
 from baselines import budcache, dmd, gits, l2p, lemica, meancache, oss
 from baselines.freqca import Bands, freqca, low_cosines, low_frequencies
 from baselines.hicache import hicache
 from baselines.resilphase import PhaseAxis
+from baselines.sencache import LatentsBeside, Sensitivities, SensitivityBound, rms
 from baselines.trajectory import answers, follow, recorded
 from baselines.uniform_skip import uniform_skip
 from dpcache.errors import SettingError
 from dpcache.method import Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import Schedule
-from helpers.by_hand import attached, distance, flux_inputs
+from helpers.by_hand import attached, distance, euler, flux_end, flux_inputs, flux_stack, flux_start
 from helpers.cases import T, case
 
 GRID = [0, 1, 3, 4, 6]
@@ -357,6 +359,55 @@ def test_a_cosine_transform_takes_a_square():
     with pytest.raises(SettingError, match="12 tokens are not a square"):
         Bands("dct").split(torch.zeros(1, 12, 2))
     assert Bands().split(torch.ones(1, 12, 2)).shape == (2, 1, 12, 2)
+
+
+# SenCache
+
+
+def test_sencache_skips_while_the_expected_change_is_small(flux):
+    """By hand: the model is told what to do, and reuses what its blocks add."""
+    rng, (x, condition) = np.random.default_rng(0), flux_inputs()
+    table = np.stack([0.5 + rng.random(50), 0.02 * rng.random(50), 1000 * (1 - np.arange(50) / 50)])
+    method = Method(SensitivityBound(table, 0.9, 0.3, 4), LatentsBeside(), Reuse())
+    computed, kept, trail = [], None, []
+
+    def velocity(latents, step):
+        nonlocal kept
+        if computed:
+            last = computed[-1]
+            moved = float((latents - trail[last]).square().mean().sqrt())
+            change = table[0, last] * moved + table[1, last] * (table[2, last] - table[2, step])
+            skip = change < (0.27 if step < 10 else 0.9) and step - last <= 4
+        trail.append(latents)
+        h, text, c, rope = flux_start(flux, latents, step, **condition)
+        if not computed or not skip:
+            computed.append(step)
+            kept = flux_stack(flux, h, text, c, rope) - h
+        return flux_end(flux, h + kept, c)
+
+    with torch.no_grad():
+        expected = euler(velocity, x)
+        v, steps = attached(flux, method, (x, condition))
+    assert steps == computed and 10 < len(steps) < 40 and max(b - a for a, b in pairwise(steps)) == 5
+    assert distance(v, expected) < 1e-5
+
+
+def test_sensitivities_are_differences_to_the_next_step():
+    one, prompts = case("flux"), case("flux").family.prompts[:2]
+    calibration = dpcache.calibrate(one.pipe, prompts, T, (), batch_size=2, **one.family.call)
+    table = Sensitivities(2).measure(one.pipe, calibration)
+    run = recorded(one.pipe, prompts, (0, 1), T, **one.family.call)
+    moved = run.states[:-1].clone()
+    moved[3] = run.states[4]
+    change = answers(one.pipe, moved, prompts, (0, 1), **one.family.call)[3] - run.slopes[3]
+    expected = (rms(change[None]) / rms((run.states[4] - run.states[3])[None])).mean()
+    assert table.shape == (3, T) and table[0, 3] == pytest.approx(float(expected), rel=1e-3)
+    moved = run.states[:-1].clone()
+    moved[4] = run.states[3]
+    change = answers(one.pipe, moved, prompts, (0, 1), **one.family.call)[4] - run.slopes[3]
+    gap = run.timesteps[3] - run.timesteps[4]
+    assert table[1, 3] == pytest.approx(float(rms(change[None]).mean()) / gap, rel=1e-3)
+    assert table[2].tolist() == run.timesteps and calibration.reran == 6
 
 
 # DMD

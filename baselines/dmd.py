@@ -63,6 +63,7 @@ class Line(Predictor):
         return Taylor(1).weights(keys, step)
 
 
+@dataclass(frozen=True)
 class Modes(Residual):
     """What all blocks add, where each sample's own last features decide on their weights."""
 

@@ -37,7 +37,7 @@ def freqca(
         warmup: steps that are computed first.
     """
     bands = BandWise(Hermite(low_order, max(warmup - 2, 0), scale), Hermite(order, max(warmup - 2, 0), scale))
-    return Method(EvenlySpaced(budget, num_inference_steps, warmup), Bands(transform, cutoff), bands)
+    return Method(EvenlySpaced(budget, num_inference_steps, warmup), Bands(transform=transform, cutoff=cutoff), bands)
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class BandWise(Predictor):
         return table[:, :, None, None, None]
 
 
+@dataclass(frozen=True)
 class Bands(Stack):
     """The last block's output (B, N, D), kept as the part of low spatial frequency and the rest, (2, B, N, D).
 
@@ -72,12 +73,13 @@ class Bands(Stack):
     """
 
     name = "bands"
+    transform: str | None = None
+    cutoff: float = 0.1
 
-    def __init__(self, transform: str | None = None, cutoff: float = 0.1):
-        if transform not in (None, "dct", "fft") or not 0 <= cutoff <= 1:
-            raise SettingError(f"transform={transform}, cutoff={cutoff}: must be dct or fft, and from 0 to 1")
-        super().__init__()
-        self.transform, self.cutoff = transform, cutoff
+    def __post_init__(self):
+        super().__post_init__()
+        if self.transform not in (None, "dct", "fft") or not 0 <= self.cutoff <= 1:
+            raise SettingError(f"transform={self.transform}, cutoff={self.cutoff}: must be dct or fft, and from 0 to 1")
 
     def hooks(self, session, transformer):
         pairs, last = super().hooks(session, transformer), transformer_blocks(transformer)[-1]

@@ -67,6 +67,7 @@ class SensitivityState:
     skipped: int = 0
 
 
+@dataclass(frozen=True, eq=False)
 class SensitivityBound(OnlineSchedule):
     """A step is skipped while what has changed since the last computed one, of latents and timestep, times that step's
     sensitivities stays below the threshold, and at most so many times in a row. The first guidance branch decides for
@@ -79,9 +80,10 @@ class SensitivityBound(OnlineSchedule):
         max_skip: steps in a row.
     """
 
-    def __init__(self, table: np.ndarray, threshold: float, early: float, max_skip: int):
-        super().__init__(table.shape[1])
-        self.table, self.threshold, self.early, self.max_skip = table.tolist(), threshold, early, max_skip
+    table: np.ndarray
+    threshold: float
+    early: float
+    max_skip: int
 
     def start(self):
         return SensitivityState()
@@ -103,6 +105,7 @@ class SensitivityBound(OnlineSchedule):
         return compute
 
 
+@dataclass(frozen=True)
 class LatentsBeside(Residual):
     """What all blocks add; the schedule's state is shown the model's input."""
 
@@ -150,7 +153,9 @@ class SenCache:
 
     def _method(self, table: np.ndarray, threshold: float) -> Method:
         max_skip = max(3, 2 * self.num_inference_steps // self.budget) if self.max_skip is None else self.max_skip
-        return Method(SensitivityBound(table, threshold, self.early, max_skip), LatentsBeside(), Reuse())
+        return Method(
+            SensitivityBound(self.num_inference_steps, table, threshold, self.early, max_skip), LatentsBeside(), Reuse()
+        )
 
     def build(self, pipe, calibration: Calibration) -> Method:
         (sensitivities,) = self.statistics

@@ -18,6 +18,7 @@ from baselines.resilphase import PhaseAxis
 from baselines.sencache import LatentsBeside, Sensitivities, SensitivityBound, rms
 from baselines.trajectory import answers, follow, recorded
 from baselines.uniform_skip import uniform_skip
+from dpcache import storage
 from dpcache.errors import SettingError
 from dpcache.method import Method
 from dpcache.predictors import Reuse
@@ -357,7 +358,7 @@ def test_freqca_is_hicache_where_both_bands_are_treated_alike_and_reuse_where_al
 
 def test_a_cosine_transform_takes_a_square():
     with pytest.raises(SettingError, match="12 tokens are not a square"):
-        Bands("dct").split(torch.zeros(1, 12, 2))
+        Bands(transform="dct").split(torch.zeros(1, 12, 2))
     assert Bands().split(torch.ones(1, 12, 2)).shape == (2, 1, 12, 2)
 
 
@@ -368,7 +369,7 @@ def test_sencache_skips_while_the_expected_change_is_small(flux):
     """By hand: the model is told what to do, and reuses what its blocks add."""
     rng, (x, condition) = np.random.default_rng(0), flux_inputs()
     table = np.stack([0.5 + rng.random(50), 0.02 * rng.random(50), 1000 * (1 - np.arange(50) / 50)])
-    method = Method(SensitivityBound(table, 0.9, 0.3, 4), LatentsBeside(), Reuse())
+    method = Method(SensitivityBound(50, table, 0.9, 0.3, 4), LatentsBeside(), Reuse())
     computed, kept, trail = [], None, []
 
     def velocity(latents, step):
@@ -449,3 +450,16 @@ def test_dynamic_modes_are_each_samples_own(flux):
         beside = attached(flux, method, (other, condition))[0]
     assert distance(both[:, :1], beside[:, :1]) < 1e-4 < 1e-3 < distance(both[:, 1:], beside[:, 1:])
     assert distance(both, line) > 1e-4
+
+
+# Files
+
+
+@pytest.mark.parametrize("name", ["oss", "gits", "l2p", "meancache", "freqca", "resilphase", "dmd", "sencache"])
+def test_a_method_from_its_file_makes_the_same(name, tmp_path):
+    one = case("flux")
+    method = one.method(name)
+    storage.save({5: method}, tmp_path / "method.safetensors")
+    loaded = dpcache.Method.load(tmp_path / "method.safetensors")
+    assert type(loaded.site) is type(method.site) and loaded.decided == method.decided
+    assert torch.equal(one.run(loaded)[0], one.run(method)[0])

@@ -12,7 +12,7 @@ from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
 from dpcache.method import Method
 from dpcache.predictors import Predictor
-from dpcache.schedules import EvenlySpaced, Schedule
+from dpcache.schedules import EvenlySpaced, Schedule, check_budget
 from dpcache.statistics import Gram
 
 # The authors' computed steps of 50, by their number: for FLUX.1-dev.
@@ -50,6 +50,7 @@ class L2P:
     def __post_init__(self):
         if self.updates < 1 or not self.rate > 0:
             raise SettingError(f"updates={self.updates}, rate={self.rate}: must be at least 1 and above 0")
+        check_budget(self.budget, self.num_inference_steps)
         self._schedule()
 
     def _schedule(self) -> Schedule:

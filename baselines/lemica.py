@@ -62,7 +62,7 @@ class LeMiCa:
     max_jump: int | None = None
 
     def __post_init__(self):
-        check_budget(self.budget, self.num_inference_steps, min(2, self.num_inference_steps))
+        check_budget(self.budget, self.num_inference_steps)
         longest_edge(self.budget, self.num_inference_steps, self.max_jump)
 
     @property
@@ -103,6 +103,8 @@ def longest_edge(budget: int, num_inference_steps: int, max_jump: int | None) ->
     """How far an edge of a path over K of T steps may reach: `max_jump`, where it is given, else 8 steps, of which the
     lists of the authors of LeMiCa and MeanCache have many and none that is longer, or a quarter more than the mean edge
     where that is more. Raises SettingError if no path could reach the end."""
+    if budget < min(2, num_inference_steps):
+        raise SettingError(f"budget={budget} must be at least 2: a path takes the first step and the last")
     mean = (num_inference_steps - 1) / max(budget - 1, 1)
     if max_jump is None:
         return max(8, math.ceil(1.25 * mean))

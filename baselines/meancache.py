@@ -64,7 +64,7 @@ class MeanCache:
     steps: Sequence[int] | None = None
 
     def __post_init__(self):
-        check_budget(self.budget, self.num_inference_steps, min(2, self.num_inference_steps))
+        check_budget(self.budget, self.num_inference_steps)
         longest_edge(self.budget, self.num_inference_steps, self.max_jump)
         if not self.spans or min(self.spans) < 1:
             raise SettingError(f"spans={list(self.spans)} must be at least 1")

@@ -259,6 +259,15 @@ def test_edges_reach_eight_steps_or_as_far_as_they_have_to():
     assert lemica.longest_edge(9, 50, 12) == 12
     with pytest.raises(SettingError, match="max_jump=6: budget=9 takes jumps of at least 7"):
         lemica.longest_edge(9, 50, 6)
+    with pytest.raises(SettingError, match="budget=1 must be at least 2"):
+        meancache.MeanCache(1, 50)
+
+
+@pytest.mark.parametrize("make", [oss.oss, gits.gits, l2p.L2P, budcache.budcache, lemica.lemica, meancache.MeanCache])
+def test_a_budget_out_of_range_is_refused(make):
+    for budget in (0, 51):
+        with pytest.raises(SettingError, match=f"budget={budget} must be between 1 and num_inference_steps=50"):
+            make(budget, 50)
 
 
 # MeanCache

@@ -18,6 +18,7 @@ COLORS = {
     Group.forecast: ("#4f8a3a", "#8cc376"),
     Group.online: ("#1f5fa8", "#6fa8ea"),
     Group.planned: ("#c2362d", "#ee7f6f"),
+    Group.learned: ("#7d7d12", "#c4c45a"),
     Group.partial: ("#7b5ea7", "#b49adb"),
     Group.library: ("#1f8a8a", "#5fc4c0"),
     Group.other: ("#b8336a", "#ee7fac"),

@@ -61,14 +61,15 @@ class EvalConfig:
 
 class Group(Enum):
     """Kinds of methods in the order of the board: the plain alternatives to a cache; caches that reuse or forecast
-    features at fixed steps, that decide their steps online, or plan them; those that skip parts of steps; those of
-    libraries; and methods without a record."""
+    features at fixed steps, that decide their steps online, or plan them; those whose weights are trained; those that
+    skip parts of steps; those of libraries; and methods without a record."""
 
     plain = "plain"
     reuse = "reuse"
     forecast = "forecast"
     online = "online"
     planned = "planned"
+    learned = "learned"
     partial = "partial"
     library = "library"
     other = "other"

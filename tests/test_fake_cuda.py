@@ -16,6 +16,9 @@ from hydra.utils import instantiate
 import dpcache
 import eval.schema  # noqa: F401, registers the types of the settings
 from baselines.library import LibraryCache
+from baselines.meancache import MeanErrors
+from baselines.sencache import Sensitivities
+from baselines.trajectory import Times
 from dpcache.calibration import Calibration, record
 from dpcache.gram import gram
 from dpcache.linear_sampler import read_sampler
@@ -34,7 +37,9 @@ T, K = 6, 4
 METHODS = sorted(file.stem for file in (ROOT / "conf/method").glob("*.yaml"))
 FOUND = "threshold=0.75"  # of changes that are all read as 0.5
 ONE_CANDIDATE = ("planners=[even]", "warmups=[1]")
+STEPS = ("steps=[0,1,3,5]",)
 GIVEN = {  # what would take a search, or more steps than there are
+    "budcache": STEPS,
     "bwcache": (FOUND, "reuse=1"),
     "dbcache": (FOUND,),
     "dbcache_foca": (FOUND,),
@@ -46,10 +51,14 @@ GIVEN = {  # what would take a search, or more steps than there are
     "ertacache": ("threshold=1.0",),
     "fastercache": ("skip_range=2",),
     "first_block_cache": (FOUND,),
+    "gits": STEPS,
+    "lemica": STEPS,
     "magcache": ("threshold=0.5",),
+    "oss": STEPS,
     "pab": ("skip_range=2", "timesteps=[-1,1000]"),
     "profilingdit": ("interval=2", "warmup=2", "share=0.5"),
     "seacache": (FOUND,),
+    "sencache": (FOUND,),
     "speca": ("threshold=0.5", "shortest=1"),
     "spectrum": ("warmup=3",),
     "teacache": (FOUND, "polynomial=[1.0,0.0]"),
@@ -76,6 +85,7 @@ DECISIONS = {  # the steps at which an online method has to know what the device
     "bwcache": lambda step, computed: step > 1 and step - 1 in computed,
     "dicache": lambda step, computed: 0 < step < T - 1,
     "easycache": lambda step, computed: 2 <= step < T - 1,
+    "sencache": lambda step, computed: step > 0,
     "speca": lambda step, computed: step == T - 1,
     "teacache": lambda step, computed: 0 < step < T - 1,
 }
@@ -147,6 +157,9 @@ def calibration(case) -> Calibration:
         Gain("stack"): np.ones(T),
         Gain("output"): np.ones(T),
         SimulatedRuns(): simulated(case.latents),
+        MeanErrors((1, 2, 3, 4, 5, 6)): np.ones((6, T, T)),
+        Sensitivities(4): np.ones((3, T)),
+        Times(): np.linspace(1, 0, T + 1),
     }
     return Calibration(
         {"num_inference_steps": str(T)},
@@ -191,7 +204,7 @@ def test_devices_and_dtypes_agree_and_the_host_waits_at_decisions_alone(name, fa
         waits = [len(call.waits) for call in made]
         if isinstance(method, LibraryCache):
             assert waits[0] <= LIBRARIES.get(name, 0) + 3 and max(waits[1:]) <= LIBRARIES.get(name, 0)
-        elif name in DECISIONS and not (name == "easycache" and place):  # whose first branch decides for all
+        elif name in DECISIONS and not (name in ("easycache", "sencache") and place):  # whose first branch decides
             assert waits == [int(DECISIONS[name](step, computed[branch])) for step in range(steps)]
         else:
             assert waits == [0] * steps

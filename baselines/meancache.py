@@ -1,0 +1,155 @@
+"""MeanCache: From Instantaneous to Average Velocity for Accelerating Flow Matching Inference (Gao et al., arXiv
+2601.19961)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from baselines.gits import cheapest
+from baselines.given import given
+from baselines.lemica import longest_edge
+from baselines.trajectory import Times, follow
+from dpcache.calibration import Calibration
+from dpcache.errors import SettingError
+from dpcache.method import Method
+from dpcache.predictors import Predictor
+from dpcache.schedules import EvenlySpaced, Schedule, check_budget
+from dpcache.statistics import Rerun
+
+
+@dataclass(frozen=True)
+class MeanErrors(Rerun):
+    """`edge_weights`, mean over prompts, (spans, T, T)."""
+
+    spans: tuple[int, ...]
+
+    def measure(self, pipe, calibration):
+        weights = []
+        for batch in calibration.batches():
+            run = follow(pipe, *batch, calibration.num_inference_steps, **calibration.made_from["call"])
+            weights.append(edge_weights(run.states, run.slopes, run.times.tolist(), self.spans))
+            calibration.reran += len(batch[0])
+        return np.concatenate(weights, -1).mean(-1)
+
+
+@dataclass(frozen=True)
+class MeanCache:
+    """The recipe: between computed steps the prediction goes on with the slope by which it differs from its mean over
+    the last few steps; which steps are computed, and over how many steps each of these means is taken, is planned.
+
+    The prediction is as in the authors' code, see `Averages`. Their planner is not public, only its lists for two
+    models: each pair of steps has a choice of spans, from 1 to 6, and the path from the first step to the last, which
+    is always computed, suppresses peaks. Open, and chosen here: an edge weighs the mean absolute difference between the
+    true mean prediction over it and that of the predicted steps, of which all before the edge are true ones; the path
+    minimises the sum of the weights' squares. Its edges reach no farther than those of their lists.
+
+    Other samplers than those of flow matching are planned in the coordinates of `Trajectory`. It takes one full
+    trajectory a prompt, and one more.
+
+    Args:
+        spans: to choose from.
+        power: of the weights in the sum: the larger, the more it is the largest that counts.
+        max_jump: how far an edge may reach; None: see `longest_edge`.
+        steps: a list to use in place of the planned one (for one, the authors'); their spans are still chosen.
+    """
+
+    budget: int
+    num_inference_steps: int
+    spans: Sequence[int] = (1, 2, 3, 4, 5, 6)
+    power: float = 2.0
+    max_jump: int | None = None
+    steps: Sequence[int] | None = None
+
+    def __post_init__(self):
+        check_budget(self.budget, self.num_inference_steps)
+        longest_edge(self.budget, self.num_inference_steps, self.max_jump)
+        if not self.spans or min(self.spans) < 1:
+            raise SettingError(f"spans={list(self.spans)} must be at least 1")
+        if self.steps is not None:
+            given(self.steps, self.budget, self.num_inference_steps)
+
+    @property
+    def statistics(self) -> tuple[MeanErrors, Times]:
+        return (MeanErrors(tuple(self.spans)), Times())
+
+    @property
+    def example(self) -> Method:
+        T = self.num_inference_steps
+        return Method(EvenlySpaced(self.budget, T), "output", Averages(tuple(range(T + 1)), {}, self.budget))
+
+    def build(self, pipe, calibration: Calibration) -> Method:
+        """The method with its steps and spans. `pipe` is not run and may be None."""
+        errors, times = (calibration[statistic] for statistic in self.statistics)
+        steps = self._plan(errors.min(0)) if self.steps is None else list(self.steps)
+        spans = {i: self.spans[int(errors[:, i, j].argmin())] for i, j in pairwise(steps)}
+        predictor = Averages(tuple(times.tolist()), spans, self.budget)
+        decided = {"steps": steps, "spans": [*spans.values()]}
+        return Method(Schedule(steps, self.num_inference_steps), "output", predictor, decided)
+
+    def _plan(self, errors: np.ndarray) -> list[int]:
+        T = self.num_inference_steps
+        if T == 1:
+            return [0]
+        far = np.subtract.outer(np.arange(T), np.arange(T)) < -longest_edge(self.budget, T, self.max_jump)
+        return [*cheapest(np.where(far, np.inf, errors**self.power), self.budget - 1), T - 1]
+
+
+def edge_weights(
+    states: torch.Tensor, slopes: torch.Tensor, times: Sequence[float], spans: Sequence[int]
+) -> np.ndarray:
+    """By how much the mean of the predicted v misses the true one, (spans, T, T, B), float64, from row to column.
+
+    Args:
+        states, slopes, times: of the T-step run, see `Trajectory`.
+    """
+    states, slopes = states.flatten(2).double(), slopes.flatten(2).double()
+    T, B = slopes.shape[:2]
+    weights = np.zeros((len(spans), T, T, B))
+    for choice, span in enumerate(spans):
+        for i in range(T - 1):
+            known = list(slopes[: i + 1])
+            reached = states[i + 1]  # by the prediction of step i itself
+            for j in range(i + 2, T):
+                known.append(_going_on(known, times, span))
+                reached = reached + (times[j] - times[j - 1]) * known[-1]
+                weights[choice, i, j] = ((reached - states[j]) / (times[j] - times[i])).abs().mean(-1)
+    return weights
+
+
+def _going_on(known: Sequence, times: Sequence[float], span: int):
+    """The prediction of the step s after the `known` ones: v_{s-1} - (t_{s+1} - t_s) (v_r - mean of v) / (t_s - t_r),
+    with the mean over the last `span` steps r..s-1, weighted by their lengths."""
+    step, first = len(known), max(len(known) - span, 0)
+    length = times[step] - times[first]
+    mean = sum((times[s + 1] - times[s]) * known[s] for s in range(first, step)) / length
+    return known[-1] - (times[step + 1] - times[step]) / length * (known[first] - mean)
+
+
+@dataclass(frozen=True, eq=False)
+class Averages(Predictor):
+    """MeanCache's prediction, step by step, of which skipped ones build on predicted ones: what remains is a weighted
+    sum of the computed ones.
+
+    Args:
+        times: of the sampler's T + 1 states, see `Trajectory`.
+        spans: how many steps the mean is taken over, by the last computed step; 1, as where there is none, is reuse.
+        history: number of computed steps that are kept: all that there are.
+    """
+
+    times: tuple[float, ...]
+    spans: dict[int, int]
+    history: int
+
+    def weights(self, keys, step):
+        made_of: list[np.ndarray] = []  # of every step, its weights of the keys
+        place, key = dict(zip(keys, np.eye(len(keys)))), keys[0]
+        for s in range(step + 1):
+            key = s if s in place else key
+            if s in place or s < key:
+                made_of.append(place.get(s, np.zeros(len(keys))))
+            else:
+                made_of.append(_going_on(made_of, self.times, self.spans.get(key, 1)))
+        return tuple(made_of[step].tolist())

@@ -1,0 +1,165 @@
+"""The sampler's own trajectory, for planners of plain grids: states, predictions, and the model's answers elsewhere."""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from dpcache.errors import SettingError
+from dpcache.sampler import generate
+from dpcache.statistics import Rerun
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What a sampler of the first order passed through in T steps, in coordinates in which its step is Euler's:
+    y_{s+1} = y_s + (time_{s+1} - time_s) v_s, where y_s = x_s / scale_s.
+
+    A prediction v_i that is held from step i to step j leads to y_i + (time_j - time_i) v_i: the scheduler's own step
+    from i to j. Of flow matching y = x and time = sigma; of noise predictions under DDIM y is x / sqrt(alpha_bar) and
+    time sqrt(1 / alpha_bar - 1), both times one constant.
+
+    Attributes:
+        states: y, float32 on the CPU, (T + 1, B, ...); the first is noise, the last the final latents.
+        slopes: v, the model's predictions after guidance, (T, B, ...).
+        times, scales: float64, (T + 1,).
+    """
+
+    states: torch.Tensor
+    slopes: torch.Tensor
+    times: torch.Tensor
+    scales: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a sampler passed through in T steps.
+
+    Attributes:
+        states: its latents, float32 on the CPU, (T + 1, B, ...); the first is noise.
+        slopes: the model's predictions after guidance, (T, B, ...).
+        timesteps: the scheduler's, T numbers.
+        factors: what each step of the scheduler multiplies the latents and the prediction with, see `_factors`.
+        scheduler: name of its class.
+    """
+
+    states: torch.Tensor
+    slopes: torch.Tensor
+    timesteps: list[float]
+    factors: list[tuple[float, float]]
+    scheduler: str
+
+
+@torch.no_grad()
+def recorded(pipe, prompts: Sequence[str], seeds: Sequence[int], num_inference_steps: int, **call) -> Run:
+    """Sample without a cache and record."""
+    states, slopes, timesteps, factors = [], [], [], []
+
+    def record(scheduler, original, prediction, time, sample, kwargs):
+        timesteps.append(float(time))
+        factors.append(_factors(scheduler, prediction, time, sample))
+        states.append(sample[: len(seeds)].float().cpu())
+        slopes.append(prediction[: len(seeds), : sample.shape[1]].float().cpu())
+        return original(prediction, time, sample, **kwargs)
+
+    with _stepping(pipe.scheduler, record):
+        last = generate(pipe, prompts, seeds, num_inference_steps, decode=False, **call).latents
+    name = type(pipe.scheduler).__name__
+    return Run(torch.stack([*states, last]), torch.stack(slopes), timesteps, factors, name)
+
+
+def follow(pipe, prompts: Sequence[str], seeds: Sequence[int], num_inference_steps: int, **call) -> Trajectory:
+    """Sample without a cache and record. Raises SettingError if the scheduler's step is not of the first order: a
+    linear function of its latest prediction and state alone."""
+    run = recorded(pipe, prompts, seeds, num_inference_steps, **call)
+    scales, times = [1.0], [0.0]
+    for step, (of_state, of_slope) in enumerate(run.factors):
+        straight = of_state * run.states[step] + of_slope * run.slopes[step]
+        reached = run.states[step + 1]
+        if not torch.allclose(reached, straight, rtol=1e-2, atol=1e-3 * float(reached.std())):
+            raise SettingError(
+                f"{run.scheduler}, as it is configured, looks at more than its latest prediction or draws noise: grids "
+                "are planned for schedulers of the first order"
+            )
+        scales.append(scales[-1] * of_state)
+        times.append(times[-1] + of_slope / scales[-1])
+    shape = (-1, *[1] * (run.states.ndim - 1))
+    scales, times = torch.tensor(scales, dtype=torch.float64), torch.tensor(times, dtype=torch.float64)
+    return Trajectory(run.states / scales.float().view(shape), run.slopes, times, scales)
+
+
+@dataclass(frozen=True)
+class Times(Rerun):
+    """The `times` of a `Trajectory`, (T + 1,), which are the same for all prompts."""
+
+    def measure(self, pipe, calibration):
+        ((prompts, seeds),) = calibration.batches(1)
+        calibration.reran += 1
+        return follow(
+            pipe, prompts, seeds, calibration.num_inference_steps, **calibration.made_from["call"]
+        ).times.numpy()
+
+
+@torch.no_grad()
+def answers(pipe, states: torch.Tensor, prompts: Sequence[str], seeds: Sequence[int], **call) -> torch.Tensor:
+    """The model's predictions, (T, B, ...), at latents (T, B, ...) of one's own, one of each step, in one pass.
+
+    Args:
+        states: the first is not looked at: it is the pipeline's own.
+    """
+    slopes = []
+
+    def replace(scheduler, original, prediction, time, sample, kwargs):
+        slopes.append(prediction[: len(seeds), : sample.shape[1]].float().cpu())
+        output = original(prediction, time, sample, **kwargs)
+        if len(slopes) == len(states):
+            return output
+        stepped, given = _stepped(output), states[len(slopes)]
+        given = torch.cat([given] * (len(stepped) // len(given))).to(stepped)  # guidance may double the batch
+        if isinstance(output, tuple):
+            return given, *output[1:]
+        output.prev_sample = given
+        return output
+
+    with _stepping(pipe.scheduler, replace):
+        generate(pipe, prompts, seeds, len(states), decode=False, **call)
+    return torch.stack(slopes)
+
+
+def _stepped(output) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output.prev_sample
+
+
+def _factors(scheduler, prediction: torch.Tensor, time, sample: torch.Tensor) -> tuple[float, float]:
+    """What this step of the scheduler multiplies the state and the prediction with: its answers to 1 and 0, and to 0
+    and 1."""
+    sample, prediction = sample[:1].float(), prediction[:1].float()
+    one, zero = (torch.ones_like(sample), torch.ones_like(prediction)), (sample * 0, prediction * 0)
+    step = type(scheduler).step
+    of_state = _stepped(step(copy.deepcopy(scheduler), zero[1], time, one[0]))
+    of_slope = _stepped(step(copy.deepcopy(scheduler), one[1], time, zero[0]))
+    return float(of_state.flatten()[0]), float(of_slope.flatten()[0])
+
+
+@contextmanager
+def _stepping(scheduler, step: Callable) -> Iterator[None]:
+    """Meanwhile `step(scheduler, original, prediction, time, sample, other arguments)` stands for `scheduler.step`."""
+    replaced, original = vars(scheduler).get("step"), scheduler.step
+    names = list(inspect.signature(original).parameters)[:3]
+
+    @functools.wraps(original)
+    def instead(*args, **kwargs):
+        kwargs = dict(zip(names, args)) | kwargs
+        return step(scheduler, original, *(kwargs.pop(name) for name in names), kwargs)
+
+    scheduler.step = instead
+    try:
+        yield
+    finally:
+        del scheduler.step
+        if replaced is not None:
+            scheduler.step = replaced

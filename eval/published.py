@@ -27,8 +27,9 @@ def records() -> dict[str, dict[str, dict]]:
 def resolve(settings: DictConfig, model: str, method: str) -> DictConfig:
     """The settings of `method` with what is published for `model` where they say `published`.
 
-    Other numbers of steps than its authors' are only refused for lists of steps: thresholds and polynomials do not
-    depend on it, and diffusers takes MagCache's ratios from the nearest steps, as their authors do.
+    Another number of steps than the authors' is refused for lists of steps alone, and else warned of: thresholds and
+    polynomials are not of single steps, and diffusers takes MagCache's ratios from the nearest ones, as their authors
+    do. So is another value of a setting that was published beside these.
 
     Raises:
         SettingError: nothing is published for this model, budget or number of steps.
@@ -37,8 +38,15 @@ def resolve(settings: DictConfig, model: str, method: str) -> DictConfig:
     if not wanted:
         return settings
     found = {name: _value(name, settings, model, method) for name in wanted}
-    _tell(records()[model][method]["num_inference_steps"], settings.num_inference_steps, method, ", ".join(wanted))
-    return OmegaConf.merge(settings, found)
+    record, asked = records()[model][method], f"{method}: {', '.join(wanted)} published for"
+    theirs, ours = record["num_inference_steps"], settings.num_inference_steps
+    if theirs not in (None, ours):
+        _warn(f"{asked} num_inference_steps={theirs}, used for {ours}: expect another speed")
+    resolved = OmegaConf.merge(settings, found)
+    for name, value in record["settings"].items():
+        if not isinstance(value, dict) and resolved[name] not in (None, value):
+            _warn(f"{asked} {name}={value}, used with {resolved[name]}: method.{name}=published takes it too")
+    return resolved
 
 
 def _value(name: str, settings: DictConfig, model: str, method: str):
@@ -59,13 +67,6 @@ def _value(name: str, settings: DictConfig, model: str, method: str):
 
 
 @cache
-def _tell(theirs: int | None, ours: int, method: str, names: str) -> None:
+def _warn(line: str) -> None:
     """Once for each command."""
-    if theirs not in (None, ours):
-        log.warning(
-            "%s: %s published for num_inference_steps=%d, used for %d: expect another speed",
-            method,
-            names,
-            theirs,
-            ours,
-        )
+    log.warning(line)

@@ -28,8 +28,8 @@ def session():
 
 
 @pytest.fixture(autouse=True)
-def told_again():
-    published._tell.cache_clear()
+def warned_again():
+    published._warn.cache_clear()
 
 
 def made(model: str, method: str, *overrides: str):
@@ -102,6 +102,14 @@ def test_ratios_are_those_that_diffusers_has_and_taken_from_the_nearest_of_other
     taken = everything("flux", "magcache", "num_inference_steps=55").config(None).mag_ratios.tolist()
     assert taken[::2] == FLUX_MAG_RATIOS.tolist()  # 55 steps have those of 28 at every second one
     assert "published for num_inference_steps=28, used for 55" in caplog.text
+
+
+def test_what_was_published_together_is_used_together_or_warned_of(caplog):
+    made("wan21_t2v", "teacache", "method.polynomial=published", "method.warmup=published")
+    made("wan21_t2v", "dicache", "method.threshold=published", "method.clip=[1,2]", "method.retention=0.2", "budget=20")
+    assert not caplog.records
+    made("wan21_t2v", "teacache", "method.polynomial=published")
+    assert "polynomial published for warmup=5, used with 1: method.warmup=published takes it too" in caplog.text
 
 
 def test_only_what_is_not_published_is_calibrated():

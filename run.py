@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dpcache.errors import SettingError
-from eval import failures, sweep
+from eval import failures, published, sweep
 from eval.files import write_text
 from eval.processes import main_process, wait_for_all
 from eval.schema import Stage, config_hash, label
@@ -117,8 +117,9 @@ def recipe_for(config: DictConfig, budget: int | None = None):
 
     if budget is None:
         budget = config.budget if config.quality is None else config.num_inference_steps
+    choices, settings = HydraConfig.get().runtime.choices, OmegaConf.merge(config, {"budget": budget}).method
     try:
-        return instantiate(OmegaConf.merge(config, {"budget": budget}).method)
+        return instantiate(published.resolve(settings, choices.model, choices.method))
     except InstantiationException as error:
         raise error.__cause__ if isinstance(error.__cause__, SettingError) else error  # noqa: B904, its own cause
 

@@ -19,9 +19,6 @@ from dpcache.statistics import InputChange, OutputChange, Statistic, relative_ch
 
 log = logging.getLogger(__name__)
 
-# Published by the authors for FLUX.1-dev: output change as a polynomial of input change, highest power first.
-FLUX_POLYNOMIAL = (4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01)
-
 
 @dataclass
 class SinceComputed:
@@ -34,21 +31,22 @@ class SinceComputed:
 @dataclass(frozen=True)
 class AccumulatedChange(OnlineSchedule):
     """A step is computed once the rescaled changes of the modulated input since the last computed step reach the
-    threshold (Eq. 5-7); so are the first and the last step.
+    threshold (Eq. 5-7); so are the first `warmup` steps and the last.
 
     Args:
-        polynomial: rescaling, highest power first.
+        polynomial: output change over input change, highest power first.
     """
 
     threshold: float
     polynomial: Sequence[float]
+    warmup: int = 1
 
     def start(self):
         return SinceComputed()
 
     def decide(self, context, block, args, kwargs):
         state, step, current = context.state, context.step, modulated_input(block, args, kwargs)
-        if context.keys and step < self.num_inference_steps - 1:
+        if self.warmup <= step < self.num_inference_steps - 1 and context.keys:
             state.accumulated += np.polyval(self.polynomial, relative_change(current, state.previous).item())
             compute = state.accumulated >= self.threshold
         else:
@@ -72,12 +70,12 @@ def r_squared(polynomial, input_change: np.ndarray, output_change: np.ndarray) -
     return float(1 - rest.var() / y.var())
 
 
-def count_computed(input_change: np.ndarray, polynomial, threshold: float) -> float:
+def count_computed(input_change: np.ndarray, polynomial, threshold: float, warmup: int = 1) -> float:
     """Computed steps, on average over the trajectories (n, T), that a threshold leads to."""
     rescaled, total = np.polyval(polynomial, input_change), 0
     for row in rescaled:
-        accumulated, computed = 0.0, 2
-        for change in row[1:-1]:
+        accumulated, computed = 0.0, warmup + 1
+        for change in row[warmup:-1]:
             accumulated += change
             if accumulated >= threshold:
                 accumulated, computed = 0.0, computed + 1
@@ -85,14 +83,15 @@ def count_computed(input_change: np.ndarray, polynomial, threshold: float) -> fl
     return total / len(rescaled)
 
 
-def find_threshold(input_change: np.ndarray, polynomial, budget: int) -> float:
+def find_threshold(input_change: np.ndarray, polynomial, budget: int, warmup: int = 1) -> float:
     """The middle of the thresholds that spend the budget on average on recorded trajectories, by bisection."""
 
     def lowest(limit: float) -> float:
         low, high = 0.0, float(np.abs(np.polyval(polynomial, input_change)).sum(1).max()) + 1e-9
         for _ in range(50):
             middle = (low + high) / 2
-            low, high = (middle, high) if count_computed(input_change, polynomial, middle) > limit else (low, middle)
+            spent = count_computed(input_change, polynomial, middle, warmup)
+            low, high = (middle, high) if spent > limit else (low, middle)
         return high
 
     return (lowest(budget) + lowest(budget - 0.5)) / 2
@@ -107,6 +106,7 @@ class TeaCache:
     num_inference_steps: int
     threshold: float | None = None
     polynomial: Sequence[float] | None = None
+    warmup: int = 1
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
@@ -117,7 +117,7 @@ class TeaCache:
         return self.make(0.0, (0.0,))
 
     def make(self, threshold: float, polynomial: Sequence[float]) -> Method:
-        schedule = AccumulatedChange(self.num_inference_steps, threshold, polynomial)
+        schedule = AccumulatedChange(self.num_inference_steps, threshold, polynomial, self.warmup)
         return Method(schedule, "residual", Reuse(), {"threshold": threshold, "polynomial": list(polynomial)})
 
     def build(self, pipe, calibration: Calibration) -> Method:
@@ -136,7 +136,7 @@ class TeaCache:
                 )
         if self.threshold is not None:
             return with_decided(self.make(self.threshold, polynomial), fitted)
-        first = find_threshold(changes, polynomial, self.budget)
+        first = find_threshold(changes, polynomial, self.budget, self.warmup)
         make = partial(self.make, polynomial=polynomial)
         method = Search(make, self.budget, self.num_inference_steps, first).build(pipe, calibration)
         return with_decided(method, fitted)
@@ -146,19 +146,24 @@ def teacache(
     budget: int,
     num_inference_steps: int,
     threshold: float | None = None,
-    polynomial: str | list[float] | None = None,
+    polynomial: Sequence[float] | None = None,
+    warmup: int = 1,
 ) -> Method | TeaCache:
     """The image stream's residual over all blocks is reused while the modulated input has changed little.
 
     Args:
         threshold: the paper's own parameter; the budget is then not enforced.
-        polynomial: coefficients, highest power first; `flux`: the authors' for FLUX.1-dev; None: fitted.
+        polynomial: coefficients, highest power first; None: fitted.
+        warmup: steps computed first: 1 in the paper.
     """
-    if not 2 <= budget <= num_inference_steps:
-        raise SettingError(f"budget={budget} must be between 2 and num_inference_steps={num_inference_steps}")
+    if warmup < 1:
+        raise SettingError(f"warmup={warmup} must be at least 1")
+    if not warmup + 1 <= budget <= num_inference_steps:
+        raise SettingError(
+            f"budget={budget} must be between {warmup + 1} (warmup={warmup} and the last step) and "
+            f"num_inference_steps={num_inference_steps}"
+        )
     if isinstance(polynomial, str):
-        if polynomial != "flux":
-            raise SettingError(f"polynomial={polynomial} is not one of: flux, null, a list of coefficients")
-        polynomial = FLUX_POLYNOMIAL
-    recipe = TeaCache(budget, num_inference_steps, threshold, polynomial)
+        raise SettingError(f"polynomial={polynomial} must be a list of coefficients, null or, in a command, published")
+    recipe = TeaCache(budget, num_inference_steps, threshold, polynomial, warmup)
     return recipe if threshold is None or polynomial is None else recipe.make(threshold, polynomial)

@@ -112,7 +112,7 @@ def given(name: str, plan: list[int], steps: int, blocks: int) -> list[str]:
         "first_block_cache": ["threshold=0"],
         "magcache": ["threshold=0.5", "retention=0", f"max_skip={steps}", f"ratios={ratios}"],
         "profilingdit": [f"interval={interval}", "warmup=2", f"blocks={later}"],
-        "teacache": ["threshold=0", "polynomial=flux"],
+        "teacache": ["threshold=0", "polynomial=[1,0]"],
         "toca": [f"interval={interval}"],
     }
     return [f"method.{setting}" for setting in special.get(name, [])]

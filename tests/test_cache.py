@@ -216,9 +216,10 @@ def test_fewer_steps_asks_for_a_short_grid(pipe):
     assert method.num_inference_steps == 4 and report.computed == {"cond": [0, 1, 2, 3]}
 
 
-def test_teacache_computes_first_and_last_and_all_at_threshold_zero(rollout):
-    for threshold, expected in [(0.0, list(range(10))), (1e9, [0, 9])]:
-        with dpcache.cached(rollout.model, teacache(5, 10, threshold=threshold, polynomial="flux")):
+def test_teacache_computes_the_warmup_and_the_last_step_and_all_at_threshold_zero(rollout):
+    for threshold, warmup, expected in [(0.0, 1, list(range(10))), (1e9, 1, [0, 9]), (1e9, 4, [0, 1, 2, 3, 9])]:
+        method = teacache(5, 10, threshold=threshold, polynomial=[1.0, 0.0], warmup=warmup)
+        with dpcache.cached(rollout.model, method):
             rollout()
             assert dpcache.report(rollout.model).computed["default"] == expected
 

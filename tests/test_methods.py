@@ -87,7 +87,9 @@ def test_computed_steps(method, steps):
         (lambda: solver(4, 50, "EulerScheduler"), "scheduler=EulerScheduler is not one of"),
         (lambda: fewer_steps(0, 50), "budget=0"),
         (lambda: teacache(1, 50), "budget=1 must be between 2"),
-        (lambda: teacache(9, 50, polynomial="wan"), "polynomial=wan is not one of"),
+        (lambda: teacache(5, 50, warmup=5), "budget=5 must be between 6 .warmup=5 and the last step"),
+        (lambda: teacache(5, 50, warmup=0), "warmup=0 must be at least 1"),
+        (lambda: teacache(9, 50, polynomial="flux"), "polynomial=flux must be a list"),
         (lambda: taylorseer(9, 50, order=5), "order=5 is not one of 0..3"),
         (lambda: Schedule([], 50), "must increase strictly"),
         (lambda: Interval(5, 9, 50), "set budget=10"),
@@ -105,10 +107,10 @@ def test_teacache_spends_its_budget_on_recorded_trajectories():
     change = 0.05 + 0.1 * rng.random((6, 50))
     polynomial = fit_polynomial(change, 2 * change + 0.3 * change**2)
     assert np.polyval(polynomial, 0.1) == pytest.approx(0.203, rel=1e-3)
-    for budget in (5, 7, 10, 17, 30):
-        assert count_computed(change, polynomial, find_threshold(change, polynomial, budget)) == pytest.approx(
-            budget, abs=0.5
-        )
+    for budget, warmup in ((5, 1), (7, 1), (10, 1), (10, 5), (17, 1), (30, 1), (30, 12)):
+        threshold = find_threshold(change, polynomial, budget, warmup)
+        assert count_computed(change, polynomial, threshold, warmup) == pytest.approx(budget, abs=0.5)
+    assert count_computed(change, polynomial, 1e9, 5) == 6 and count_computed(change, polynomial, 0.0, 5) == 50
 
 
 @pytest.fixture

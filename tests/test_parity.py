@@ -79,8 +79,7 @@ def teacache_by_hand(model, threshold, polynomial, since_computed=False):
     ("threshold", "polynomial"), [(0.5, FLUX_POLYNOMIAL), (0.8, FLUX_POLYNOMIAL), (0.15, [1.0, 0.0]), (0.4, [1.0, 0.0])]
 )
 def test_teacache(flux, threshold, polynomial):
-    given = "flux" if polynomial is FLUX_POLYNOMIAL else polynomial
-    v, steps = attached(flux, teacache(10, T, threshold=threshold, polynomial=given), flux_inputs())
+    v, steps = attached(flux, teacache(10, T, threshold=threshold, polynomial=polynomial), flux_inputs())
     reference, computed = teacache_by_hand(flux, threshold, polynomial)
     assert 5 < len(steps) < 40 and steps == computed
     assert distance(v, reference) < 1e-5

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dpcache.method import Method, cached, disable, enable, report
     from dpcache.planner import path_cost, plan, plan_all
     from dpcache.session import Report
+    from dpcache.simulated import predict_error
 
 __all__ = [
     "Calibration",
@@ -28,11 +29,12 @@ __all__ = [
     "path_cost",
     "plan",
     "plan_all",
+    "predict_error",
     "recipe",
     "report",
 ]
 
-_MODULES = ("method", "calibration", "planner", "session", "by_name")
+_MODULES = ("method", "calibration", "planner", "session", "by_name", "simulated")
 
 
 def __getattr__(name: str) -> Any:

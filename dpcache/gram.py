@@ -110,7 +110,7 @@ def path_costs(
         paths = np.array([c for c in combinations(range(steps), count) if count == keys or c[0] == 0])
         used, row = np.unique(paths[:, -predictor.history :], axis=0, return_inverse=True)
         last = used[:, -1:]
-        weights, counted = _weights(predictor, used, steps), step_weights * (np.arange(steps) > last)
+        weights, counted = weight_tables(predictor, used, steps), step_weights * (np.arange(steps) > last)
         errors = _summed(gram, used, weights, counted) if coherent else _errors(gram, used, weights) * counted
         moves = np.zeros((len(used), steps + 1))
         errors.cumsum(1, out=moves[:, 1:])
@@ -156,7 +156,7 @@ def _summed(
     return result
 
 
-def _weights(predictor: Predictor, keys: np.ndarray, steps: int) -> np.ndarray:
+def weight_tables(predictor: Predictor, keys: np.ndarray, steps: int) -> np.ndarray:
     """Weights of each row of keys for every step after its last, (n, keys, T), in the fewest calls; zero before it.
 
     One more row at the end for the model's input, where it is seen."""

@@ -83,7 +83,7 @@ class SimulatedPlan:
         return Method(EvenlySpaced(self.budget, T), "output", longest)
 
     def build(self, pipe, calibration: Calibration) -> Method:
-        simulator = Simulator.unpack(calibration[self.statistics[0]], calibration.latents)
+        simulator = simulator_of(calibration, self.probes)
         searched, even = self.search(simulator)
         trials = [*searched[: self.finalists - 1], *even[:1], *searched[self.finalists - 1 :], *even[1:]]
         finalists, T = min(self.finalists, len(trials)), self.num_inference_steps
@@ -129,3 +129,14 @@ def make_predictor(name: str, recorded: Recorded) -> Predictor:
     if name in LEAST_SQUARES:
         return recorded.least_squares(int(name[3]), name.endswith("x"))
     return short_names()[name]()
+
+
+def simulator_of(calibration: Calibration, probes: int = 12) -> Simulator:
+    """The simulator that a calibration holds. Raises SettingError if it has none that was made with so many probes."""
+    return Simulator.unpack(calibration[SimulatedRuns(probes)], calibration.latents)
+
+
+def predict_error(calibration: Calibration, method: Method) -> float:
+    """`Simulator.predict_error` of the simulator that a calibration holds: to be had by
+    `dpcache.calibrate(pipe, prompts, T, statistics=(SimulatedRuns(),))`."""
+    return simulator_of(calibration).predict_error(method)

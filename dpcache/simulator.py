@@ -32,7 +32,7 @@ import torch
 
 from dpcache._diffusers import StepListener, copy_of_scheduler, watch_steps
 from dpcache.errors import SettingError
-from dpcache.gram import _weights, gram
+from dpcache.gram import gram, weight_tables
 from dpcache.linear_sampler import LinearSampler, read_sampler
 from dpcache.method import Method
 from dpcache.predictors import AdamsBashforth, Lagrange, LeastSquares, Predictor, Reuse, Taylor
@@ -285,7 +285,7 @@ class Weights:
     def _learn(self, tails: set[tuple[int, ...]]) -> None:
         for length in {len(tail) for tail in tails}:
             rows = [tail for tail in tails if len(tail) == length]
-            self.known.update(zip(rows, _weights(self.predictor, np.array(rows), self.steps)))
+            self.known.update(zip(rows, weight_tables(self.predictor, np.array(rows), self.steps)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,6 +299,22 @@ class Simulator:
 
     recorded: Recorded
     response: np.ndarray
+
+    def predict_error(self, method: Method) -> float:
+        """The relative error that `method` will leave in the final latents, |x - full-step x| / |full-step x|: the
+        geometric mean over the recorded prompts, so that its decibels are the mean of theirs.
+
+        Raises SettingError for a method whose steps are not fixed, or that keeps something else than the prediction.
+        """
+        T = self.recorded.steps
+        if isinstance(method.schedule, OnlineSchedule):
+            raise SettingError(f"{type(method.schedule).__name__} decides online: the simulator takes fixed steps")
+        if method.num_inference_steps != T:
+            raise SettingError(f"num_inference_steps={method.num_inference_steps}: the simulator was made for {T}")
+        if method.site.name != "output":
+            raise SettingError(f"site={method.site.name}: the simulator takes site=output")
+        errors = self.errors(Weights(method.predictor, T).fill([method.schedule.steps]))
+        return float(10 ** (-decibels(errors)[0] / 20))
 
     def pack(self) -> np.ndarray:
         """All but the latents as one array, for a calibration's file."""
@@ -352,20 +368,3 @@ class Simulator:
 def decibels(errors: np.ndarray) -> np.ndarray:
     """Of relative errors (..., P), the mean over prompts of -20 log10: each prompt counts alike, as in a mean PSNR."""
     return -20 * np.log10(errors).mean(-1)
-
-
-def predict_error(simulator: Simulator, method: Method) -> float:
-    """The relative error that `method` will leave in the final latents, |x - full-step x| / |full-step x|: the
-    geometric mean over the recorded prompts, so that its decibels are the mean of theirs.
-
-    Raises SettingError for a method whose steps are not fixed, or that keeps something else than the prediction.
-    """
-    T = simulator.recorded.steps
-    if isinstance(method.schedule, OnlineSchedule):
-        raise SettingError(f"{type(method.schedule).__name__} decides online: the simulator takes fixed steps")
-    if method.num_inference_steps != T:
-        raise SettingError(f"num_inference_steps={method.num_inference_steps}: the simulator was made for {T}")
-    if method.site.name != "output":
-        raise SettingError(f"site={method.site.name}: the simulator takes site=output")
-    errors = simulator.errors(Weights(method.predictor, T).fill([method.schedule.steps]))
-    return float(10 ** (-decibels(errors)[0] / 20))

@@ -17,6 +17,7 @@ from dpcache.plan_search import search_plans
 from dpcache.predictors import AdamsBashforth, Chebyshev, FoCa, Hermite, Lagrange, Reuse, Taylor, Zeus
 from dpcache.sampler import sample
 from dpcache.schedules import EvenlySpaced, Schedule
+from dpcache.simulated import SimulatedRuns, simulator_of
 from dpcache.simulator import (
     Answers,
     Fill,
@@ -25,7 +26,6 @@ from dpcache.simulator import (
     Weights,
     decibels,
     fit_response,
-    predict_error,
     random_probes,
     record,
 )
@@ -259,7 +259,16 @@ def test_recorded_runs_of_a_pipeline_foretell_an_accelerated_run(pipe):
     assert "step" not in vars(pipe.scheduler)
     method = Method(Schedule([0, 3, 6, 8], 10), "output", Taylor(1))
     real = np.exp(np.log(real_errors(pipe, method, recorded)).mean())
-    assert predict_error(simulator, method) == pytest.approx(real, rel=0.15)
+    assert simulator.predict_error(method) == pytest.approx(real, rel=0.15)
+
+
+def test_a_calibration_foretells_errors_once_it_holds_a_simulator(pipe):
+    calibration = dpcache.calibrate(pipe, ["dog", "car"], 10, (SimulatedRuns(),), batch_size=2, **CALL)
+    method = Method(Schedule([0, 3, 6, 8], 10), "output", Taylor(1))
+    real = np.exp(np.log(real_errors(pipe, method, calibration)).mean())
+    assert dpcache.predict_error(calibration, method) == pytest.approx(real, rel=0.15)
+    with pytest.raises(dpcache.SettingError, match="SimulatedRuns"):
+        dpcache.predict_error(dpcache.calibrate(pipe, ["dog"], 10, (), **CALL), method)
 
 
 def test_a_simulator_comes_back_from_its_array():
@@ -280,7 +289,7 @@ def test_the_recipe_takes_the_finalist_that_real_runs_confirm_and_counts_what_it
     assert [0, 2, 5, 7] in [trial["steps"] for trial in confirmed]
     best = max(confirmed, key=lambda trial: trial["confirmed"])
     assert len(confirmed) == 3 and method.decided["steps"] == best["steps"] and len(best["steps"]) == 4
-    simulator = Simulator.unpack(calibration[recipe.statistics[0]], calibration.latents)
+    simulator = simulator_of(calibration, probes=4)
     real = decibels(real_errors(pipe, method, simulator.recorded))
     assert best["confirmed"] == pytest.approx(real, abs=0.05)
 
@@ -297,4 +306,4 @@ def test_the_recipe_takes_the_finalist_that_real_runs_confirm_and_counts_what_it
 def test_methods_that_cannot_be_simulated_are_refused(method, message):
     toy = ToyRun("DDIM", rates(8))
     with pytest.raises(dpcache.SettingError, match=message):
-        predict_error(Simulator(toy.recorded(), toy.rates), method)
+        Simulator(toy.recorded(), toy.rates).predict_error(method)

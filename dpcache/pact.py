@@ -86,13 +86,9 @@ def _errors(
 ) -> np.ndarray:
     """mean|predicted - true| over elements, for each history (i, j) and each step j+1..T in turn."""
     steps, size = features.shape
-    index, weight = (part.to(device) for part in _residuals(predictor, histories, steps))
+    index, weight = (part.to(device) for part in residuals(predictor, histories, steps))
     bags = torch.arange(0, _ROWS * index.shape[1], index.shape[1], dtype=index.dtype, device=device)
-    last = list(range(max(0, steps - predictor.history), steps))
-    end = torch.full((len(last),), 0.2 / len(last))
-    used = predictor.weights(last, steps)
-    end[-len(used) :] += 0.8 * torch.tensor(used)
-    end = end.to(device)
+    end = end_weights(predictor, steps).to(device)
 
     totals = torch.zeros(len(index), dtype=torch.float64, device=device)
     blocks = [
@@ -101,7 +97,7 @@ def _errors(
     ]
     for start in range(0, size, chunk):
         x = features[:, start : start + chunk].to(device, torch.float32)
-        x = torch.cat([x, end[None] @ x[last[0] :]])
+        x = torch.cat([x, end[None] @ x[-len(end) :]])
         for rows, weights, offsets, total in blocks:
             total += embedding_bag(rows, x, offsets, mode="sum", per_sample_weights=weights).abs_().sum(1)
     if not totals.isfinite().all():
@@ -109,8 +105,20 @@ def _errors(
     return totals.cpu().numpy() / size
 
 
-def _residuals(predictor: Predictor, histories: list[list[int]], steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """predicted - true as a weighted sum of the true steps and the end: their indices and weights, (E, history + 1)."""
+def end_weights(predictor: Predictor, steps: int) -> torch.Tensor:
+    """Of the last `history` features, (n,): their sum with these weights stands for the true feature of the end."""
+    last = list(range(max(0, steps - predictor.history), steps))
+    end = torch.full((len(last),), 0.2 / len(last))
+    used = predictor.weights(last, steps)
+    end[-len(used) :] += 0.8 * torch.tensor(used)
+    return end
+
+
+def residuals(predictor: Predictor, histories: list[list[int]], steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """predicted - true as a weighted sum of the true steps and the end: their indices and weights, (E, history + 1).
+
+    One row for each history (i, j) and each step j+1..T in turn. An index may stand there twice.
+    """
     index, weight = [], []
     for i, j in histories:
         keys = [*range(max(0, i + 2 - predictor.history), i + 1), j] if j else [0]

@@ -88,8 +88,8 @@ def recover(
     history, at, increments = _increments(cost, ceiling)
     if len(increments) < steps * 4:
         raise SettingError(
-            f"cost has {len(increments)} usable increments (finite, positive, costs up to ceiling={ceiling:g}): needs at "
-            f"least {4 * steps} for T = {steps}"
+            f"cost has {len(increments)} usable increments (finite, positive, costs up to ceiling={ceiling:g}): needs "
+            f"at least {4 * steps} for T = {steps}"
         )
     rng = np.random.default_rng(seed)
     histories, row = np.unique(history, axis=0, return_inverse=True)

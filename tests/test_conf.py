@@ -1,6 +1,7 @@
 """Every file in `conf/` composes and makes its method, alone and with every value that a recorded sweep gives it."""
 
 import ast
+import re
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -105,10 +106,26 @@ def test_a_recorded_setting_composes_with_every_value_that_it_sweeps(name):
     assert bool(params) == (config.hydra.sweep.dir == f"outputs/{name}")  # a sweep has a folder of its own
 
 
-def test_the_published_schedule_is_planned_without_a_calibration(tmp_path):
-    code, out, err = run("experiment=flux_published", "+dry_run=true", folder=tmp_path)
+@pytest.mark.parametrize(
+    ("experiment", "steps"),
+    [
+        ("flux_published", "[0, 1, 2, 4, 7, 10, 14, 19, 23, 28, 34, 40, 45]"),
+        ("flux_planned", "[0, 1, 4, 8, 13, 18, 23, 28, 33, 38, 42, 45, 48]"),
+    ],
+)
+def test_a_schedule_from_the_published_tensor_is_used_without_a_calibration(tmp_path, experiment, steps):
+    code, out, err = run(f"experiment={experiment}", "+dry_run=true", folder=tmp_path)
     assert code == 0, err
-    assert "[0, 1, 2, 4, 7, 10, 14, 19, 23, 28, 34, 40, 45]" in out and "FLUX.1-dev" in out
+    assert steps in out and "FLUX.1-dev" in out
+
+
+def test_the_other_schedules_that_flux_planned_lists_can_be_put_in_its_place():
+    text = (ROOT / "conf/experiment/flux_planned.yaml").read_text()
+    lists = re.findall(r"^#   (\d+): +(\S+)$", text, re.MULTILINE)
+    assert [budget for budget, _ in lists] == ["7", "9", "17"]
+    for budget, steps in lists:
+        _, method = made("experiment=flux_planned", f"budget={budget}", f"method.steps={steps}")
+        assert len(method.schedule.steps) == int(budget) and str(list(method.schedule.steps)).replace(" ", "") == steps
 
 
 def test_methods_and_metrics_are_named_in_their_own_files_alone():

@@ -1,9 +1,13 @@
-"""The report beyond_dpcache.ipynb from end to end, on sweeps short enough for a test."""
+"""The reports beyond_dpcache.ipynb and flux_without_a_gpu.ipynb from end to end, short enough for a test."""
+
+import re
 
 import nbclient
 import nbformat
+import pytest
 
 from helpers.commands import ROOT
+from test_planner import PUBLISHED
 
 SHORT = "num_inference_steps=6 num_prompts=2 calibration.num_prompts=2 batch_size=2 budget=4"
 FEWER = {  # of what an experiment sweeps
@@ -46,3 +50,22 @@ def test_beyond_dpcache(tmp_path, monkeypatch):
     assert all(label in tables for label in ("0 dpcache", "7 refit (dpcache_lsq)", "planners=[even] predictors=[lsq2]"))
     for name in ("frontier", *(f"ablation_{n}" for n in ("parts", "predictor", "warmup", "cost", "calibration_size"))):
         assert (tmp_path / name / "report.html").exists()
+
+
+def test_flux_without_a_gpu(monkeypatch):
+    notebook = nbformat.read(ROOT / "notebooks" / "flux_without_a_gpu.ipynb", as_version=4)
+    committed = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert committed and not any(output.output_type == "error" for output in committed)
+    assert str(ROOT) not in nbformat.writes(notebook) and str(PUBLISHED["flux_dev"]) not in nbformat.writes(notebook)
+    if not PUBLISHED["flux_dev"].exists():
+        pytest.skip("the released cost tensors are not here")
+    monkeypatch.setenv("FLUX_COST", str(PUBLISHED["flux_dev"]))
+    monkeypatch.delenv("WAN_COST", raising=False)
+    monkeypatch.setenv("SHORT", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": ROOT / "notebooks"}}).execute()
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    tables = [output["data"]["text/markdown"] for output in shown if "text/markdown" in output.get("data", {})]
+    assert len(tables) == 5 and sum("image/png" in output.get("data", {}) for output in shown) == 2
+    gain = re.search(r"K = 13 \| \S+ \| (\S+)", tables[3])  # of planned steps with the authors' own predictor
+    assert float(gain[1]) > 3

@@ -99,15 +99,15 @@ def calibrate(config: DictConfig) -> None:
     method, budget, quality = build(config, one.pipe, recipe, calibration)
     method = calibration.sign(method)
     cost = {"statistics": calibration.took(recipe.statistics or ()), "method": calibration.reran}
-    name = f"{choices.model}-{choices.method}-T{config.num_inference_steps}"
-    file = path.with_name(f"{name}.method.safetensors")
+    model, name, T = choices.model, choices.method, config.num_inference_steps
+    file = path.with_name(f"{model}-{name}-T{T}.method.safetensors")
     with locked(file):
         others = storage.load(file) if file.exists() else {}
         same = {budget: other for budget, other in others.items() if other.made_for == method.made_for}
         storage.save({**same, budget: method}, file)
     found = dict(method.decided) | {"quality": quality} if quality else dict(method.decided)
     found |= {"calibration_trajectories": cost, "made_from": str(path), "method": str(file)}
-    write_text(path.with_name(f"{name}-K{budget}.json"), json.dumps(found, indent=1))
+    write_text(path.with_name(f"{model}-{name}-K{budget}-T{T}.json"), json.dumps(found, indent=1))
     print(*(f"{key}: {json.dumps(value)}" for key, value in found.items()), sep="\n")
 
 

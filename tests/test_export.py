@@ -1,16 +1,20 @@
 """Schedules for other programs, run there; and what `stage=calibrate` leaves."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
 import dpcache
+from baselines.taylorseer import taylorseer
 from baselines.teacache import fit_polynomial, r_squared
 from dpcache import export
 from dpcache.planned import dpcache as planned
+from dpcache.predictors import Taylor
 from dpcache.sampler import generate
+from dpcache.schedules import Schedule
 from helpers.commands import run
 
 T, K = 12, 5
@@ -96,3 +100,70 @@ def test_a_poor_fit_has_a_low_r_squared():
     y = noise.random((4, 50))
     assert r_squared(fit_polynomial(x, y), x, y) < 0.2
     assert r_squared(fit_polynomial(line, 3 * line**2), line, 3 * line**2) > 0.999
+
+
+class ModelPatcher:
+    """What a node of ComfyUI is given for a model, as far as the node uses it."""
+
+    def __init__(self):
+        self.wrapper = None
+
+    def clone(self):
+        return ModelPatcher()
+
+    def set_model_unet_function_wrapper(self, wrapper):
+        self.wrapper = wrapper
+
+
+def comfy_samples(patcher, sigmas, batch=2):
+    """Euler's steps as ComfyUI calls a wrapped model; the number of real calls of the model."""
+    calls = []
+
+    def apply_model(x, timestep, scale):
+        calls.append(timestep)
+        return scale * torch.tanh(x) + timestep[:, None]
+
+    x = torch.linspace(-1, 1, 4 * batch).reshape(batch, 4)
+    for sigma, following in pairwise(sigmas):
+        options = {"input": x, "timestep": torch.full((batch,), sigma), "c": {"scale": 0.5}, "cond_or_uncond": [1, 0]}
+        v = patcher.wrapper(apply_model, options) if patcher.wrapper else apply_model(x, options["timestep"], 0.5)
+        x = x + (following - sigma) * v
+    return x, len(calls)
+
+
+def test_the_comfyui_node_computes_the_methods_steps(tmp_path):
+    path, sigmas = tmp_path / "m.safetensors", torch.linspace(1, 0, T + 1).tolist()
+    dpcache.Method(Schedule([0, 1, 2, 5, 8], T), "output", Taylor(1)).save(path)
+    names = {}
+    exec(export.export_method(str(path), "comfyui"), names)
+    node = names["NODE_CLASS_MAPPINGS"]["DPCacheModel"]
+    inputs = node.INPUT_TYPES()["required"]
+    assert inputs["budget"][1]["default"] == 5 and inputs["method"][1]["default"] == str(path)
+    (patched,) = getattr(node(), node.FUNCTION)(ModelPatcher(), inputs["method"][1]["default"], 5)
+    (first, calls), (second, again) = (comfy_samples(patched, sigmas) for _ in range(2))
+    exact, every = comfy_samples(ModelPatcher(), sigmas)
+    assert calls == again == 5 and every == T and torch.equal(first, second)
+    assert 0 < (first - exact).norm() < 0.05 * exact.norm()
+    with pytest.raises(dpcache.SettingError, match="steps"):
+        comfy_samples(patched, torch.linspace(1, 0, T + 3).tolist())
+
+
+def test_a_method_file_becomes_a_script(pipe, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    method = taylorseer(K, T, lite=True)
+    method.save(path)
+    monkeypatch.setattr("sys.argv", ["export", str(path), "--to", "pipeline"])
+    export.main()
+    latents, names, code = execute(capsys.readouterr().out, pipe)
+    exec(code, names)
+    with dpcache.cached(pipe, method):
+        assert torch.equal(latents[0], generate(pipe, ["dog"], [0], T, decode=False, **CALL).latents)
+    for arguments, line in (
+        (["--to", "comfyui"], "site=stack: ComfyUI's models are not those of diffusers"),
+        (["--to", "pipeline", "--budget", "9"], f"holds methods for budget={K}, not 9"),
+        (["--to", "json"], "give it a --budget"),
+    ):
+        monkeypatch.setattr("sys.argv", ["export", str(path), *arguments])
+        with pytest.raises(SystemExit):
+            export.main()
+        assert line in capsys.readouterr().err

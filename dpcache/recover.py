@@ -7,7 +7,9 @@ matrix gives the errors of other predictors on other paths (`dpcache.gram.path_c
 
 The constant is lost because a predictor's weights sum to one. Taylor's expansion also reproduces straight lines, so a
 multiple of the step would be lost as well, were it not for the end: `l1_cost` takes for its true feature a mixture
-with the mean of the last features, which lies behind them on the line.
+with the mean of the last features, which lies behind them on the line. That is little: on the embedded models errors
+of Taylor, Lagrange and FoCa, which reproduce straight lines, come out to a few per cent, those of reuse a third to a
+half too large.
 """
 
 from dataclasses import dataclass

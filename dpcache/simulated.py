@@ -7,6 +7,7 @@ import numpy as np
 
 from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
+from dpcache.lsq import LEAST_SQUARES
 from dpcache.method import Method
 from dpcache.plan_search import search_plans, starting_plans
 from dpcache.predictors import LeastSquares, Predictor, short_names
@@ -15,7 +16,6 @@ from dpcache.simulator import Recorded, Simulator, Weights, decibels, fit_respon
 from dpcache.statistics import Rerun
 
 PREDICTORS = ("lsq2", "lsq3", "lsq2x", "lsq3x", "lagrange2", "taylor2", "ab2", "ab3")
-LEAST_SQUARES = [f"lsq{keys}{seen}" for seen in ("", "x") for keys in range(1, 5)]
 
 
 @dataclass(frozen=True)

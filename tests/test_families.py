@@ -198,7 +198,8 @@ def test_a_method_spends_its_budget_gives_the_same_twice_and_leaves_no_trace(ind
     else:
         pytest.fail("refused by every family")
     assert first.isfinite().all() and torch.equal(first, second)
-    assert torch.equal(first, reference) == (budget == T)
+    everything = all(spent == [T] for spent in report.spent.values())  # where the budget is out of reach, as is said
+    assert torch.equal(first, reference) == (budget == T or everything)
     assert list(report.spent) == list(family.family.branches)
     for branch, (spent,) in report.spent.items():
         whole = len(report.computed[branch])  # steps; `spent` has the parts of others, too

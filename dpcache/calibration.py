@@ -1,17 +1,15 @@
 """Full-step trajectories of a few prompts -> statistics, in one safetensors file that knows what it was made for."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
+from dpcache import storage
 from dpcache.circumstances import describe
 from dpcache.errors import SettingError
 from dpcache.method import Method, Runnable, cached
@@ -22,7 +20,7 @@ from dpcache.schedules import EvenlySpaced, OnlineSchedule, Schedule
 from dpcache.session import Report
 from dpcache.statistics import Folded, L1Cost, Rerun, Statistic, Trajectories, of_one_pass, relative_change
 
-_FORMAT = "dpcache calibration 4"
+_KIND = "calibration 4"
 
 
 @dataclass
@@ -82,32 +80,19 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        everything = self.arrays | {"latents": self.latents}
-        arrays = {name: np.ascontiguousarray(array) for name, array in everything.items()}
-        metadata = {"format": _FORMAT, "trajectories": json.dumps(self.trajectories)}
-        metadata |= {"made_for": json.dumps(self.made_for), "made_from": json.dumps(self.made_from)}
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        save_file(arrays, part, metadata)
-        os.replace(part, path)
+        facts = {name: json.dumps(getattr(self, name)) for name in ("made_for", "made_from", "trajectories")}
+        storage.write(path, self.arrays | {"latents": self.latents}, {"format": f"dpcache {_KIND}", **facts})
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
         """Raises SettingError if the file is not a calibration, FileNotFoundError if there is none."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"calibration file {path} does not exist")
         try:
-            with safe_open(path, "numpy") as file:
-                metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
-            arrays = load_file(path)
-            latents = arrays.pop("latents")
-            made_for, made_from, trajectories = (
-                json.loads(metadata[name]) for name in ("made_for", "made_from", "trajectories")
-            )
-            return cls(made_for, made_from, arrays, latents, trajectories)
+            arrays, metadata = storage.read(path, _KIND)
+            facts = (json.loads(metadata[name]) for name in ("made_for", "made_from", "trajectories"))
+            made_for, made_from, trajectories = facts
+            return cls(made_for, made_from, arrays, arrays.pop("latents"), trajectories)
+        except FileNotFoundError:
+            raise
         except Exception as error:
             raise SettingError(f"{path} is not a calibration file: {error}") from None
 

@@ -18,8 +18,31 @@ from safetensors.numpy import load_file, save_file
 
 from dpcache.errors import SettingError
 
-_FORMAT = "dpcache method 1"
+_KIND = "method 1"
 _PACKAGES = ("dpcache", "baselines")  # whose classes a file may name; others have to be imported before it is loaded
+
+
+def write(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """One safetensors file, atomically; its folder is made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part, dict(metadata))
+    os.replace(part, path)
+
+
+def read(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Arrays and metadata of a file whose "format" in the metadata begins with `dpcache` and `kind`.
+
+    Raises FileNotFoundError if there is none, ValueError if it is something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{kind.split()[0]} file {path} does not exist")
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("format") != f"dpcache {kind}":
+        raise ValueError(f"its format is {metadata.get('format')!r}, not 'dpcache {kind}'")
+    return load_file(path), metadata
 
 
 def save(methods: Mapping[int, object], path: str | Path) -> None:
@@ -29,11 +52,7 @@ def save(methods: Mapping[int, object], path: str | Path) -> None:
     """
     arrays: dict[str, np.ndarray] = {}
     text = json.dumps({str(budget): _plain(method, arrays) for budget, method in methods.items()})
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    save_file(arrays or {"none": np.zeros(0)}, part, {"format": _FORMAT, "methods": text})
-    os.replace(part, path)
+    write(path, arrays or {"none": np.zeros(0)}, {"format": f"dpcache {_KIND}", "methods": text})
 
 
 def load(path: str | Path) -> dict[int, object]:
@@ -42,15 +61,11 @@ def load(path: str | Path) -> dict[int, object]:
     Raises SettingError if it is no such file or names a class that is not known here, FileNotFoundError if there is
     none.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"method file {path} does not exist")
     try:
-        with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
-        arrays = load_file(path)
+        arrays, metadata = read(path, _KIND)
         return {int(budget): _object(made, arrays) for budget, made in json.loads(metadata["methods"]).items()}
+    except FileNotFoundError:
+        raise
     except Exception as error:
         raise SettingError(f"{path} is not a method file: {error}") from None
 
@@ -63,7 +78,7 @@ def _plain(value, arrays: dict[str, np.ndarray]):
         return {"class": f"{kind.__module__}:{kind.__qualname__}", "settings": settings}
     if isinstance(value, np.ndarray):
         name = f"array{len(arrays)}"
-        arrays[name] = np.ascontiguousarray(value)
+        arrays[name] = value
         return {"array": name}
     if isinstance(value, np.generic):
         return value.item()

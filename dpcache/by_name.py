@@ -81,7 +81,8 @@ def accelerate(
     if made.statistics is None and quality is None:
         method = made.build(pipe, None)
     elif not prompts:
-        raise SettingError(f"method={name} is calibrated: give it some prompts=[...] that are like yours")
+        why = "is calibrated" if quality is None else f"is tried for quality={quality:g}"
+        raise SettingError(f"method={name} {why}: give it some prompts=[...] that are like yours")
     else:
         calibration = calibrate(pipe, prompts, num_inference_steps, (), seeds=seeds, batch_size=batch_size, **call)
         if quality is not None:

@@ -46,6 +46,8 @@ def test_qualities_that_cannot_be_are_named(pipe):
             find_budget(pipe, lambda budget: taylorseer(budget, T), calibration, quality)
     with pytest.raises(dpcache.SettingError, match="budget=None and quality=None: give one of the two"):
         dpcache.accelerate(pipe, "fora", prompts=PROMPTS)
+    with pytest.raises(dpcache.SettingError, match=r"method=fora is tried for quality=30: give it some prompts"):
+        dpcache.accelerate(pipe, "fora", quality=30)
 
 
 def test_accelerate_takes_a_quality(pipe):

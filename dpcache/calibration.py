@@ -96,20 +96,20 @@ class Calibration:
         except Exception as error:
             raise SettingError(f"{path} is not a calibration file: {error}") from None
 
-    def batches(self, limit: int | None = None) -> list[tuple[list[str], list[int]]]:
-        """The (first `limit`) prompts and their seeds as they were batched."""
+    def batches(self, limit: int | None = None, start: int = 0) -> list[tuple[list[str], list[int]]]:
+        """The prompts (from `start` to before `limit`) and their seeds as they are batched."""
         prompts, seeds, size = (self.made_from[name] for name in ("prompts", "seeds", "batch_size"))
-        prompts, seeds = prompts[:limit], seeds[:limit]
+        prompts, seeds = prompts[start:limit], seeds[start:limit]
         return [(prompts[i : i + size], seeds[i : i + size]) for i in range(0, len(prompts), size)]
 
     def rerun(
-        self, pipe, method: Runnable, limit: int | None = None, observe: Callable | None = None
+        self, pipe, method: Runnable, limit: int | None = None, observe: Callable | None = None, start: int = 0
     ) -> tuple[np.ndarray, Report]:
-        """Final latents (n, ...) of the calibration's (first `limit`) prompts under `method`, and what it did in all of
-        them. `observe`: see `Session`."""
+        """Final latents (n, ...) of the calibration's prompts (from `start` to before `limit`) under `method`, and what
+        it did in all of them. `observe`: see `Session`."""
         steps, call = method.num_inference_steps, self.made_from["call"]
         with cached(pipe, method, observe) as session:
-            batches = self.batches(limit)
+            batches = self.batches(limit, start)
             bar = tqdm(batches, desc="trying on the calibration prompts", unit="batch", leave=False)
             latents = [generate(pipe, *batch, steps, decode=False, **call).latents for batch in bar]
         report = session.report()

@@ -3,21 +3,24 @@
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
+import numpy as np
+
 from dpcache.gram import key_axes, path_costs
 from dpcache.planner import plan as plan_exactly
 from dpcache.predictors import Predictor
 from dpcache.schedules import EvenlySpaced
-from dpcache.simulator import Plan, Recorded, Simulator, Weights, decibels
+from dpcache.simulator import Plan, Recorded
 
 
 def search_plans(
-    simulator: Simulator, weights: Weights, starts: Iterable[Sequence[int]], keep: int = 1
+    score: Callable[[list[Plan]], np.ndarray], steps: int, starts: Iterable[Sequence[int]], keep: int = 1
 ) -> list[tuple[float, Plan]]:
     """Improve plans until no move helps: one key to any other step, or two neighbours by up to two steps each. With
     many steps keys are first moved on a grid of about fifty, then by less than its mesh.
 
     Args:
-        weights: of the predictor.
+        score: simulated decibels of N plans, (N,).
+        steps: T.
         starts: plans of K steps, each beginning with step 0, which stays.
         keep: how many of the plans found to return.
 
@@ -25,13 +28,13 @@ def search_plans(
         The best different plans and their simulated decibels, best first.
     """
     known: dict[Plan, float] = {}
-    steps, mesh = weights.steps, max(weights.steps // 50, 1)
+    mesh = max(steps // 50, 1)
 
     def best(plans: Iterable[Plan]) -> Plan:
         plans = list(dict.fromkeys(plans))
         new = [plan for plan in plans if plan not in known]
         if new:
-            known.update(zip(new, decibels(simulator.errors(weights.fill(new))).tolist()))
+            known.update(zip(new, score(new).tolist()))
         return max(plans, key=known.__getitem__)
 
     def anywhere(plan: Plan) -> list[Plan]:

@@ -1,21 +1,22 @@
 """Beyond the paper: steps and predictor searched in a simulated closed loop, the best few confirmed in a real one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
-from dpcache.lsq import LEAST_SQUARES
+from dpcache.lsq import LEAST_SQUARES, FittedWeights
 from dpcache.method import Method
 from dpcache.plan_search import search_plans, starting_plans
 from dpcache.predictors import LeastSquares, Predictor, short_names
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
-from dpcache.simulator import Recorded, Simulator, Weights, decibels, fit_response, random_probes, record
+from dpcache.simulator import Plan, Recorded, Simulator, Weights, decibels, fit_response, random_probes, record
 from dpcache.statistics import Rerun
 
-PREDICTORS = ("lsq2", "lsq3", "lsq2x", "lsq3x", "lagrange2", "taylor2", "ab2", "ab3")
+CLOSED_LOOP = [f"closed{keys}{seen}" for seen in ("", "x") for keys in range(1, 5)]
+PREDICTORS = ("closed2", "closed3", "closed4", "closed2x", "closed3x", "lsq2", "lsq3", "lsq2x", "lagrange2", "ab2")
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,20 @@ class SimulatedRuns(Rerun):
 class SimulatedPlan:
     """The recipe of a method whose steps and predictor are searched in the simulator, at site=output.
 
-    Step 0 alone is fixed. The simulator finds the best plan of every predictor. It is too hopeful about some, as it
-    knows no answers that are not proportional to their errors: so the best few are run, and the best of the evenly
-    spaced plans, with which it is not.
+    Step 0 alone is fixed. The simulator finds the best plan of every predictor. It is too hopeful, and about some
+    predictors more than about others, as it knows no answers that are not proportional to their errors. So the best
+    few plans, and an evenly spaced one, are run: all of them on one calibration prompt or more, the better half on
+    further prompts, and so on (successive halving).
 
     Args:
         budget, num_inference_steps: K and T, see `dpcache.schedules`.
-        predictors: candidates: "lsq1" to "lsq4", least squares over so many keys; "lsq1x" to "lsq4x", over the current
-            latents as well (left out where the scheduler adds noise); and the short names of `dpcache.predictors`.
+        predictors: candidates: "closed1" to "closed4", weights of so many keys that take back the errors of the run
+            itself, see `Simulator.closed_loop`; "lsq1" to "lsq4", least squares over so many keys; either with "x" at
+            the end, over the current latents as well (left out where the scheduler adds noise); and the short names of
+            `dpcache.predictors`.
         finalists: how many are run, an evenly spaced one among them.
-        trajectories: what these runs may cost together, in full-step trajectories of one sample.
+        trajectories: what these runs may cost together, in full-step trajectories of one sample. With large budgets
+            there are fewer finalists, two at least.
         probes: see `SimulatedRuns`.
 
     Raises SettingError for a budget out of range and for candidates that are not known.
@@ -55,13 +60,13 @@ class SimulatedPlan:
     budget: int
     num_inference_steps: int
     predictors: Sequence[str] = PREDICTORS
-    finalists: int = 4
+    finalists: int = 6
     trajectories: float = 3.0
     probes: int = 12
 
     def __post_init__(self):
         check_budget(self.budget, self.num_inference_steps, 1)
-        known = [*LEAST_SQUARES, *short_names()]
+        known = [*CLOSED_LOOP, *LEAST_SQUARES, *short_names()]
         if not self.predictors or set(self.predictors) - set(known):
             raise SettingError(f"predictors={list(self.predictors)}: choose from {', '.join(known)}")
         if self.finalists < 2 or self.trajectories <= 0 or self.probes < 1:
@@ -77,58 +82,101 @@ class SimulatedPlan:
     @property
     def example(self) -> Method:
         T = self.num_inference_steps
-        fixed = [short_names()[name]() for name in self.predictors if name not in LEAST_SQUARES]
-        learnt = [LeastSquares(np.eye(T), int(name[3])) for name in self.predictors if name in LEAST_SQUARES]
+        fixed = [short_names()[name]() for name in self.predictors if name in short_names()]
+        learnt = [LeastSquares(np.eye(T), _keys(name)) for name in self.predictors if name not in short_names()]
         longest = max(fixed + learnt, key=lambda predictor: predictor.history)
         return Method(EvenlySpaced(self.budget, T), "output", longest)
 
     def build(self, pipe, calibration: Calibration) -> Method:
-        simulator = simulator_of(calibration, self.probes)
+        simulator, T = simulator_of(calibration, self.probes), self.num_inference_steps
         searched, even = self.search(simulator)
-        trials = [*searched[: self.finalists - 1], *even[:1], *searched[self.finalists - 1 :], *even[1:]]
-        finalists, T = min(self.finalists, len(trials)), self.num_inference_steps
-        prompts = min(max(int(self.trajectories * T / (finalists * self.budget)), 1), len(calibration.latents))
-        reference, methods = calibration.latents[:prompts].reshape(prompts, -1), []
-        for trial in trials:
-            predictor = make_predictor(trial["predictor"], simulator.recorded)
-            method = Method(Schedule(trial["steps"], T), "output", predictor)
-            try:
-                moved = calibration.rerun(pipe, method, prompts)[0].reshape(prompts, -1) - reference
-            except SettingError as error:
-                if not predictor.sees_input:
-                    raise
-                trial["refused"] = str(error)  # this model's input has another shape than its prediction
-                continue
-            errors = np.linalg.norm(moved, axis=1) / np.linalg.norm(reference, axis=1)
-            trial |= {"confirmed": float(decibels(errors.clip(1e-10))), "prompts": prompts}
-            methods.append((trial, method))
-            if len(methods) == finalists:
-                break
-        trial, chosen = max(methods, key=lambda pair: pair[0]["confirmed"])
-        decided = {"steps": trial["steps"], "predictor": trial["predictor"], "trials": trials}
-        return replace(chosen, decided=decided)
+        runs = int(self.trajectories * T / self.budget)
+        finalists = min(self.finalists, max(runs // 2, 2))
+        trials = [*searched[: finalists - 1], even[0], *searched[finalists - 1 :], *even[1:]]
+        methods = [make_method(simulator, trial["predictor"], trial["steps"]) for trial in trials[:finalists]]
+
+        def errors(number: int, start: int, limit: int) -> np.ndarray:
+            wanted = calibration.latents[start:limit].reshape(limit - start, -1)
+            found = calibration.rerun(pipe, methods[number], limit, start=start)[0].reshape(wanted.shape)
+            return np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+
+        best, found = successive_halving(len(methods), errors, runs, len(calibration.latents))
+        for trial, some in zip(trials, found):
+            trial |= {"confirmed": float(decibels(some.clip(1e-10))), "prompts": len(some)}
+        decided = {"steps": trials[best]["steps"], "predictor": trials[best]["predictor"], "trials": trials}
+        return replace(methods[best], decided=decided)
 
     def search(self, simulator: Simulator) -> tuple[list[dict], list[dict]]:
         """Of every predictor the best plan and its promised decibels, best first; and the same with even spacing."""
         recorded, searched, spaced = simulator.recorded, [], []
-        even = EvenlySpaced(self.budget, recorded.steps).steps
+        even = tuple(EvenlySpaced(self.budget, recorded.steps).steps)
         for name in self.predictors:
-            if name.endswith("x") and recorded.sampler.noisy:
+            if _sees_input(name) and not recorded.inputs_known:
                 continue
-            predictor = make_predictor(name, recorded)
-            weights = Weights(predictor, recorded.steps)
-            ((promised, plan),) = search_plans(simulator, weights, starting_plans(recorded, predictor, self.budget))
+            score, open_loop = scorer(simulator, name), make_predictor(name, recorded)
+            ((promised, plan),) = search_plans(score, recorded.steps, starting_plans(recorded, open_loop, self.budget))
             searched.append({"predictor": name, "steps": list(plan), "promised": promised})
-            promised = float(decibels(simulator.errors(weights.fill([even])))[0])
-            spaced.append({"predictor": name, "steps": list(even), "promised": promised})
+            spaced.append({"predictor": name, "steps": list(even), "promised": float(score([even])[0])})
+        if not searched:
+            raise SettingError(f"predictors={list(self.predictors)}: this model's input cannot be simulated")
         return tuple(sorted(trials, key=lambda trial: -trial["promised"]) for trials in (searched, spaced))
 
 
+def successive_halving(
+    candidates: int, errors: Callable[[int, int, int], np.ndarray], runs: int, prompts: int
+) -> tuple[int, list[np.ndarray]]:
+    """The candidate with the smallest geometric mean error, and the errors that were found of every one: all of them
+    are run on the first prompts, the better half on further ones, until one is left.
+
+    Args:
+        candidates: how many, at least 1.
+        errors: of a candidate (its number) on the prompts from the second argument to before the third.
+        runs: how many runs of one prompt to spend, about; each round takes the same part, at least one prompt.
+        prompts: how many there are.
+    """
+    alive, found, seen = list(range(candidates)), [np.empty(0)] * candidates, 0
+    rounds = max((candidates - 1).bit_length(), 1)
+    for turn in range(rounds):
+        more = min(max(runs // (rounds - turn) // len(alive), 1), prompts - seen)
+        if more:
+            for number in alive:
+                found[number] = np.append(found[number], errors(number, seen, seen + more))
+        runs, seen = runs - more * len(alive), seen + more
+        alive = sorted(alive, key=lambda number: -decibels(found[number].clip(1e-10)))[: (len(alive) + 1) // 2]
+    return alive[0], found
+
+
+def _sees_input(name: str) -> bool:
+    return name in CLOSED_LOOP + LEAST_SQUARES and name.endswith("x")
+
+
+def _keys(name: str) -> int:
+    """How many keys "closed3x" or "lsq3" look at."""
+    return int(name.removesuffix("x")[-1])
+
+
 def make_predictor(name: str, recorded: Recorded) -> Predictor:
-    """Of a name that `SimulatedPlan` knows."""
-    if name in LEAST_SQUARES:
-        return recorded.least_squares(int(name[3]), name.endswith("x"))
-    return short_names()[name]()
+    """Of a name that `SimulatedPlan` knows; in place of weights that are found in a run, those of least squares."""
+    if name in short_names():
+        return short_names()[name]()
+    return recorded.least_squares(_keys(name), _sees_input(name))
+
+
+def scorer(simulator: Simulator, name: str) -> Callable[[list[Plan]], np.ndarray]:
+    """The function that gives simulated decibels (N,) of N plans with the predictor of that name."""
+    if name in CLOSED_LOOP:
+        return lambda plans: decibels(simulator.closed_loop(plans, _keys(name), _sees_input(name))[0])
+    weights = Weights(make_predictor(name, simulator.recorded), simulator.recorded.steps)
+    return lambda plans: decibels(simulator.errors(weights.fill(plans)))
+
+
+def make_method(simulator: Simulator, name: str, steps: Sequence[int]) -> Method:
+    """With these steps and the predictor of that name."""
+    predictor = make_predictor(name, simulator.recorded)
+    if name in CLOSED_LOOP:
+        fill = simulator.closed_loop([steps], _keys(name), _sees_input(name))[1]
+        predictor = FittedWeights(_keys(name), fill.table(0), _sees_input(name))
+    return Method(Schedule(list(steps), simulator.recorded.steps), "output", predictor)
 
 
 def simulator_of(calibration: Calibration, probes: int = 12) -> Simulator:

@@ -11,6 +11,11 @@ from dx_0 = 0 to dx_T, the error of the final latents. All q, v, x and dx are co
 they are vectors of T + 1 coefficients c, and the length of what they stand for is sqrt(c' G c), with G the Gram matrix
 of v_0 .. v_{T-1}, x_0. The model is only run to learn G and lambda.
 
+The weights may also be found in the simulation itself (`Simulator.closed_loop`). A predictor that knows the full-step
+trajectories alone aims at v_s. In an accelerated run it is better to aim at the prediction that brings the latents
+back to the full-step ones, dx_{s+1} = 0. So errors that earlier steps have left, as far as they are alike for all
+prompts, are taken back by later skipped steps.
+
 The response lambda_s is measured where accelerated runs compute a step: there both dx_s and the model's answer
 q_s - v_s are known. In units of 1 / distance to the end it is a smooth curve, about 1 where the latents are noise to
 the model, which it takes out again (a perfect denoiser of one image has lambda = 1 / sigma), and 0 where it takes an
@@ -35,7 +40,7 @@ from dpcache.errors import SettingError
 from dpcache.gram import gram, weight_tables
 from dpcache.linear_sampler import LinearSampler, read_sampler
 from dpcache.method import Method
-from dpcache.predictors import AdamsBashforth, Lagrange, LeastSquares, Predictor, Reuse, Taylor
+from dpcache.predictors import AdamsBashforth, Lagrange, LeastSquares, Predictor, Reuse, Taylor, ridge_regression
 from dpcache.sampler import sample
 from dpcache.schedules import EvenlySpaced, OnlineSchedule, Schedule
 from dpcache.session import Report
@@ -54,29 +59,42 @@ class Recorded:
         remaining: (P, T), |x_s - x_T| / |x_T|.
         latents: (P, ...), final, float32.
         sampler: the scheduler's arithmetic.
+        input_fits: whether the model's input has the shape of its prediction, which it has not where the prediction
+            has a learned variance or the input a further image.
     """
 
     gram: np.ndarray
     remaining: np.ndarray
     latents: np.ndarray
     sampler: LinearSampler
+    input_fits: bool = True
 
     @property
     def steps(self) -> int:
         """T."""
         return self.sampler.steps
 
+    @property
+    def inputs_known(self) -> bool:
+        """Whether predictors that see the input can be simulated and run."""
+        return self.input_fits and not self.sampler.noisy
+
     @cached_property
     def inputs(self) -> np.ndarray:
         """(T, T+1): the latents x_s in terms of v_0 .. v_{T-1}, x_0."""
         return np.concatenate([self.sampler.response, self.sampler.start[:, None]], 1)[:-1]
 
+    def check_inputs(self) -> None:
+        """Raises SettingError where predictors cannot see the input."""
+        if not self.inputs_known:
+            why = "has another shape than the prediction" if not self.input_fits else "holds the scheduler's noise"
+            raise SettingError(f"predictors that see the model's input cannot be simulated: it {why}")
+
     def least_squares(self, history: int, sees_input: bool = False, ridge: float = 1e-6) -> LeastSquares:
         """The predictor with the smallest mean error on these trajectories."""
         rows = np.eye(self.steps, self.steps + 1)
         if sees_input:
-            if self.sampler.noisy:
-                raise SettingError("predictors that see the input cannot be simulated with a scheduler that adds noise")
+            self.check_inputs()
             rows = np.concatenate([rows, self.inputs])
         return LeastSquares(rows @ self.gram.mean(0) @ rows.T, history, ridge, sees_input)
 
@@ -124,12 +142,14 @@ class _Recorder(StepListener):
         self.latents.append(latents[: self.prompts].float().cpu())
 
 
-def _run(pipe, method: Method, prompts, seeds, call) -> tuple[_Recorder, torch.Tensor, torch.Tensor, Report]:
+def _run(
+    pipe, method: Method, prompts, seeds, call, observe: Callable | None = None
+) -> tuple[_Recorder, torch.Tensor, torch.Tensor, Report]:
     """One batch: predictions (T, B, ...), latents (T+1, B, ...) and what the method did."""
     recorder = _Recorder(len(prompts))
     unwatch = watch_steps(pipe.scheduler, recorder)
     try:
-        batch = sample(pipe, method, prompts, seeds, decode=False, **call)
+        batch = sample(pipe, method, prompts, seeds, decode=False, observe=observe, **call)
     finally:
         unwatch()
     return recorder, torch.stack(recorder.predictions), torch.stack([*recorder.latents, batch.latents]), batch.report
@@ -156,9 +176,13 @@ def record(
     Raises SettingError for a scheduler whose step is not linear, and for a pipeline of two models.
     """
     T, grams, remaining, finals, answers, sampler = num_inference_steps, [], [], [], [], None
-    full = Method(EvenlySpaced(T, T), "output", Reuse())
+    full, shapes = Method(EvenlySpaced(T, T), "output", Reuse()), {}
+
+    def observe(branch, step, name, tensor):
+        shapes[name] = tuple(tensor.shape)
+
     for number, (prompts, seeds) in enumerate(batches):
-        recorder, v, x, report = _run(pipe, full, prompts, seeds, call)
+        recorder, v, x, report = _run(pipe, full, prompts, seeds, call, observe)
         count(report, [len(prompts)])
         if report.switches:
             raise SettingError("the simulator does not know pipelines in which a second model takes over")
@@ -175,7 +199,8 @@ def record(
             _, q, y, report = _run(pipe, method, [prompts[i] for i in some], [seeds[i] for i in some], call)
             count(report, [len(some)])
             answers.append(_answers(plan, v[:, some], x[:, some], q, y))
-    return Recorded(np.stack(grams), np.stack(remaining), torch.cat(finals).numpy(), sampler), Answers.join(answers)
+    fits, latents = shapes["input"] == shapes["output"], torch.cat(finals).numpy()
+    return Recorded(np.stack(grams), np.stack(remaining), latents, sampler, fits), Answers.join(answers)
 
 
 def _answers(plan: Plan, v: torch.Tensor, x: torch.Tensor, q: torch.Tensor, y: torch.Tensor) -> Answers:
@@ -230,8 +255,8 @@ class Fill:
 
     Attributes:
         computed: (N, T), bool.
-        sources, weights: (N, T, h), the steps that a skipped one is predicted from, and their weights; weight 0 where
-            there are fewer than h.
+        sources, weights: (N, T, h), the steps that a skipped one is predicted from, and their weights; source -1 and
+            weight 0 where there are fewer than h.
         own: (N, T), the weight of the input, where the predictor sees it.
     """
 
@@ -241,16 +266,53 @@ class Fill:
     own: np.ndarray | None
 
     @classmethod
+    def unweighted(cls, plans: Sequence[Sequence[int]], history: int, sees_input: bool, steps: int) -> "Fill":
+        """Of plans that begin with step 0, each skipped step from the last `history` keys; all weights are 0."""
+        computed = np.zeros((len(plans), steps), bool)
+        sources = np.full((len(plans), steps, min(history, max(map(len, plans)))), -1)
+        for n, plan in enumerate(plans):
+            computed[n, list(plan)] = True
+            for i, (key, end) in enumerate(zip(plan, [*plan[1:], steps])):
+                tail = plan[max(i - history + 1, 0) : i + 1]
+                sources[n, key + 1 : end, : len(tail)] = tail
+        own = np.zeros(computed.shape) if sees_input else None
+        return cls(computed, sources, np.zeros(sources.shape), own)
+
+    @classmethod
+    def of(cls, method: Method) -> "Fill":
+        """Of a method with fixed steps, the first of which is step 0."""
+        predictor, plan, T = method.predictor, method.schedule.steps, method.num_inference_steps
+        fill = cls.unweighted([plan], predictor.history, predictor.sees_input, T)
+        for step in sorted(set(range(T)) - set(plan)):
+            keys = [key for key in fill.sources[0, step].tolist() if key >= 0]
+            weights = list(predictor.weights(keys, step))
+            if fill.own is not None:
+                fill.own[0, step] = weights.pop()
+            fill.weights[0, step, len(keys) - len(weights) : len(keys)] = weights
+        return fill
+
+    def table(self, number: int) -> dict[int, tuple[float, ...]]:
+        """Of one plan's skipped steps the weights of their sources, and of the input where it is seen."""
+        weights = {}
+        for step in np.flatnonzero(~self.computed[number]).tolist():
+            row = self.weights[number, step, self.sources[number, step] >= 0].tolist()
+            weights[step] = tuple(row if self.own is None else [*row, self.own[number, step].item()])
+        return weights
+
+    @classmethod
     def join(cls, fills: Sequence["Fill"]) -> "Fill":
         """All of their plans."""
         if len(fills) == 1:
             return fills[0]
         longest = max(fill.weights.shape[2] for fill in fills)
-        pad = lambda x: np.pad(x, ((0, 0), (0, 0), (0, longest - x.shape[2])))  # noqa: E731
+
+        def pad(x: np.ndarray, value: int = 0) -> np.ndarray:
+            return np.pad(x, ((0, 0), (0, 0), (0, longest - x.shape[2])), constant_values=value)
+
         own = [np.zeros(fill.computed.shape) if fill.own is None else fill.own for fill in fills]
         return cls(
             np.concatenate([fill.computed for fill in fills]),
-            np.concatenate([pad(fill.sources) for fill in fills]),
+            np.concatenate([pad(fill.sources, -1) for fill in fills]),
             np.concatenate([pad(fill.weights) for fill in fills]),
             np.concatenate(own) if any(fill.own is not None for fill in fills) else None,
         )
@@ -267,20 +329,14 @@ class Weights:
         history, T = self.predictor.history, self.steps
         tails = [[tuple(plan[max(i - history + 1, 0) : i + 1]) for i in range(len(plan))] for plan in plans]
         self._learn({tail for plan in tails for tail in plan} - self.known.keys())
-        computed = np.zeros((len(plans), T), bool)
-        width = min(history, max(map(len, plans)))
-        sources, weights = np.zeros((len(plans), T, width), int), np.zeros((len(plans), T, width))
-        own = np.zeros((len(plans), T)) if self.predictor.sees_input else None
+        fill = Fill.unweighted(plans, history, self.predictor.sees_input, T)
         for n, plan in enumerate(plans):
-            computed[n, plan] = True
             for tail, end in zip(tails[n], [*plan[1:], T]):
                 begin, table = tail[-1] + 1, self.known[tail]
-                if begin < end:
-                    sources[n, begin:end, : len(tail)] = tail
-                    weights[n, begin:end, : len(tail)] = table[: len(tail), begin:end].T
-                    if own is not None:
-                        own[n, begin:end] = table[-1, begin:end]
-        return Fill(computed, sources, weights, own)
+                fill.weights[n, begin:end, : len(tail)] = table[: len(tail), begin:end].T
+                if fill.own is not None:
+                    fill.own[n, begin:end] = table[-1, begin:end]
+        return fill
 
     def _learn(self, tails: set[tuple[int, ...]]) -> None:
         for length in {len(tail) for tail in tails}:
@@ -313,54 +369,90 @@ class Simulator:
             raise SettingError(f"num_inference_steps={method.num_inference_steps}: the simulator was made for {T}")
         if method.site.name != "output":
             raise SettingError(f"site={method.site.name}: the simulator takes site=output")
-        errors = self.errors(Weights(method.predictor, T).fill([method.schedule.steps]))
+        errors = self.errors(Fill.of(method))
         return float(10 ** (-decibels(errors)[0] / 20))
 
     def pack(self) -> np.ndarray:
         """All but the latents as one array, for a calibration's file."""
         known, sampler = self.recorded, self.recorded.sampler
-        head = [known.steps, len(known.gram), sampler.drive.shape[1], sampler.noisy]
+        head = [known.steps, len(known.gram), sampler.drive.shape[1], sampler.noisy, known.input_fits]
         parts = (known.gram, known.remaining, sampler.response, sampler.start, sampler.carry, sampler.drive)
         return np.concatenate([head, *(part.ravel() for part in parts), self.response])
 
     @classmethod
     def unpack(cls, packed: np.ndarray, latents: np.ndarray) -> "Simulator":
         """Of what `pack` made, and the full-step runs' final latents (P, ...)."""
-        T, P, memory, noisy = packed[:4].astype(int)
+        T, P, memory, noisy, fits = packed[:5].astype(int)
         shapes = [(P, T + 1, T + 1), (P, T), (T + 1, T), (T + 1,), (T, memory), (T, memory), (T,)]
         ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-        parts = [part.reshape(shape) for part, shape in zip(np.split(packed[4:], ends), shapes)]
+        parts = [part.reshape(shape) for part, shape in zip(np.split(packed[5:], ends), shapes)]
         sampler = LinearSampler(*parts[2:6], bool(noisy))
-        return cls(Recorded(*parts[:2], latents, sampler), parts[6])
+        return cls(Recorded(*parts[:2], latents, sampler, bool(fits)), parts[6])
 
     @cached_property
     def _space(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Coordinates of v_0 .. v_{T-1} and of x_0 .. x_{T-1}, (T, r), and every prompt's Gram matrix of the r axes.
+        """Coordinates of v_0 .. v_{T-1} and of x_0 .. x_{T-1}, (T, r), and every prompt's Gram matrix of the r axes,
+        whose mean over prompts is the identity.
 
         Recorded are smooth, so that r < T + 1 directions hold all but 1e-10 of their squared length.
         """
         each, T = self.recorded.gram, self.recorded.steps
         values, vectors = np.linalg.eigh(each.mean(0))
-        left_out = values.clip(0).cumsum() <= 1e-10 * values.sum()
-        axes = vectors[:, ~left_out]
-        return axes[:T], self.recorded.inputs @ axes, axes.T @ each @ axes
+        held = values.clip(0).cumsum() > 1e-10 * values.sum()
+        vectors, lengths = vectors[:, held], np.sqrt(values[held])
+        axes, dual = vectors * lengths, vectors / lengths
+        return axes[:T], self.recorded.inputs @ axes, dual.T @ each @ dual
 
     def errors(self, fill: Fill) -> np.ndarray:
         """Relative errors of the final latents, (N, P)."""
+        return self._simulate(fill)
+
+    def closed_loop(
+        self, plans: Sequence[Sequence[int]], history: int, sees_input: bool = False, ridge: float = 1e-6
+    ) -> tuple[np.ndarray, Fill]:
+        """Errors as above, and with which weights: at each skipped step those that bring the latents after it as close
+        to the full-step ones as the last `history` computed predictions (and the input) can, in the mean over prompts.
+
+        Args:
+            plans: each beginning with step 0.
+            ridge: as of `dpcache.predictors.ridge_regression`.
+
+        Raises SettingError as `Recorded.check_inputs` does, for weights of the input.
+        """
+        if sees_input:
+            self.recorded.check_inputs()
+        fill = Fill.unweighted(plans, history, sees_input, self.recorded.steps)
+        return self._simulate(fill, ridge), fill
+
+    def _simulate(self, fill: Fill, ridge: float | None = None) -> np.ndarray:
+        """Relative errors of the final latents, (N, P). With a ridge, the weights are found and written into `fill`."""
         sampler, (v, x, metrics) = self.recorded.sampler, self._space
         T, shape = self.recorded.steps, (len(fill.computed), v.shape[1])
         q, dx = np.zeros((T, *shape)), np.zeros((T + 1, *shape))
         for s in range(T):
+            for back in range(min(sampler.carry.shape[1], s + 1)):  # what earlier steps have left
+                dx[s + 1] += sampler.carry[s, back] * dx[s - back]
+                if back:
+                    dx[s + 1] += sampler.drive[s, back] * (q[s - back] - v[s - back])
+            drive = sampler.drive[s, 0]
             run, skip = np.flatnonzero(fill.computed[:, s]), np.flatnonzero(~fill.computed[:, s])
             q[s, run] = v[s] + self.response[s] * dx[s, run]
             if len(skip):
-                kept = q[fill.sources[skip, s], skip[:, None]]  # (n, h, r)
-                q[s, skip] = (fill.weights[skip, s, None] @ kept)[:, 0]
+                sources = fill.sources[skip, s]
+                seen = q[sources, skip[:, None]] * (sources >= 0)[..., None]  # (n, h, r)
+                weights = fill.weights[skip, s]
                 if fill.own is not None:
-                    q[s, skip] += fill.own[skip, s, None] * (x[s] + dx[s, skip])
-            for back in range(min(sampler.carry.shape[1], s + 1)):
-                dx[s + 1] += sampler.carry[s, back] * dx[s - back]
-                dx[s + 1] += sampler.drive[s, back] * (q[s - back] - v[s - back])
+                    seen = np.concatenate([seen, (x[s] + dx[s, skip])[:, None]], 1)
+                    weights = np.concatenate([weights, fill.own[skip, s, None]], 1)
+                if ridge is not None:
+                    aim = v[s] - (dx[s + 1, skip] / drive if drive else 0)
+                    among, target = seen @ seen.swapaxes(1, 2), seen @ aim[..., None]
+                    weights = ridge_regression(among, target, ridge)[..., 0]
+                    fill.weights[skip, s] = weights[:, : sources.shape[1]]
+                    if fill.own is not None:
+                        fill.own[skip, s] = weights[:, -1]
+                q[s, skip] = (weights[:, None] @ seen)[:, 0]
+            dx[s + 1] += drive * (q[s] - v[s])
         squares = np.einsum("pnr,nr->np", dx[T] @ metrics, dx[T])
         return np.sqrt(np.maximum(squares, 1e-20))
 

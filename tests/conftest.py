@@ -12,6 +12,7 @@ import torch
 from dpcache.models.pretrained import load
 from helpers.by_hand import lively_dit, lively_flux
 from helpers.rollout import MODELS, Rollout
+from helpers.tracing import marks
 
 if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
@@ -23,6 +24,23 @@ def pipe():
     pipe = load("tiny_flux", "float32", "cpu")
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="session")
+def as_loaded(pipe):
+    return marks(pipe)
+
+
+@pytest.fixture(autouse=True)
+def the_shared_pipe_stays_as_it_was(request):
+    """A test that leaves it changed fails, and not a later one."""
+    if "pipe" not in request.fixturenames:
+        yield
+        return
+    pipe, expected = request.getfixturevalue("pipe"), request.getfixturevalue("as_loaded")
+    assert marks(pipe) == expected, "an earlier test has changed the shared pipeline"
+    yield
+    assert marks(pipe) == expected, "this test has changed the shared pipeline"
 
 
 @pytest.fixture(params=list(MODELS))

@@ -1,5 +1,6 @@
 """Calibration on the embedded model: what it measures, its file, and the methods that are built on it."""
 
+import copy
 from itertools import combinations
 
 import numpy as np
@@ -282,18 +283,19 @@ def test_least_squares_names_mistakes(arguments, message):
 def unet_pipe(pipe):
     """A random Stable Diffusion: a U-Net, guided by batch concatenation, DDIM."""
     torch.manual_seed(0)
+    tokenizer = copy.deepcopy(pipe.tokenizer)
+    tokenizer.model_max_length = 12
     text = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(pipe.tokenizer),
+            vocab_size=len(tokenizer),
             hidden_size=16,
             intermediate_size=32,
             num_hidden_layers=1,
             num_attention_heads=2,
             projection_dim=16,
-            eos_token_id=pipe.tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
         )
     )
-    pipe.tokenizer.model_max_length = 12
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
@@ -307,7 +309,7 @@ def unet_pipe(pipe):
     made = StableDiffusionPipeline(
         AutoencoderKL(norm_num_groups=4, block_out_channels=(8,), latent_channels=4),
         text,
-        pipe.tokenizer,
+        tokenizer,
         unet,
         DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,

@@ -1,6 +1,7 @@
 """The simulator against real runs of models that answer errors linearly, and schedulers against their own steps."""
 
 import inspect
+from dataclasses import replace
 from itertools import combinations
 
 import diffusers
@@ -17,7 +18,7 @@ from dpcache.plan_search import search_plans
 from dpcache.predictors import AdamsBashforth, Chebyshev, FoCa, Hermite, Lagrange, Reuse, Taylor, Zeus
 from dpcache.sampler import sample
 from dpcache.schedules import EvenlySpaced, Schedule
-from dpcache.simulated import SimulatedRuns, simulator_of
+from dpcache.simulated import SimulatedRuns, make_method, simulator_of, successive_halving
 from dpcache.simulator import (
     Answers,
     Fill,
@@ -187,6 +188,63 @@ def test_simulated_and_real_errors_of_a_linear_model_agree(name, seed, steps):
         assert simulated == pytest.approx(real, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["Euler, flow", "DDIM", "UniPC, flow"])
+@pytest.mark.parametrize("predictor", ["closed1", "closed3", "closed2x"])
+def test_weights_found_in_the_simulated_run_do_in_a_real_one_what_was_promised(name, predictor):
+    toy = ToyRun(name, rates(12))
+    simulator, plans = Simulator(toy.recorded(), toy.rates), [[0, 3, 4, 8], [0, 2, 5, 10]]
+    promised, _ = simulator.closed_loop(plans, int(predictor[6]), predictor.endswith("x"))
+    for plan, error in zip(plans, promised[:, 0]):
+        method = make_method(simulator, predictor, plan)
+        assert toy.error(plan, method.predictor) == pytest.approx(error, rel=1e-4, abs=1e-6)
+        assert simulator.predict_error(method) == pytest.approx(error, rel=1e-9)
+
+
+@given(st.integers(0, 10**6))
+@settings(deadline=None, max_examples=10)
+def test_no_other_weights_end_a_skipped_step_closer_to_the_full_run(seed):
+    random, steps = np.random.default_rng(seed), 9
+    toy, plan = ToyRun("Euler, flow", rates(steps), seed), [0, 2, 5]
+    truth = toy()[1]
+    predictor = make_method(Simulator(toy.recorded(), toy.rates), "closed2", plan).predictor
+    step = int(random.choice([s for s in range(steps) if s not in plan]))
+
+    def off(table):
+        """How far the latents after that step are from the full run's."""
+        return np.linalg.norm(toy(plan, replace(predictor, table=table))[1][step + 1] - truth[step + 1])
+
+    best = off(predictor.table)
+    for _ in range(8):
+        moved = [weight + 0.02 * random.standard_normal() for weight in predictor.table[step]]
+        assert off(predictor.table | {step: tuple(moved)}) >= best * (1 - 1e-4)
+
+
+def test_weights_of_the_input_take_an_input_that_is_known():
+    toy = ToyRun("DDIM", rates(8))
+    simulator = Simulator(replace(toy.recorded(), input_fits=False), toy.rates)
+    with pytest.raises(dpcache.SettingError, match="it has another shape than the prediction"):
+        simulator.closed_loop([[0, 3]], 1, sees_input=True)
+    noisy = Simulator(ToyRun("DDPM", rates(8)).recorded(), toy.rates)
+    with pytest.raises(dpcache.SettingError, match="it holds the scheduler's noise"):
+        noisy.recorded.least_squares(1, sees_input=True)
+
+
+@given(st.integers(1, 12), st.integers(1, 40), st.integers(1, 12), st.integers(0, 10**6))
+def test_halving_finds_the_best_of_consistent_candidates_within_its_budget(candidates, runs, prompts, seed):
+    random, spent = np.random.default_rng(seed), []
+    size, loud = random.permutation(candidates) + 1.0, random.uniform(0.5, 2, prompts)
+
+    def errors(number, start, limit):
+        assert 0 <= start < limit <= prompts
+        spent.append(limit - start)
+        return size[number] * loud[start:limit] / 100
+
+    best, found = successive_halving(candidates, errors, runs, prompts)
+    assert best == size.argmin() and sum(map(len, found)) == sum(spent)
+    one_each = 2 * candidates + candidates.bit_length()  # one prompt in every round
+    assert sum(spent) <= max(runs, one_each) and len(found[best]) == max(map(len, found)) <= prompts
+
+
 def test_a_plan_that_computes_every_step_has_no_error():
     toy = ToyRun("DDIM", rates(8))
     errors = Simulator(toy.recorded(), toy.rates).errors(Weights(Taylor(2), 8).fill([range(8)]))
@@ -238,7 +296,9 @@ def test_the_best_of_all_plans_is_found():
     simulator, weights = Simulator(toy.recorded(), toy.rates), Weights(Taylor(1), 12)
     every = [(0, *rest) for rest in combinations(range(1, 12), 4)]
     best = decibels(simulator.errors(weights.fill(every))).max()
-    found = search_plans(simulator, weights, [EvenlySpaced(5, 12).steps], keep=3)
+    found = search_plans(
+        lambda plans: decibels(simulator.errors(weights.fill(plans))), 12, [EvenlySpaced(5, 12).steps], keep=3
+    )
     assert found[0][0] == pytest.approx(best)
     assert len({plan for _, plan in found}) == 3 and found == sorted(found, reverse=True)
 

@@ -33,6 +33,14 @@ def snapshot(model):
     return state_of(model), [(name, list(vars(module))) for name, module in model.named_modules()]
 
 
+def marks(pipe) -> tuple:
+    """What a method, a cache of another library or a careless test might leave changed on a pipeline or its class."""
+    parts = {name: id(part) for name, part in pipe.components.items()}
+    weights = sum(parameter.double().abs().sum().item() for parameter in pipe.transformer.parameters())
+    own = "step" in vars(pipe.scheduler)
+    return snapshot(pipe.transformer), dict(vars(type(pipe))), parts, weights, dict(pipe.scheduler.config), own
+
+
 def layers(transformer) -> list[torch.nn.Module]:
     """The linear layers inside the blocks' attentions and feed-forwards."""
     named = [pair for block in transformer_blocks(transformer) for pair in block.named_modules()]

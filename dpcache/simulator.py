@@ -40,7 +40,7 @@ from dpcache.errors import SettingError
 from dpcache.gram import gram, weight_tables
 from dpcache.linear_sampler import LinearSampler, read_sampler
 from dpcache.method import Method
-from dpcache.predictors import AdamsBashforth, Lagrange, LeastSquares, Predictor, Reuse, Taylor, ridge_regression
+from dpcache.predictors import AdamsBashforth, Lagrange, LeastSquares, Predictor, Reuse, Taylor
 from dpcache.sampler import sample
 from dpcache.schedules import EvenlySpaced, OnlineSchedule, Schedule
 from dpcache.session import Report
@@ -415,7 +415,7 @@ class Simulator:
 
         Args:
             plans: each beginning with step 0.
-            ridge: as of `dpcache.predictors.ridge_regression`.
+            ridge: above 0, in units of the mean squared length of what is predicted from, as of `LeastSquares`.
 
         Raises SettingError as `Recorded.check_inputs` does, for weights of the input.
         """
@@ -446,8 +446,10 @@ class Simulator:
                     weights = np.concatenate([weights, fill.own[skip, s, None]], 1)
                 if ridge is not None:
                     aim = v[s] - (dx[s + 1, skip] / drive if drive else 0)
-                    among, target = seen @ seen.swapaxes(1, 2), seen @ aim[..., None]
-                    weights = ridge_regression(among, target, ridge)[..., 0]
+                    among = seen @ seen.swapaxes(1, 2)
+                    noise = ridge * np.trace(among, axis1=1, axis2=2) / among.shape[1]
+                    among += noise[:, None, None] * np.eye(among.shape[1])
+                    weights = np.linalg.solve(among, seen @ aim[..., None])[..., 0]
                     fill.weights[skip, s] = weights[:, : sources.shape[1]]
                     if fill.own is not None:
                         fill.own[skip, s] = weights[:, -1]

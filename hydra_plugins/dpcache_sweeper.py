@@ -1,4 +1,4 @@
-"""The sweeper that every `-m` uses which asks for no other: Hydra's own, with the jobs ordered by model.
+"""Hydra's own sweeper, with the jobs ordered by model: `eval.sweep.Board` puts it in that one's place.
 
 A process keeps one pipeline, so that models which take turns would be loaded for every job.
 """

@@ -46,7 +46,7 @@ def main(config: DictConfig) -> float | None:
             score(config)
             return None
         if config.stage is Stage.calibrate:
-            calibrate(config)
+            calibrate(config, folder)
             return None
         result = run(config, folder)
         failures.clear(folder)
@@ -83,7 +83,7 @@ def score(config: DictConfig) -> None:
     rescore.rescore(config, lambda model: compose("config", [*others, f"model={model}"]))
 
 
-def calibrate(config: DictConfig) -> None:
+def calibrate(config: DictConfig, folder: Path) -> None:
     """Calibrate and build the method, and leave it in a file, beside those of other budgets; print what was decided."""
     from dpcache import storage
     from eval import runs
@@ -94,9 +94,14 @@ def calibrate(config: DictConfig) -> None:
         raise SettingError(f"stage=calibrate: method={choices.method} has nothing to calibrate")
     runs.check(config)
     _, prompts = runs.read_prompts(config, True)
-    one = runs.Run(config, runs.load_pipeline(config), Path(config.output_dir))
-    calibration, path = one.calibration(recipe.statistics or (), prompts)
-    method, budget, quality = build(config, one.pipe, recipe, calibration)
+    with runs.pipeline(config) as loaded:
+        one = runs.Run(config, loaded, folder)
+
+        def make() -> tuple:
+            calibration, path = one.calibration(recipe.statistics or (), prompts)
+            return calibration, path, *build(config, one.pipe, recipe, calibration)
+
+        calibration, path, method, budget, quality = one.fitting(make, recipe, choices.method, len(prompts))
     method = calibration.sign(method)
     cost = {"statistics": calibration.took(recipe.statistics or ()), "method": calibration.reran}
     model, name, T = choices.model, choices.method, config.num_inference_steps
@@ -179,47 +184,59 @@ def run(config: DictConfig, folder: Path) -> dict:
             print(f"{choices.model}  {choices.method}  {dry_run.announce(config, recipe, len(prompts))}")
         with phase("metrics loaded"):
             scorers = runs.load_metrics(config) if main else {}
-        with phase("model loaded"):
-            one = runs.Run(config, runs.load_pipeline(config), folder)
-        calibration = None
-        if calibrates:
-            with phase("calibration"):
-                calibration, _ = one.calibration(recipe.statistics or (), calibration_prompts)
-        with phase("method built"):
-            method, budget, quality = build(config, one.pipe, recipe, calibration)
-        with phase("full-step reference"):
-            reference = one.reference(prompts, config.num_inference_steps)
-        fine = None
-        if one.fine_steps:
-            with phase("fine reference"):
-                fine = one.reference(prompts, one.fine_steps)
-        with phase("samples"):
-            samples, computed = one.samples(method, prompts)
-        if not main:
-            return {}
-        result = {
-            "model": choices.model,
-            "method": choices.method,
-            "label": name,
-            "budget": budget,
-            "quality": quality,
-            "num_inference_steps": config.num_inference_steps,
-            "seed": config.seed,
-            "config_hash": config_hash(config),
-            "calibration_prompts": len(calibration.made_from["prompts"]) if calibration else 0,
-            "calibration_trajectories": {
-                "statistics": calibration.took(recipe.statistics or ()) if calibration else 0.0,
-                "method": calibration.reran if calibration else 0.0,
-            },
-            **one.evaluate(method, samples, reference, fine, computed, scorers),
-        }
+        with runs.pipeline(config) as loaded:
+            one = runs.Run(config, loaded, folder)
+            most = max(len(prompts), len(calibration_prompts))
+            make = partial(make_samples, config, one, recipe, prompts, calibration_prompts if calibrates else None)
+            calibration, (method, budget, quality), references, (samples, computed) = one.fitting(
+                make, recipe, choices.method, most
+            )
+            if not main:
+                return {}
+            result = {
+                "model": choices.model,
+                "method": choices.method,
+                "label": name,
+                "budget": budget,
+                "quality": quality,
+                "num_inference_steps": config.num_inference_steps,
+                "seed": config.seed,
+                "batch_size": one.batch_size,
+                "config_hash": config_hash(config),
+                "calibration_prompts": len(calibration.made_from["prompts"]) if calibration else 0,
+                "calibration_trajectories": {
+                    "statistics": calibration.took(recipe.statistics or ()) if calibration else 0.0,
+                    "method": calibration.reran if calibration else 0.0,
+                },
+                **one.evaluate(method, samples, *references, computed, scorers),
+            }
         with phase("pictures"):
-            pictures = one.pictures(recipe, calibration, samples, reference, result)
+            pictures = one.pictures(recipe, calibration, samples, references[0], result)
         write_text(folder / "result.json", json.dumps(result, indent=1))
-        logger.log(result | {"objective": objective(result)}, pictures, one.rows(samples, reference, result))
+        logger.log(result | {"objective": objective(result)}, pictures, one.rows(samples, references[0], result))
         logger.finish()
         print(summary(result, folder, plain_runs(folder, result)))
         return result
+
+
+def make_samples(config: DictConfig, one, recipe, prompts: list[str], calibration_prompts: list[str] | None) -> tuple:
+    """What a run measures, made in one batch size: the calibration (None where `calibration_prompts` is), what `build`
+    returns, the full-step and the fine reference, and what `Run.samples` returns."""
+    from eval.console import phase
+
+    calibration = fine = None
+    if calibration_prompts is not None:
+        with phase("calibration"):
+            calibration, _ = one.calibration(recipe.statistics or (), calibration_prompts)
+    with phase("method built"):
+        built = build(config, one.pipe, recipe, calibration)
+    with phase("full-step reference"):
+        reference = one.reference(prompts, config.num_inference_steps)
+    if one.fine_steps:
+        with phase("fine reference"):
+            fine = one.reference(prompts, one.fine_steps)
+    with phase("samples"):
+        return calibration, built, (reference, fine), one.samples(built[0], prompts)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class LibraryCache(ABC):
     def session(self, pipe, observe=None) -> "LibrarySession":
         if isinstance(pipe, torch.nn.Module):
             raise SettingError(f"{type(self).__name__} needs a pipeline, whose scheduler tells the steps")
-        transformer = denoiser(pipe)
+        transformer, shared = denoiser(pipe), dict(vars(type(pipe)))
         with without_offload(transformer):
             before = {
                 module: (_names(module), list(module._modules), vars(module).get("forward"))
@@ -69,6 +69,7 @@ class LibraryCache(ABC):
                 self.start(pipe, transformer)
             except Exception:
                 restore(before)
+                restore_class(type(pipe), shared)
                 raise
 
         def end():
@@ -100,6 +101,16 @@ def restore(before: dict[torch.nn.Module, tuple]) -> None:
             module._modules[name] = module._modules.pop(name)
         if forward is not None:
             module.forward = forward
+
+
+def restore_class(kind: type, before: dict) -> None:
+    """Take back what a library has changed of a pipeline's class, which cache-dit does: all pipelines of this class
+    would be concerned, those that are loaded later, too. `before`: its attributes."""
+    for name in vars(kind).keys() - before.keys():
+        delattr(kind, name)
+    for name, value in before.items():
+        if vars(kind).get(name) is not value:
+            setattr(kind, name, value)
 
 
 @dataclass(frozen=True, eq=False)

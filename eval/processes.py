@@ -9,6 +9,11 @@ def main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def several_processes() -> bool:
+    """Whether this is one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def wait_for_all() -> None:
     """Waits until all processes of the run have called it."""
     from accelerate import PartialState

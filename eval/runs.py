@@ -5,9 +5,11 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import imageio.v3 as iio
 import numpy as np
@@ -26,10 +28,13 @@ from dpcache.method import Recipe, Runnable
 from dpcache.models.pretrained import default_device
 from dpcache.planned import Planned
 from dpcache.sampler import Batch, sample
+from dpcache.schedules import OnlineSchedule
 from dpcache.statistics import Statistic
 from eval import metrics, pictures, timing
 from eval.console import phase, quiet_libraries
+from eval.kept import PROCESS, Loaded, free_memory
 from eval.metrics import Samples, Scorer, evaluate
+from eval.processes import several_processes
 from eval.prompts import read
 from eval.schema import Group
 from eval.statistics import summarise
@@ -38,6 +43,8 @@ from eval.store import load_or_make, locked
 log = logging.getLogger("run")
 
 ROOT = Path(__file__).parents[1]
+
+T = TypeVar("T")
 
 
 def check(config: DictConfig) -> None:
@@ -90,17 +97,44 @@ def read_prompts(config: DictConfig, calibrating: bool) -> tuple[list[str], list
     return prompts[:wanted], others[-count:]
 
 
-LOADING = ("path", "dtype", "offload", "vae_dtype", "vae_tiling", "scheduler")
+LOADING = ("path", "dtype", "device", "offload", "vae_dtype", "vae_tiling", "scheduler")
 
 
-def load_pipeline(config: DictConfig):
-    """The model's pipeline; among processes of `accelerate launch`, devices auto and cuda are each one's own."""
-    device = config.model.device
-    if device in ("auto", "cuda") and "LOCAL_RANK" in os.environ:
-        device = str(PartialState().device)
-    settings = OmegaConf.to_container(config.model)
-    quiet_libraries()
-    return get_method(config.model.loader)(device=device, **{name: settings[name] for name in LOADING})
+@contextmanager
+def pipeline(config: DictConfig) -> Iterator[Loaded]:
+    """The model's pipeline for one job, that of the job before if it was loaded with the same settings from the same
+    files. Among processes of `accelerate launch`, devices auto and cuda are each one's own.
+
+    A `SettingError` leaves the pipeline as it was, because sessions undo themselves. After any other error nobody can
+    tell, so the next job loads anew.
+    """
+    model = OmegaConf.to_container(config.model)
+    settings = {name: model[name] for name in LOADING}
+    if model["device"] in ("auto", "cuda") and "LOCAL_RANK" in os.environ:
+        settings["device"] = str(PartialState().device)
+
+    def load() -> Loaded:
+        quiet_libraries()
+        free_memory()  # of the pipeline before, and of a job that failed
+        return Loaded(get_method(model["loader"])(**settings))
+
+    try:
+        with phase("model loaded"):
+            loaded = PROCESS.get("pipeline", [model["loader"], settings, _files(model["path"])], load)
+            loaded.restore()
+        yield loaded
+    except SettingError:
+        raise
+    except BaseException:
+        PROCESS.drop("pipeline")
+        raise
+
+
+def _files(model: str) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of the last change of a local model's files."""
+    folder = Path(model).expanduser()
+    files = sorted(file for pattern in ("*", "*/*") for file in folder.glob(pattern) if file.is_file())
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def load_metrics(config: DictConfig) -> dict[str, Scorer | Exception]:
@@ -108,7 +142,7 @@ def load_metrics(config: DictConfig) -> dict[str, Scorer | Exception]:
     device = default_device() if config.model.device == "auto" else config.model.device
     cache = Path(config.output_dir) / "features"
     settings = metrics.Settings(**config.model.metrics, cache=cache, device=device, fps=config.model.fps)
-    return metrics.load(config.eval.metrics, settings, config.eval.require_all)
+    return metrics.load(config.eval.metrics, settings, config.eval.require_all, PROCESS)
 
 
 def scores(
@@ -141,19 +175,61 @@ def stored(batch: Batch) -> tuple:
 class Run:
     """One run's settings, pipeline and folder."""
 
-    def __init__(self, config: DictConfig, pipe, folder: Path):
-        self.config, self.pipe, self.folder = config, pipe, folder
+    def __init__(self, config: DictConfig, loaded: Loaded, folder: Path):
+        self.config, self.loaded, self.pipe, self.folder = config, loaded, loaded.pipe, folder
         self.shared = Path(config.output_dir)
         self.call = OmegaConf.to_container(config.model.call)
         self.batch_size = config.batch_size or config.model.batch_size
-        self.device = pipe._execution_device
-        pipe.set_progress_bar_config(disable=True)  # inside the bar of the batches
+        self.device = self.pipe._execution_device
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.pipe.set_progress_bar_config(disable=True)  # inside the bar of the batches
         self.fine_steps: int | None = config.reference.num_inference_steps
-        self.circumstances = describe(pipe, config.num_inference_steps, **self.call)
+        self.circumstances = describe(self.pipe, config.num_inference_steps, **self.call)
 
     def _sample(self, method: Runnable, prompts, chunk: slice) -> Batch:
         seeds = range(self.config.seed, self.config.seed + len(prompts))
         return sample(self.pipe, method, prompts[chunk], seeds[chunk], **self.call)
+
+    def fitting(self, make: Callable[[], T], recipe: Recipe, name: str, prompts: int) -> T:
+        """`make()`, again with half the batch for as long as the device's memory is too small. The run then is the one
+        that this batch size makes. Later jobs of the same pipeline and call do not try again what did not fit into
+        memory in the reference, and those of the same method what did not fit with it.
+
+        Args:
+            recipe, name: of the method.
+            prompts: the most that are batched.
+
+        Raises SettingError for a batch of one that does not fit, and where half the batch would be another run: methods
+        that decide online do so once per batch, and processes that share a run have to agree on its batches.
+        """
+        method = self._key(self.call, OmegaConf.to_container(self.config.method, resolve=True))
+        too_large = self.loaded.too_large
+        while True:
+            size = min(self.batch_size, prompts)
+            if all(size < too_large.get(of, math.inf) for of in (self._key(self.call), method)):
+                try:
+                    return make()
+                except torch.OutOfMemoryError:
+                    too_large[method] = size
+                free_memory()  # here, where no exception holds on to it
+                self.loaded.restore()
+            self.batch_size = self._half(size, recipe, name)
+            shutil.rmtree(self.folder / "samples", ignore_errors=True)
+
+    def _half(self, size: int, recipe: Recipe, name: str) -> int:
+        said = f"a batch of {size} does not fit into the memory of {self.device}"
+        if size == 1:
+            raise SettingError(f"{said}: try model.offload=true, model.vae_tiling=true or a smaller model.call")
+        if recipe.example is None or isinstance(recipe.example.schedule, OnlineSchedule):
+            raise SettingError(
+                f"{said}, and method={name} may decide once per batch, so that a smaller one would change its results: "
+                f"set batch_size={size // 2}"
+            )
+        if several_processes():
+            raise SettingError(f"{said}, and the processes of a run share its batches: set batch_size={size // 2}")
+        log.warning("%s: going on with batches of %s", said, size // 2)
+        return size // 2
 
     def _key(self, *parts) -> str:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -194,13 +270,21 @@ class Run:
     def reference(self, prompts: list[str], num_inference_steps: int) -> Samples:
         """Samples with so many steps, all computed, shared by all runs of the same model, prompts, seed and batch
         size."""
-        method = full(num_inference_steps)
+        method, folder = full(num_inference_steps), self.reference_folder(prompts, num_inference_steps)
 
         def make(chunk: slice):
             return stored(self._sample(method, prompts, chunk))
 
-        folder = self.reference_folder(prompts, num_inference_steps)
-        return load_or_make(folder, prompts, self.batch_size, make, f"reference of {num_inference_steps} steps")[0]
+        def read() -> Samples:
+            name = f"reference of {num_inference_steps} steps"
+            return load_or_make(folder, prompts, self.batch_size, make, name)[0]
+
+        kind = "fine reference" if num_inference_steps == self.fine_steps else "reference"
+        try:
+            return self.loaded.kept.get(kind, str(folder.absolute()), read)
+        except torch.OutOfMemoryError:
+            self.loaded.too_large[self._key(self.call)] = min(self.batch_size, len(prompts))
+            raise
 
     def samples(self, method: Runnable, prompts: list[str]) -> tuple[Samples, list[dict]]:
         """The method's samples and, of every batch, the computed "steps" of each guidance branch and how many full
@@ -290,9 +374,12 @@ class Run:
     def _flops(self, method, prompts: list[str]) -> tuple[dict[str, float | None], int]:
         """FLOPs of one image and of one step (all guidance branches) without and with the cache, as counted; and the
         bytes that the cache keeps for a batch."""
-        models, one = list(denoisers(self.pipe).values()), slice(0, 1)
-        single = full(1)
-        total, steps, _ = timing.flops(models, lambda: self._sample(single, prompts, one))
+        models, one, single = list(denoisers(self.pipe).values()), slice(0, 1), full(1)
+        total, steps = self.loaded.kept.get(
+            "FLOPs without a method",
+            [self.call, prompts[one], self.config.seed],
+            lambda: timing.flops(models, lambda: self._sample(single, prompts, one))[:2],
+        )
         full_step = float(sum(steps))
         cached, calls, batch = timing.flops(models, lambda: self._sample(method, prompts, one))
         branches = list(batch.report.computed.values())  # which take turns in every step

@@ -36,7 +36,8 @@ def load_or_make(
     make: Callable[[slice], tuple],
     description: str,
 ) -> tuple[Samples, list]:
-    """Samples for `prompts`, read from `folder` where they are and made where they are not.
+    """Samples for `prompts`, read from `folder` where they are and made where they are not. Batches of another size,
+    which a run leaves that ran out of memory and was then killed, are removed.
 
     Args:
         make: `make(slice) -> (images uint8 (B, ...), latents (B, ...), computed steps)` for these prompts.
@@ -45,6 +46,9 @@ def load_or_make(
         All samples, and every batch's computed steps as `make` returned them.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("batch_*.safetensors"):
+        if _facts(path).get("batch_size", str(batch_size)) != str(batch_size):
+            path.unlink(missing_ok=True)
     starts = range(0, len(prompts), batch_size)
     batches = {_batch(folder, index): slice(start, start + batch_size) for index, start in enumerate(starts)}
     for patience in (0, -1):  # first the batches that no other process makes, then wait for those that others make
@@ -55,7 +59,7 @@ def load_or_make(
                         images, latents, steps = make(chunk)
                         arrays = {"images": torch.as_tensor(images).contiguous(), "latents": latents.contiguous()}
                         with atomic(path) as part:
-                            save_file(arrays, part, {"computed": json.dumps(steps)})
+                            save_file(arrays, part, {"computed": json.dumps(steps), "batch_size": str(batch_size)})
                     Path(f"{path}.lock").unlink(
                         missing_ok=True
                     )  # a process that waits for the lock then finds the batch
@@ -80,11 +84,16 @@ def _batch(folder: Path, index: int) -> Path:
 
 def _whole(path: Path) -> bool:
     """Whether the batch is there and not damaged."""
+    return "computed" in _facts(path)
+
+
+def _facts(path: Path) -> dict[str, str]:
+    """What the file says of its batch; nothing where it is missing or damaged."""
     try:
         with safe_open(path, "np") as file:
-            return "computed" in (file.metadata() or {})
+            return file.metadata() or {}
     except (FileNotFoundError, SafetensorError):
-        return False
+        return {}
 
 
 def _read(paths: Sequence[Path], prompts: list[str]) -> tuple[Samples, list]:

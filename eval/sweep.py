@@ -11,10 +11,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeperConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, read_write
 
 from eval import failures
 from eval.processes import main_process
@@ -44,10 +45,11 @@ def _writable(*folders: str) -> None:
 class Board(Callback):
     """Hydra's callback around every run and sweep.
 
-    Before them it makes the folders. Submitit's local launcher starts all jobs at once, so there each job gets one
-    thread, unless OMP_NUM_THREADS is set; joblib and Ray share the cores among their jobs themselves. After a sweep it
-    prints the tables of the main metric, writes the board into the sweep's folder (`leaderboard.csv`, `.md`, `.png` and
-    `report.html`), prints the errors of failed jobs and, if there are any, ends the command with status 1.
+    Before them it makes the folders. Hydra's own sweeper gives way to one that orders the jobs by model. Submitit's
+    local launcher starts all jobs at once, so there each job gets one thread, unless OMP_NUM_THREADS is set; joblib and
+    Ray share the cores among their jobs themselves. After a sweep it prints the tables of the main metric, writes the
+    board into the sweep's folder (`leaderboard.csv`, `.md`, `.png` and `report.html`), prints the errors of failed jobs
+    and, if there are any, ends the command with status 1.
 
     Args:
         against: a row of the board; the paired differences of the others to it are printed too.
@@ -63,6 +65,9 @@ class Board(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
         _writable(config.output_dir, config.hydra.sweep.dir)
+        if config.hydra.sweeper._target_ == BasicSweeperConf._target_:
+            with read_write(config.hydra):
+                config.hydra.sweeper._target_ = "hydra_plugins.dpcache_sweeper.ModelByModel"
         if config.hydra.launcher._target_.endswith("LocalLauncher"):  # of submitit, which starts all jobs at once
             os.environ.setdefault("OMP_NUM_THREADS", str(config.hydra.launcher.cpus_per_task or 1))
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpcache.models import expectation
-from dpcache.models.pretrained import EMBEDDED, _load, load
+from dpcache.models.pretrained import EMBEDDED, load
 from eval.metrics import Settings, clip
 
 
@@ -29,7 +29,6 @@ def spoil(path, name):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["tiny_flux", "tiny_dit", "tiny_video"])
 def test_embedded_models_make_what_they_should_in_every_dtype(name, dtype, monkeypatch):
-    _load.cache_clear()
     checked = []
     check = expectation.check
     monkeypatch.setattr(expectation, "check", lambda folder, made: checked.append(folder.name) or check(folder, made))

@@ -17,6 +17,15 @@ from dpcache.sampler import generate
 from helpers.commands import ENVIRONMENT, ROOT, TINY, fork, results, run, run_alone
 from helpers.embedded import CALL
 
+COUNTED = ["model.loader=helpers.loaders.counted"]
+
+
+def count_loads(folder, monkeypatch):
+    """From here on commands with `COUNTED` note what they load; gives what returns the notes."""
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(ROOT / "tests"))
+    monkeypatch.setitem(ENVIRONMENT, "LOADS", str(folder / "loads"))
+    return lambda: (folder / "loads").read_text().splitlines()
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -112,9 +121,11 @@ def test_a_finished_run_is_not_run_again(finished):
     assert all(path.stat().st_mtime < began for path in folder.glob("runs/*/result.json"))
 
 
-def test_sweep_shares_the_reference_and_a_failing_job_takes_nothing_with_it(tmp_path):
-    command = ["-m", "method=fora,teacache,fewer_steps", "budget=9,4", *TINY]
+def test_sweep_shares_the_reference_and_a_failing_job_takes_nothing_with_it(tmp_path, monkeypatch):
+    loads = count_loads(tmp_path, monkeypatch)
+    command = ["-m", "method=fora,teacache,fewer_steps", "budget=9,4", *TINY, *COUNTED, "model=tiny_flux"]
     code, out, err = run(*command, folder=tmp_path)
+    assert loads() == ["tiny_flux"] and "#1 : model=tiny_flux method=fora budget=4" in out  # jobs go by model first
     assert code == 1 and len(re.findall(r"^failed: .*K9.*: error: .*budget=9", err, re.M)) == 3
     done = {result["method"]: result for result in results(tmp_path)}
     assert set(done) == {"fora", "teacache", "fewer_steps"}
@@ -152,11 +163,15 @@ def test_calibration_prompts_may_come_from_another_file(tmp_path):
     assert code == 1 and "between 1 and the 2 prompts of calibration.prompts=" in err
 
 
-def test_a_parallel_sweep_finishes_its_jobs_with_one_reference(tmp_path):
-    parallel = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    code, _, err = run_alone("-m", "method=fora,uniform_skip", "budget=4", *TINY, *parallel, folder=tmp_path)
+def test_a_parallel_sweep_finishes_its_jobs_with_one_reference(tmp_path, monkeypatch):
+    loads = count_loads(tmp_path, monkeypatch)
+    parallel = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", *COUNTED]
+    code, _, err = run_alone(
+        "-m", "method=fora,uniform_skip,fewer_steps", "budget=4", *TINY, *parallel, folder=tmp_path
+    )
     assert code == 0, err
-    assert len(results(tmp_path)) == 2 and len(list(tmp_path.glob("references/*"))) == 1
+    assert len(results(tmp_path)) == 3 and len(list(tmp_path.glob("references/*"))) == 1
+    assert 1 <= len(loads()) <= 2  # once in each worker
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):

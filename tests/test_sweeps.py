@@ -241,6 +241,26 @@ def test_mistakes_with_stages_end_in_one_clear_line(tmp_path, arguments, named):
     assert code != 0 and named in err and "Traceback" not in err
 
 
+# --- memory
+
+
+def test_a_sweep_that_runs_out_of_memory_goes_on_with_half_the_batch(serial, tmp_path, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(ROOT / "tests"))
+    monkeypatch.setitem(ENVIRONMENT, "LOADS", str(tmp_path / "loads"))
+    command = ["-m", "method=fora,teacache,uniform_skip", "budget=4", *TINY, "batch_size=4"]
+    code, out, err = run(*command, "model.loader=helpers.loaders.small_memory", folder=tmp_path)
+    log = (tmp_path / "loads").read_text().splitlines()
+    assert log == ["tiny_flux", "out of memory"]  # neither the pipeline nor the large batch is tried again
+    assert code == 1 and out.count("going on with batches of 2") == 2
+    assert "a batch of 4 does not fit" in err and "method=teacache may decide once per batch" in err
+    assert [result["batch_size"] for result in results(tmp_path)] == [2, 2]
+    for method in ("fora", "uniform_skip"):
+        expected, found = results_of(serial, method), results_of(tmp_path, method)
+        assert all(expected[key] == found[key] for key in ("batch_size", "reference", "metrics", "per_prompt"))
+        for path in folders(serial, method)[0].glob("samples/*.safetensors"):
+            assert (folders(tmp_path, method)[0] / "samples" / path.name).read_bytes() == path.read_bytes()
+
+
 # --- launchers
 
 
@@ -257,10 +277,10 @@ def test_ray_gives_the_same_numbers_and_a_killed_worker_takes_nothing_with_it(se
     (worker,) = (worker for worker in workers if f"ray::{name}" in " ".join(worker.cmdline()))
     worker.send_signal(signal.SIGKILL)
     out, err = process.communicate(timeout=200)
-    assert process.returncode == 1 and f"failed: {name}: WorkerCrashedError" in err, err
+    assert process.returncode == 1 and f"failed: {name}: ActorDiedError" in err, err
     expected, finished = scores_of(serial), scores_of(tmp_path)
     assert finished == {run: expected[run] for run in expected if run != name} and "| fora |" in out
-    assert "WorkerCrashedError" in json.loads((tmp_path / "runs" / name / "error.json").read_text())["error"]
+    assert "ActorDiedError" in json.loads((tmp_path / "runs" / name / "error.json").read_text())["error"]
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/result.json")}
     assert len(written) == 2
     # The same jobs again, without Ray: only what is missing.

@@ -39,18 +39,6 @@ def load(
         ValueError: an unknown dtype or scheduler; an embedded model does not make what it should, see
             `dpcache.models.expectation`.
     """
-    return _load(path, dtype, device, offload, vae_dtype, vae_tiling, tuple(sorted((scheduler or {}).items())))
-
-
-def float_type(setting: str, name: str) -> torch.dtype:
-    """A dtype by its name in `model.{setting}`. Raises SettingError for any that models are not run in."""
-    if name not in ("float32", "bfloat16", "float16"):
-        raise SettingError(f"model.{setting}={name} is not one of float32, bfloat16, float16")
-    return getattr(torch, name)
-
-
-@functools.lru_cache(maxsize=1)  # a sweep's jobs share one pipeline
-def _load(path, dtype, device, offload, vae_dtype, vae_tiling, scheduler) -> "diffusers.DiffusionPipeline":
     dtypes = {"default": float_type("dtype", dtype), "vae": float_type("vae_dtype", vae_dtype or dtype)}
     source = EMBEDDED / path if (EMBEDDED / path / "model_index.json").exists() else Path(path).expanduser()
     try:
@@ -62,7 +50,7 @@ def _load(path, dtype, device, offload, vae_dtype, vae_tiling, scheduler) -> "di
             "first), or set model.path to a local folder in diffusers format, or use model=tiny_flux, which is included"
         ) from error
     expectation.check(source, functools.partial(expectation.make, pipe))
-    settings = dict(scheduler)
+    settings = dict(scheduler or {})
     name = settings.pop("name", None) or type(pipe.scheduler).__name__
     if settings or name != type(pipe.scheduler).__name__:
         if not hasattr(getattr(diffusers, name, None), "set_timesteps"):
@@ -78,6 +66,13 @@ def _load(path, dtype, device, offload, vae_dtype, vae_tiling, scheduler) -> "di
     else:
         pipe.to(device)
     return pipe
+
+
+def float_type(setting: str, name: str) -> torch.dtype:
+    """A dtype by its name in `model.{setting}`. Raises SettingError for any that models are not run in."""
+    if name not in ("float32", "bfloat16", "float16"):
+        raise SettingError(f"model.{setting}={name} is not one of float32, bfloat16, float16")
+    return getattr(torch, name)
 
 
 def _cast_for(vae) -> None:

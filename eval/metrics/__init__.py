@@ -5,10 +5,12 @@ To add one, put a file here whose `METRICS` holds its record, see `eval.metrics.
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from importlib import import_module
 from pkgutil import iter_modules
 
 from dpcache.errors import SettingError
+from eval.kept import Kept
 from eval.metrics.base import Column, Metric, Samples, Scorer, Settings, Unavailable
 from eval.metrics.fidelity import MAX_PSNR, latent_error, psnr, ssim
 
@@ -80,18 +82,23 @@ def _line(error: Exception) -> str:
     return " ".join(f"{kind}{error}".split())
 
 
-def load(names: Iterable[str], settings: Settings, require_all: bool = False) -> dict[str, Scorer | Exception]:
+def load(
+    names: Iterable[str], settings: Settings, require_all: bool = False, kept: Kept | None = None
+) -> dict[str, Scorer | Exception]:
     """The scorers of these metrics, for `evaluate`, or the error with which a metric could not be loaded.
+
+    Args:
+        kept: scorers that were loaded earlier; they are not loaded again with the same settings.
 
     Raises SettingError for a name that is not in `METRICS`, for wrong settings and, with `require_all`, if any metric
     could not be loaded, with every reason.
     """
-    names = list(names)
+    names, kept = list(names), Kept() if kept is None else kept
     check(names)
     scorers = {}
     for name in names:
         try:
-            scorers[name] = METRICS[name].load(settings)
+            scorers[name] = kept.get(f"metric {name}", vars(settings), partial(METRICS[name].load, settings))
         except ValueError:
             raise
         except Exception as error:  # if one metric fails, the others still count

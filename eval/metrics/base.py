@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpcache.errors import SettingError
 from eval.schema import MetricsConfig
@@ -107,6 +107,15 @@ class Metric(Column):
 
 class Unavailable(Exception):
     """Something that a metric needs is missing. The message says what, and how to get it."""
+
+
+@contextmanager
+def placed(network: nn.Module, device: str) -> Iterator[nn.Module]:
+    """`network` on `device` for as long as it scores: between jobs of a sweep a GPU's memory is the sampler's."""
+    try:
+        yield network.to(device)
+    finally:
+        network.to("cpu")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from dpcache.errors import SettingError
-from eval.metrics.base import Metric, Samples, Scorer, Settings, Unavailable, weights
+from eval.metrics.base import Metric, Samples, Scorer, Settings, Unavailable, placed, weights
 
 BATCH = 32
 
@@ -57,16 +57,16 @@ def load(settings: Settings) -> Scorer:
 
     @torch.no_grad()
     def score(sample: Samples, reference: Samples) -> Tensor:
-        model.to(settings.device)
         frames, count = sample.videos.flatten(0, 1), sample.videos.shape[1]
         prompts = [prompt for prompt in sample.prompts for _ in range(count)]
         cosines = []
-        for start in range(0, len(prompts), BATCH):
-            chunk = slice(start, start + BATCH)
-            images = [preprocess(Image.fromarray(image.numpy())) for image in frames[chunk]]
-            seen = model.encode_image(torch.stack(images).to(settings.device), normalize=True)
-            read = model.encode_text(tokenize(prompts[chunk]).to(settings.device), normalize=True)
-            cosines.append((seen * read).sum(1).cpu())
+        with placed(model, settings.device):
+            for start in range(0, len(prompts), BATCH):
+                chunk = slice(start, start + BATCH)
+                images = [preprocess(Image.fromarray(image.numpy())) for image in frames[chunk]]
+                seen = model.encode_image(torch.stack(images).to(settings.device), normalize=True)
+                read = model.encode_text(tokenize(prompts[chunk]).to(settings.device), normalize=True)
+                cosines.append((seen * read).sum(1).cpu())
         return (100 * torch.cat(cosines)).clamp(min=0).unflatten(0, (-1, count)).mean(1)
 
     return score

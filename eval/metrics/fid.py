@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from dpcache.errors import SettingError
 from eval.files import atomic
-from eval.metrics.base import ROOT, Metric, Samples, Scorer, Settings, Unavailable, weights
+from eval.metrics.base import ROOT, Metric, Samples, Scorer, Settings, Unavailable, placed, weights
 
 BATCH = 32
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -72,11 +72,11 @@ EXTRACTORS = {"inception": _inception, "efficientnet_lite0": _efficientnet_lite0
 @torch.no_grad()
 def extract(network: nn.Module, images: Iterable[Tensor], device: str = "cpu") -> Tensor:
     """Features (N, D), float32 on the CPU, of N uint8 images (3, H, W), whose sizes may differ."""
-    network.to(device)
     found = []
-    for _, alike in groupby(images, key=lambda image: image.shape):
-        while batch := list(islice(alike, BATCH)):
-            found.append(network(torch.stack(batch).to(device)).float().cpu())
+    with placed(network, device):
+        for _, alike in groupby(images, key=lambda image: image.shape):
+            while batch := list(islice(alike, BATCH)):
+                found.append(network(torch.stack(batch).to(device)).float().cpu())
     return torch.cat(found)
 
 

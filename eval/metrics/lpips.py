@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from eval.metrics.base import Metric, Samples, Scorer, Settings, pairs, weights
+from eval.metrics.base import Metric, Samples, Scorer, Settings, pairs, placed, weights
 
 FETCH = "python -c \"from torchvision.models import alexnet; alexnet(weights='DEFAULT')\""
 
@@ -20,9 +20,9 @@ def load(settings: Settings) -> Scorer:
         metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
 
     def score(sample: Samples, reference: Samples) -> Tensor:
-        metric.to(settings.device)
         scaled = ([(image / 255).float().to(settings.device) for image in pair] for pair in pairs(sample, reference))
-        return torch.stack([metric(x, ref) for x, ref in scaled]).cpu()
+        with placed(metric, settings.device):
+            return torch.stack([metric(x, ref) for x, ref in scaled]).cpu()
 
     return score
 

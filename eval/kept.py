@@ -1,0 +1,73 @@
+"""What a process keeps from one job of a sweep for the next: the pipeline, metrics' networks, references.
+
+Whether something was loaded for this job or for an earlier one must not show in any result: what is kept is given out
+again only for the very settings that it was made with, a pipeline only in the state in which it was loaded, and after
+an error that nobody foresaw not at all.
+"""
+
+import copy
+import gc
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Kept:
+    """One thing of each kind, with the settings that it was made with."""
+
+    def __init__(self):
+        self._things: dict[str, tuple[str, Any]] = {}
+
+    def get(self, kind: str, settings: object, make: Callable[[], T]) -> T:
+        """The thing of this kind, if it was made with the same settings; else it is dropped, and what `make` makes is
+        kept in its place. Memory never holds both.
+
+        Args:
+            settings: all that `make` depends on, as JSON can hold it.
+        """
+        key = json.dumps(settings, sort_keys=True, default=str)
+        if kind not in self._things or self._things[kind][0] != key:
+            self.drop(kind)
+            self._things[kind] = key, make()
+        return self._things[kind][1]
+
+    def drop(self, kind: str) -> None:
+        """Forget it, if there is one."""
+        self._things.pop(kind, None)
+
+
+PROCESS = Kept()
+"""Of this process: a sweep's own, or one worker of joblib or Ray."""
+
+
+class Loaded:
+    """A pipeline, and what was made with it, which goes when the pipeline goes.
+
+    Attributes:
+        kept: references and counts of FLOPs.
+        too_large: by what was sampled, the smallest batch that has not fitted into the device's memory.
+    """
+
+    def __init__(self, pipe):
+        self.pipe, self.kept, self.too_large = pipe, Kept(), {}
+        self._schedulers = {
+            name: copy.deepcopy(part) for name, part in pipe.components.items() if hasattr(part, "set_timesteps")
+        }
+
+    def restore(self) -> None:
+        """Back to the state in which it was loaded, whatever has been sampled since: schedulers carry a state from call
+        to call, and a call that broke off leaves models on the device that are meant to be offloaded."""
+        self.pipe.maybe_free_model_hooks()
+        for name, scheduler in self._schedulers.items():
+            setattr(self.pipe, name, copy.deepcopy(scheduler))
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more, on a GPU too. Without effect while an exception that is being handled
+    holds on to it."""
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -244,14 +244,15 @@ def _has(row, item: tuple[int, str]) -> bool:
 
 def _metric(name: str) -> dict:
     """What the page must know about a metric; "higher": whether that is better, None where this is not known."""
-    title, higher = column(name).title, column(name).higher_is_better
+    known = column(name)
     return {
         "name": name,
-        "label": title[:1].upper() + title[1:],
-        "higher": higher,
+        "label": known.title[:1].upper() + known.title[1:],
+        "short": known.label,
+        "unit": known.unit and f" {known.unit}",
+        "higher": known.higher_is_better,
         "trivial": against_full(name),
         "main": name == MAIN,
-        "digits": column(name).digits,
     }
 
 
@@ -266,8 +267,8 @@ def _styles(frame: pd.DataFrame) -> dict[str, dict]:
 
 
 def _number(value) -> float | None:
-    """Six digits, which are more than is known, and less than half of the page."""
-    return float(f"{value:.6g}") if isinstance(value, (int, float)) and math.isfinite(value) else None
+    """Eight digits, which are more than is known, and half as long as all."""
+    return float(f"{value:.8g}") if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def _scores(row) -> dict:

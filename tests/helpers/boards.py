@@ -14,8 +14,8 @@ GAIN = {"plain": 0, "reuse": 1, "forecast": 4, "online": 2, "planned": 7, "learn
 
 
 def make(folder: Path, methods: int, budgets: list[int], models: list[str], prompts: int = 12, seed: int = 0) -> None:
-    """Runs of the first `methods` methods at every budget on every model, T = 50, with images of eight prompts. The last
-    method computes more than its budget, the timing of every seventh run is not reliable, and in every method the
+    """Runs of the first `methods` methods at every budget on every model, T = 50, with images of eight prompts. The
+    last method computes more than its budget, the timing of every seventh run is not reliable, and in every method the
     second prompt is the worst by 6 dB."""
     rng, names = np.random.default_rng(seed), [FULL, *(name for name in records() if name != FULL)][: methods + 1]
     texts = [f"prompt {index}: a lamp on a table" for index in range(prompts)]
@@ -51,7 +51,9 @@ def make(folder: Path, methods: int, budgets: list[int], models: list[str], prom
                     "config_hash": "0",
                     "calibration_trajectories": {"statistics": float(place % 3 * 10), "method": float(place % 5)},
                     "computed_steps": 50.0 if full else budget + 3.0 * (place == len(names) - 1),
-                    "schedules": [list(range(50)) if full else [0, *steps]],
+                    "schedules": [
+                        list(range(50)) if full else list(range(budget)) if records()[name].own_grid else [0, *steps]
+                    ],
                     "reference": "0",
                     "metrics": {metric: summarise(values) for metric, values in scores.items()},
                     "metrics_unavailable": {},

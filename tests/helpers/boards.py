@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image
 
 from eval.methods import FULL, records
-from eval.statistics import summarise
 
 GAIN = {"plain": 0, "reuse": 1, "forecast": 4, "online": 2, "planned": 7, "learned": 5, "partial": -3, "library": 0}
 
@@ -55,7 +54,7 @@ def make(folder: Path, methods: int, budgets: list[int], models: list[str], prom
                         list(range(50)) if full else list(range(budget)) if records()[name].own_grid else [0, *steps]
                     ],
                     "reference": "0",
-                    "metrics": {metric: summarise(values) for metric, values in scores.items()},
+                    "metrics": {metric: _interval(values) for metric, values in scores.items()},
                     "metrics_unavailable": {},
                     "per_prompt": {"prompts": texts} | {metric: v.tolist() for metric, v in scores.items()},
                     "timing": {
@@ -69,6 +68,11 @@ def make(folder: Path, methods: int, budgets: list[int], models: list[str], prom
                     "versions": {"torch": "2", "python": "3", "processor": "a processor"},
                 }
                 (run / "result.json").write_text(json.dumps(result))
+
+
+def _interval(values: np.ndarray) -> dict:
+    mean, spread = values.mean(), 2 * values.std() / len(values) ** 0.5
+    return {"mean": mean, "ci95": [mean - spread, mean + spread], "n": len(values)}
 
 
 def _pictures(folder: Path, rng: np.random.Generator) -> list[list[Path]]:

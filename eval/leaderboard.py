@@ -8,7 +8,7 @@ from pathlib import Path
 
 from eval import charts, report, tables
 from eval.metrics import FINE, MAIN
-from eval.results import against_full, collect, metric_names
+from eval.results import WORST, against_full, collect, metric_names
 
 
 def main() -> None:
@@ -36,7 +36,8 @@ def main() -> None:
     if frame.empty:
         parser.exit(1, f"no result.json below {arguments.folder}\n")
     metric = arguments.metric or MAIN
-    if ranking := tables.ranking(frame, metric):
+    ranking = tables.ranking(frame, metric) if metric.removesuffix(WORST) in metric_names(frame) else ""
+    if ranking:
         print(ranking, end="\n\n")
     compared = [name for name in metric_names(frame) if against_full(name) or name in FINE]
     printed = [*compared, "speedup", "computed_steps"]

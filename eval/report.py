@@ -140,9 +140,9 @@ def _items(part: list, worst: int) -> list[tuple[int, str]]:
     """
     common, bad, sign = Counter(), Counter(), 1 if column(MAIN).higher_is_better else -1
     for row in part:
-        items = list(enumerate(_scores(row).get("prompts", [])))
+        items = list(enumerate(row.scores.get("prompts", [])))
         common.update(items)
-        if row.method != FULL and MAIN in _scores(row):
+        if row.method != FULL and MAIN in row.scores:
             bad.update(sorted(items, key=lambda item: sign * row.scores[MAIN][item[0]])[:worst])
     return sorted(common, key=lambda item: (-common[item], -bad[item], item))
 
@@ -150,10 +150,10 @@ def _items(part: list, worst: int) -> list[tuple[int, str]]:
 def _run(row, names: list[str], items: list[tuple[int, str]], shown: int, apart: dict[str, Difference]) -> dict:
     """What the page says about one run, apart from its images. Scores are in the order of `items`: those of the main
     metric of all of them, the others of the `shown` first, which have images."""
-    total, known, scores = int(row.num_inference_steps), about(row.method), _scores(row)
+    total = int(row.num_inference_steps)
     unavailable, batches = getattr(row, "metrics_unavailable", None), getattr(row, "schedules", None)
     cost = getattr(row, "calibration_trajectories", None)
-    grid = int(row.budget) if known.own_grid else total
+    grid = int(row.budget) if about(row.method).own_grid else total
     counts = Counter(step for batch in batches for step in batch) if isinstance(batches, list) else {}
     return {
         "label": row.label,
@@ -181,7 +181,7 @@ def _run(row, names: list[str], items: list[tuple[int, str]], shown: int, apart:
                 _number(values[item[0]]) if _has(row, item) else None
                 for item in items[: None if name == MAIN else shown]
             ]
-            for name, values in scores.items()
+            for name, values in row.scores.items()
             if name != "prompts"
         },
     }
@@ -239,7 +239,7 @@ def _embed(parts: list, items: list, images: _Images, shown: dict, prompts: int)
 def _has(row, item: tuple[int, str]) -> bool:
     """Whether a run sampled a prompt at this position."""
     index, prompt = item
-    return _scores(row).get("prompts", [])[index : index + 1] == [prompt]
+    return row.scores.get("prompts", [])[index : index + 1] == [prompt]
 
 
 def _metric(name: str) -> dict:
@@ -271,13 +271,10 @@ def _number(value) -> float | None:
     return float(f"{value:.8g}") if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def _scores(row) -> dict:
-    return row.scores if isinstance(row.scores, dict) else {}
-
-
 def _files(folder: Path) -> dict[int, Path]:
     """A run's images by the position of their prompts."""
-    return {int(path.name[:4]): path for path in (folder / "images").glob("[0-9][0-9][0-9][0-9]-*.png")}
+    paths = (folder / "images").glob("*.png")
+    return {int(found[0]): path for path in paths if (found := re.match(r"\d+(?=-)", path.name))}
 
 
 def _reference(folder: Path, name, index: int) -> Image.Image | None:

@@ -71,7 +71,8 @@ def pareto(
 ) -> Path:
     """Metric over speed-up (or another column `gain` of which more is better), one panel per setting, three to a line;
     better is up and to the right. Every row of the board is a line. Those with a run on the front and the `chosen` ones
-    (rows or methods) have their group's colour and their names, the others are grey. The dashed stairs are the front.
+    (rows or methods) have their group's colour, their names and their 95 % intervals, the others are grey. The dashed
+    stairs are the front.
     Runs with an unreliable timing are left out where the gain is a measured speed.
 
     Raises SettingError for a column that no result has, for a `gain` of which more is not better, for a metric of which
@@ -102,10 +103,11 @@ def pareto(
     plot = Figure(figsize=(4.6 * columns, 3.4 * lines + 0.4))
     plot.set_layout_engine("constrained")
     grid = plot.subplots(lines, columns, squeeze=False).flat
-    colored, looks = {}, styles(rows)
+    colored, looks, grey = {}, styles(rows), False
     for axes, (heading, points) in zip(grid, panels.items()):
         best = points[front(points["gain"], points["mean"], higher)].sort_values("gain", ascending=False)
         shown = {label for label in points.index if label in best.index or {label, label.split()[0]} & set(chosen)}
+        grey |= not shown.issuperset(points.index)
         for label in dict.fromkeys(points.index):
             line = points.loc[[label]].sort_values("gain")
             look = {"color": "0.8", "zorder": 1}
@@ -113,6 +115,7 @@ def pareto(
                 group = about(label).group
                 colored[group] = Line2D([], [], color=looks[label].light, marker="o", ms=4, lw=1, label=group.value)
                 look = {"color": looks[label].light, "marker": MARKERS[looks[label].shape], "zorder": 3}
+                axes.vlines(line["gain"], line["lo"], line["hi"], color=looks[label].light, lw=0.8, alpha=0.6)
             axes.plot(line["gain"], line["mean"], ms=4, lw=0.8, **look)
         axes.set(xlabel=column(gain).title, ylabel=column(metric).title, title=heading)
         axes.margins(x=0.05, y=0.1)
@@ -122,8 +125,9 @@ def pareto(
             axes.invert_yaxis()
         axes.set_xlim(right=axes.get_xlim()[1] + 0.35 * (axes.get_xlim()[1] - axes.get_xlim()[0]))  # for the names
         _stairs(axes, best)
-        ends = [points.loc[[label]].sort_values("gain").iloc[0] for label in sorted(shown - set(best.index), key=order)]
-        ends.sort(key=lambda row: row["mean"], reverse=not higher)  # from the lowest, because names are moved up
+        ends = [
+            points.loc[[label]].sort_values("gain").iloc[-1] for label in sorted(shown - set(best.index), key=order)
+        ]
         _name(axes, [row for _, row in best.iterrows()] + ends)
         axes.grid(color="0.93", lw=0.6)
         axes.set_axisbelow(True)
@@ -131,7 +135,8 @@ def pareto(
     for axes in grid:
         axes.set_visible(False)
     legend = [colored[group] for group in Group if group in colored]
-    legend.append(Line2D([], [], color="0.8", label="others"))
+    if grey:
+        legend.append(Line2D([], [], color="0.8", label="others"))
     legend.append(Line2D([], [], color="k", ls="--", lw=0.8, label="Pareto front"))
     plot.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 4 * columns))
     return save(plot, path)
@@ -146,19 +151,23 @@ def _stairs(axes, best: pd.DataFrame) -> None:
 
 
 def _name(axes, rows: list[pd.Series]) -> None:
-    """Writes name and budget above and to the right of each run, where no other run of the front can be. A text that
-    would cover another one is moved up."""
+    """Writes name and budget beside the mark of each row: where they cover no other mark and no other name, the first
+    rows first."""
     axes.figure.draw_without_rendering()  # lays the axes out, so that positions in points are known
-    taken = []
-    for row in rows:
-        x, y = axes.transData.transform((row["gain"], row["mean"])) * 72 / axes.figure.dpi  # in points
-        y += 3
-        while any(abs(x - other) < 70 and abs(y - height) < 7 for other, height in taken):
-            y += 2
-        taken.append((x, y))
-        offset = (4, y - axes.transData.transform((row["gain"], row["mean"]))[1] * 72 / axes.figure.dpi)
+    marks = [axes.transData.transform((row["gain"], row["mean"])) * 72 / axes.figure.dpi for row in rows]
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in marks]
+    for row, (x, y) in zip(rows, marks):
         text = f"{row.name} {row['budget']:.0f}"
-        axes.annotate(text, (row["gain"], row["mean"]), xytext=offset, textcoords="offset points", fontsize=6.5)
+        width = 3.7 * len(text)  # in points, at the size of the text
+        sides = [(5, up) for up in (3, -7)] + [(-5 - width, up) for up in (3, -7)]
+        sides += [(5, up) for up in range(6, 200, 3)]
+        for right, up in sides:
+            box = (x + right, y + up, x + right + width, y + up + 6)
+            if not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken):
+                break
+        taken.append(box)
+        place = {"xytext": (right, up), "textcoords": "offset points", "fontsize": 6.5}
+        axes.annotate(text, (row["gain"], row["mean"]), **place)
 
 
 def _list(axes, board: pd.DataFrame, title: str) -> None:

@@ -8,14 +8,16 @@ from pathlib import Path
 
 from eval import charts, report, tables
 from eval.metrics import FINE, MAIN
-from eval.results import against_full, collect, metric_names
+from eval.results import WORST, against_full, collect, metric_names
 
 
 def main() -> None:
     """Prints the tables of a folder of runs and writes the board."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="folder below which result.json files are collected")
-    parser.add_argument("--metric", help="print this column only; default: what compares with full steps, and speed")
+    parser.add_argument(
+        "--metric", help="rank by this column and print it only; default: what compares with full steps, and speed"
+    )
     parser.add_argument("--against", metavar="METHOD", help="also print paired differences to this method")
     parser.add_argument("--figure", type=Path, help=f"also draw the metric (default: {MAIN}) over the budget")
     parser.add_argument("--pareto", type=Path, help=f"also draw the metric (default: {MAIN}) over the --gain")
@@ -33,15 +35,18 @@ def main() -> None:
     frame = collect(arguments.folder)
     if frame.empty:
         parser.exit(1, f"no result.json below {arguments.folder}\n")
+    metric = arguments.metric or MAIN
+    ranking = tables.ranking(frame, metric) if metric.removesuffix(WORST) in metric_names(frame) else ""
+    if ranking:
+        print(ranking, end="\n\n")
     compared = [name for name in metric_names(frame) if against_full(name) or name in FINE]
     printed = [*compared, "speedup", "computed_steps"]
-    for metric in [arguments.metric] if arguments.metric else printed:
+    for name in [arguments.metric] if arguments.metric else printed:
         try:
-            text = tables.table(frame, metric)
+            text = tables.table(frame, name)
         except ValueError as error:
             text = str(error)
         print(text, end="\n\n")
-    metric = arguments.metric or MAIN
     try:
         if arguments.against:
             print(tables.paired_table(frame, arguments.against, metric))

@@ -7,7 +7,6 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,16 +16,20 @@ from safetensors import SafetensorError, safe_open
 
 from eval.failures import unfinished
 from eval.files import write_text
-from eval.methods import FULL, about, order, styles
+from eval.methods import COLORS, FULL, about, styles
 from eval.metrics import MAIN
 from eval.pictures import still
-from eval.results import SETTING, SPEED, against_full, column, metric_names, newest
+from eval.ranks import Difference, board, differences
+from eval.results import SETTING, SPEED, WORST, against_full, column, metric_names
+from eval.schema import Group
 from eval.statistics import LEVEL
-from eval.tables import table
+from eval.statistics import WORST as PERCENTILE
+from eval.tables import ranking, table
 
 MEMORY = {"history": "cache memory", "peak_device": "peak device memory", "peak_rss": "peak RSS"}
 VERSIONS = ("processor", "python", "torch", "diffusers", "git")
-LARGEST = 512  # pixels on the longer side; larger images would make a page of hundreds of megabytes
+ROOM = 12 * 2**20  # bytes of images on a page, so that a browser still opens it at once
+LARGEST, SMALLEST = 512, 128  # pixels on the longer side
 
 
 def write(folder: str | Path, out: str | Path, frame: pd.DataFrame, prompts: int = 8) -> list[Path]:
@@ -35,7 +38,7 @@ def write(folder: str | Path, out: str | Path, frame: pd.DataFrame, prompts: int
     Args:
         folder: where the runs are; runs that failed are looked for here.
         frame: `eval.results.collect(folder)`.
-        prompts: rows of the image wall, which make up most of the page's size.
+        prompts: of how many prompts the page shows images; fewer where they would take more than `ROOM`.
     """
     out, failed, frame = Path(out), unfinished(folder), board(frame)
     out.mkdir(parents=True, exist_ok=True)
@@ -49,24 +52,6 @@ def write(folder: str | Path, out: str | Path, frame: pd.DataFrame, prompts: int
     return [out / name for name in files]
 
 
-def board(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the board: of repeated runs the newest, with `equal_compute`, false where the computed steps are not
-    the budget.
-
-    `full` has no budget: it is one row per setting and seed, with all T steps as its budget.
-    """
-    full = frame["method"] == FULL
-    frame = newest(frame.assign(budget=frame["budget"].where(~full, frame["num_inference_steps"])))
-    frame = frame.assign(equal_compute=(frame["computed_steps"] - frame["budget"]).abs() <= 0.5)
-    return frame.loc[_order(frame, [*SETTING, "budget"])]
-
-
-def _order(frame: pd.DataFrame, first: list[str]) -> list:
-    """The frame's index sorted by the columns `first`, then by method."""
-    rows = {r.Index: (*(getattr(r, c) for c in first), order(r.label), r.seed) for r in frame.itertuples()}
-    return sorted(rows, key=rows.get)
-
-
 def csv(frame: pd.DataFrame, folder: str | Path) -> str:
     """One line per row with every number as it stands in `result.json`; `path` is relative to `folder`."""
     first = ["model", "num_inference_steps", "method", "label", "budget", "computed_steps", "equal_compute", "seed"]
@@ -77,9 +62,9 @@ def csv(frame: pd.DataFrame, folder: str | Path) -> str:
 
 
 def markdown(frame: pd.DataFrame, failed: list[dict]) -> str:
-    """A table for every metric and speed, then what readers must know: unequal compute and failed runs."""
+    """Ranks, a table for every metric and speed, then what readers must know: unequal compute and failed runs."""
     wanted = [*metric_names(frame), *(name for name in (*SPEED, "computed_steps") if name in frame)]
-    parts = ["# Leaderboard", *(table(frame, name) for name in wanted)]
+    parts = ["# Leaderboard", *filter(None, [ranking(frame)]), *(table(frame, name) for name in wanted)]
     if unequal := [
         f"- {r.label}, K = {r.budget}: {r.computed_steps:g} steps computed, not at equal compute"
         for r in frame[~frame["equal_compute"]].itertuples()
@@ -106,15 +91,27 @@ def page(frame: pd.DataFrame, failed: list[dict], prompts: int) -> str:
 
 
 def _data(frame: pd.DataFrame, failed: list[dict], prompts: int) -> dict:
-    names, images, walls, runs = [name for name in metric_names(frame) if name in frame], {}, [], {}
-
-    def embed(image: Image.Image | None) -> int | None:
-        return None if image is None else images.setdefault(_uri(image), len(images))
-
-    for (model, steps, seed), part in frame.groupby([*SETTING, "seed"]):
-        wall, shown = _wall(part, embed, prompts)
-        walls.append({"model": model, "steps": int(steps), "seed": int(seed)} | wall)
-        runs |= {row.Index: _run(row, names) | shown[row.Index] for row in part.itertuples()}
+    names = [name for name in metric_names(frame) if name in frame]
+    parts = [list(part.itertuples()) for _, part in frame.groupby([*SETTING, "seed"])]
+    items = [_items(part, prompts) for part in parts]
+    images, apart, boards = _Images((len(frame) + len(parts)) * prompts), differences(frame), []
+    shown = {index: [] for index in frame.index}
+    references = _embed(parts, items, images, shown, prompts)
+    for part, its, (reference, other) in zip(parts, items, references):
+        boards.append(
+            {
+                "model": part[0].model,
+                "steps": int(part[0].num_inference_steps),
+                "seed": int(part[0].seed),
+                "prompts": [prompt for _, prompt in its],
+                "reference": reference,
+                "runs": [
+                    _run(row, names, its, len(reference), apart[row.Index])
+                    | {"images": shown[row.Index], "other_reference": row.Index in other}
+                    for row in part
+                ],
+            }
+        )
     versions = [name for name in VERSIONS if name in frame]
     machines = frame[versions].fillna("unknown").drop_duplicates()
     return {
@@ -122,83 +119,138 @@ def _data(frame: pd.DataFrame, failed: list[dict], prompts: int) -> dict:
         "full": FULL,
         "metrics": [_metric(name) for name in names],
         "level": LEVEL,
+        "percentile": PERCENTILE,
         "memory": {name: label for name, label in MEMORY.items() if name in frame and frame[name].notna().any()},
         "methods": _styles(frame),
+        "groups": {group.value: COLORS[group] for group in Group if group.value in set(frame["group"])},
         "machines": sorted(", ".join(f"{n} {row[n]}" for n in versions) for row in machines.to_dict("records")),
         "processors": len(set(machines.get("processor", []))),
-        "walls": walls,
-        "runs": [runs[index] for index in frame.index],
-        "images": list(images),
+        "boards": boards,
+        "images": list(images.uris),
+        "lossless": images.lossless,
         "failed": failed,
     }
 
 
-def _wall(part: pd.DataFrame, embed: Callable, prompts: int) -> tuple[dict, dict]:
-    """Of runs of one setting and seed: the prompts and reference images of the wall, and every run's images and scores
-    in the same order."""
-    # The same position in the prompt list means the same noise, so a row of the wall is a position and a prompt.
-    held = {row.Index: list(enumerate(_scores(row).get("prompts", []))) for row in part.itertuples()}
-    common = Counter(item for items in held.values() for item in items)
-    rows = sorted(sorted(common, key=lambda item: (-common[item], item))[:prompts])
-    reference, stored, shown = [None] * len(rows), {}, {}
-    for row in part.itertuples():
-        folder, name, has = Path(row.path).parent, getattr(row, "reference", None), set(held[row.Index])
-        places = {place: item[0] for place, item in enumerate(rows) if item in has}
-        images = {place: embed(_sample(folder, index)) for place, index in places.items()}
-        for index in places.values():
-            if (name, index) not in stored:
-                stored[name, index] = embed(_reference(folder, name, index))
-        against = images if row.method == FULL else {p: stored[name, index] for p, index in places.items()}
-        for place, image in against.items():
-            reference[place] = image if reference[place] is None else reference[place]
-        shown[row.Index] = {
-            "images": [images.get(place) for place in range(len(rows))],
-            "other_reference": any(i is not None and i != reference[place] for place, i in against.items()),
-            "scores": {
-                name: [_number(values[places[place]]) if place in places else None for place in range(len(rows))]
-                for name, values in _scores(row).items()
-                if name != "prompts"
-            },
-        }
-    return {"prompts": [prompt for _, prompt in rows], "reference": reference}, shown
+def _items(part: list, worst: int) -> list[tuple[int, str]]:
+    """Position and text of the prompts of one setting and seed: those that most runs have come first, and of these
+    those that are among the `worst` ones of most runs.
+
+    The same position means the same noise, so that runs which have an item in common can be compared on it.
+    """
+    common, bad, sign = Counter(), Counter(), 1 if column(MAIN).higher_is_better else -1
+    for row in part:
+        items = list(enumerate(row.scores.get("prompts", [])))
+        common.update(items)
+        if row.method != FULL and MAIN in row.scores:
+            bad.update(sorted(items, key=lambda item: sign * row.scores[MAIN][item[0]])[:worst])
+    return sorted(common, key=lambda item: (-common[item], -bad[item], item))
 
 
-def _run(row, names: list[str]) -> dict:
-    """What the page says about one run, apart from its images."""
+def _run(row, names: list[str], items: list[tuple[int, str]], shown: int, apart: dict[str, Difference]) -> dict:
+    """What the page says about one run, apart from its images. Scores are in the order of `items`: those of the main
+    metric of all of them, the others of the `shown` first, which have images."""
     total = int(row.num_inference_steps)
-    unavailable = getattr(row, "metrics_unavailable", None)
-    batches = getattr(row, "schedules", None)
+    unavailable, batches = getattr(row, "metrics_unavailable", None), getattr(row, "schedules", None)
+    cost = getattr(row, "calibration_trajectories", None)
     grid = int(row.budget) if about(row.method).own_grid else total
     counts = Counter(step for batch in batches for step in batch) if isinstance(batches, list) else {}
     return {
-        "model": row.model,
-        "steps": total,
-        "method": row.method,
         "label": row.label,
+        "group": row.group,
         "full": row.method == FULL,
         "budget": int(row.budget),
         "computed": _number(row.computed_steps),
         "equal": bool(row.equal_compute),
-        "seed": int(row.seed),
+        "rank": None if pd.isna(row.rank) else int(row.rank),
         "n": max((int(n) for name in names if (n := _number(getattr(row, f"{name}_n"))) is not None), default=None),
         "metrics": {
-            name: [_number(getattr(row, column)) for column in (name, f"{name}_lo", f"{name}_hi")] for name in names
+            name: [_number(getattr(row, end, None)) for end in (name, f"{name}_lo", f"{name}_hi", f"{name}{WORST}")]
+            for name in names
         },
+        "apart": {group: [d.label, *map(_number, d[1:])] for group, d in apart.items()},
         "unavailable": unavailable if isinstance(unavailable, dict) else {},
-        "speed": {name: _number(getattr(row, name, None)) for name in SPEED},
+        "speed": {name: _number(getattr(row, name, None)) for name in (*SPEED, "flops_speedup")},
         "unreliable": reason if isinstance(reason := getattr(row, "unreliable", None), str) else None,
         "memory": {name: _number(getattr(row, name, None)) for name in MEMORY},
+        "calibration": {name: _number(value) for name, value in cost.items()} if isinstance(cost, dict) else None,
         "schedule": [round(counts.get(step, 0) / len(batches), 3) for step in range(grid)] if counts else [],
+        "command": row.command,
+        "scores": {
+            name: [
+                _number(values[item[0]]) if _has(row, item) else None
+                for item in items[: None if name == MAIN else shown]
+            ]
+            for name, values in row.scores.items()
+            if name != "prompts"
+        },
     }
+
+
+class _Images:
+    """Images as data URIs, each once, as small as they must be for so many of them to take no more than `ROOM`."""
+
+    def __init__(self, expected: int):
+        self.share, self.uris, self.taken, self.lossless = ROOM / max(expected, 1), {}, 0, True
+
+    def add(self, image: Image.Image | None) -> int | None:
+        """The image's place among the `uris`."""
+        if image is None:
+            return None
+        image, file = image.convert("RGB"), io.BytesIO()
+        lossless = max(image.size) <= LARGEST // 2 and 2 * math.prod(image.size) <= self.share  # bytes
+        side = min(max(round(math.sqrt(4 * self.share)), SMALLEST), LARGEST)  # a quarter of a byte for a pixel
+        if not lossless:
+            image.thumbnail((side, side))
+        image.save(file, "WEBP", lossless=lossless, quality=85)
+        uri = f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+        self.lossless &= lossless
+        self.taken += len(uri) * (uri not in self.uris)
+        return self.uris.setdefault(uri, len(self.uris))
+
+
+def _embed(parts: list, items: list, images: _Images, shown: dict, prompts: int) -> list[tuple[list, set]]:
+    """Puts the images of the first `prompts` of every part's items into `shown`, prompt by prompt as long as there is
+    room. Returns of every part the full-step images and the indices of rows that were compared with others."""
+    references = [([], set()) for _ in parts]
+    files = {row.Index: _files(Path(row.path).parent) for part in parts for row in part}
+    for place in range(prompts):
+        if images.taken * (place + 1) > ROOM * max(place, 1):
+            break
+        for part, its, (reference, others) in zip(parts, items, references):
+            if place < len(its):
+                index, stored, first = its[place][0], {}, None
+                for row in part:
+                    name, own, against = getattr(row, "reference", None), None, None
+                    if _has(row, its[place]):
+                        own = against = images.add((path := files[row.Index].get(index)) and Image.open(path))
+                        if row.method != FULL:
+                            if name not in stored:
+                                stored[name] = images.add(_reference(Path(row.path).parent, name, index))
+                            against = stored[name]
+                    shown[row.Index].append(own)
+                    first = against if first is None else first
+                    if against not in (None, first):
+                        others.add(row.Index)
+                reference.append(first)
+    return references
+
+
+def _has(row, item: tuple[int, str]) -> bool:
+    """Whether a run sampled a prompt at this position."""
+    index, prompt = item
+    return row.scores.get("prompts", [])[index : index + 1] == [prompt]
 
 
 def _metric(name: str) -> dict:
     """What the page must know about a metric; "higher": whether that is better, None where this is not known."""
-    title, higher = column(name).title, column(name).higher_is_better
+    known = column(name)
     return {
         "name": name,
-        "label": title[:1].upper() + title[1:],
-        "higher": higher,
+        "label": known.title[:1].upper() + known.title[1:],
+        "short": known.label,
+        "unit": known.unit and f" {known.unit}",
+        "higher": known.higher_is_better,
         "trivial": against_full(name),
         "main": name == MAIN,
     }
@@ -209,22 +261,20 @@ def _styles(frame: pd.DataFrame) -> dict[str, dict]:
     found = {}
     for label, style in styles(frame["label"]).items():
         known = about(label)
-        says = [str(part) for part in (known.title, known.year, known.paper) if part]
-        found[label] = style._asdict() | {"about": ", ".join(says)}
+        says = ", ".join(str(part) for part in (known.title, known.year) if part)
+        found[label] = style._asdict() | {"about": says, "paper": known.paper}
     return found
 
 
 def _number(value) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    """Eight digits, which are more than is known, and half as long as all."""
+    return float(f"{value:.8g}") if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def _scores(row) -> dict:
-    return row.scores if isinstance(row.scores, dict) else {}
-
-
-def _sample(folder: Path, index: int) -> Image.Image | None:
-    path = next((folder / "images").glob(f"{index:04d}-*.png"), None)
-    return path and Image.open(path)
+def _files(folder: Path) -> dict[int, Path]:
+    """A run's images by the position of their prompts."""
+    paths = (folder / "images").glob("*.png")
+    return {int(found[0]): path for path in paths if (found := re.match(r"\d+(?=-)", path.name))}
 
 
 def _reference(folder: Path, name, index: int) -> Image.Image | None:
@@ -243,12 +293,3 @@ def _reference(folder: Path, name, index: int) -> Image.Image | None:
                 return None
             index -= count
     return None
-
-
-def _uri(image: Image.Image) -> str:
-    """The image as a data URI, without loss while it is small."""
-    small, file = max(image.size) <= LARGEST // 2, io.BytesIO()
-    image = image.convert("RGB")
-    image.thumbnail((LARGEST, LARGEST))
-    image.save(file, "WEBP", lossless=small, quality=90)
-    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"

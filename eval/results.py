@@ -2,22 +2,26 @@
 
 import json
 import logging
+import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from dpcache.errors import SettingError
 from eval.methods import FULL, order, records
 from eval.metrics import FINE, MAIN, METRICS, Column
 from eval.schema import Group
-from eval.statistics import doubt
+from eval.statistics import doubt, worst
 
 log = logging.getLogger(__name__)
 
 SETTING = ["model", "num_inference_steps"]  # results of different settings never share a table
 SPEED = ("speedup", "transformer_speedup", "efficiency")  # measured, so a run may call them unreliable
+WORST = "_worst"  # after a metric's name: its worst prompt
 MEASURED = {
     column.name: column
     for column in (
@@ -41,15 +45,19 @@ def objective(result: dict) -> float | None:
 def flatten(result: dict) -> dict:
     """One `result.json` as flat columns.
 
-    Of a metric: mean, interval and count, as `psnr`, `psnr_lo`, `psnr_hi`, `psnr_n`. Of FLOPs: `flops_full`,
-    `flops_cached`, ..., and `flops_speedup`, the first over the second. Of timing, memory and versions: the scalars
-    under their own names (`speedup`, `peak_rss`, `torch`), and the range of the timed rounds as `speedup_lo`,
-    `speedup_hi`. Everything else as it is, without the scores of every prompt.
+    Of a metric: mean, interval, count and worst prompt, as `psnr`, `psnr_lo`, `psnr_hi`, `psnr_n`, `psnr_worst`; the
+    last only where every prompt has a score and it is known which is better. Of FLOPs: `flops_full`, `flops_cached`,
+    ..., and `flops_speedup`, the first over the second. Of timing, memory and versions: the scalars under their own
+    names (`speedup`, `peak_rss`, `torch`), and the range of the timed rounds as `speedup_lo`, `speedup_hi`. Everything
+    else as it is, without the scores of every prompt.
     """
     groups = ("metrics", "timing", "memory", "versions", "per_prompt", "flops")
     row = {key: value for key, value in result.items() if key not in groups}
     for name, value in result["metrics"].items():
         row[name], (row[f"{name}_lo"], row[f"{name}_hi"]), row[f"{name}_n"] = value["mean"], value["ci95"], value["n"]
+    for name, scores in result.get("per_prompt", {}).items():
+        if name in result["metrics"] and column(name).higher_is_better is not None:
+            row[f"{name}{WORST}"] = worst(scores, column(name).higher_is_better)
     if flops := result.get("flops"):
         row |= {f"flops_{name}": value for name, value in flops.items()}
         row["flops_speedup"] = flops["full"] / flops["cached"]
@@ -65,8 +73,8 @@ def flatten(result: dict) -> dict:
 
 def collect(folder: str | Path) -> pd.DataFrame:
     """One row per `result.json` below `folder`: the columns of `flatten`, the `label` that names the run on the board
-    (the run's own, without the changed settings that all runs of its method share), the `scores` of every prompt,
-    `path` and `written` (seconds, mtime).
+    (the run's own, without the changed settings that all runs of its method share), the `scores` of every prompt, the
+    `command` that made it (None: not recorded), `path` and `written` (seconds, mtime).
 
     Files that cannot be read or are not results of this project are skipped with a warning that names them.
     """
@@ -78,9 +86,8 @@ def collect(folder: str | Path) -> pd.DataFrame:
             if missing := {"method", "budget", "seed", "computed_steps", *SETTING} - row.keys():
                 raise ValueError(f"lacks {sorted(missing)}")
             scores = result.get("per_prompt", {})
-            rows.append(
-                {"label": row["method"]} | row | {"scores": scores, "path": str(path), "written": path.stat().st_mtime}
-            )
+            found = {"command": command(path.parent), "path": str(path), "written": path.stat().st_mtime}
+            rows.append({"label": row["method"]} | row | {"scores": scores} | found)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("skipped %s: %s: %s", path, type(error).__name__, error)
     for method in {row["method"] for row in rows}:
@@ -89,6 +96,15 @@ def collect(folder: str | Path) -> pd.DataFrame:
         for row in same:
             row["label"] = " ".join(word for word in row["label"].split() if word not in shared)
     return pd.DataFrame(rows)
+
+
+def command(folder: Path) -> str | None:
+    """The command that makes the run again, from the settings that Hydra has written to its folder; None without."""
+    try:
+        overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        return None
+    return shlex.join(["python", "run.py", *overrides])
 
 
 def plain_runs(folder: Path, result: dict) -> list[dict]:
@@ -109,9 +125,11 @@ def plain_runs(folder: Path, result: dict) -> list[dict]:
 
 
 def column(name: str) -> Column:
-    """The record of a metric or of a measured column; of any other name, as results of other versions may have, one
-    without more than the name."""
+    """The record of a metric, of its worst prompt or of a measured column; of any other name, as results of other
+    versions may have, one without more than the name."""
     known = {**METRICS, **FINE, **MEASURED}
+    if name.endswith(WORST) and (base := known.get(name.removesuffix(WORST))):
+        return replace(base, name=name, label=f"{base.label}, worst prompt")
     return known.get(name) or Column(name=name, label=name, higher_is_better=None)
 
 

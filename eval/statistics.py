@@ -1,12 +1,15 @@
-"""Means with bootstrap intervals, for one method and for the paired difference of two, and the Pareto front of many."""
+"""Means with bootstrap intervals, for one method and for the paired difference of two, the worst prompt, and the Pareto
+front of many."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
 from dpcache.errors import SettingError
 
 RESAMPLES = 10_000
+WORST = 5  # the percentile of the prompts that stands for the worst one, because one sample of the tail is an accident
 LEVEL = 0.01  # gains that differ by a smaller share count as equal, because no machine measures them more closely
 
 
@@ -21,12 +24,28 @@ def summarise(values: Sequence[float], seed: int = 0) -> dict:
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not values.size or not np.isfinite(values).all():
         raise SettingError(f"expected a list of finite numbers, got {values!r}")
-    n = len(values)
-    interval = [None, None]
+    return _summaries(values[None], seed)[0]
+
+
+def _summaries(rows: np.ndarray, seed: int) -> list[dict]:
+    """`summarise` of every row of (rows, N)."""
+    n, ends = rows.shape[1], [[None, None]] * len(rows)
     if n > 1:
-        draws = np.random.default_rng(seed).integers(n, size=(RESAMPLES, n), dtype=np.int32)
-        interval = np.percentile(values[draws].mean(axis=1), [2.5, 97.5]).tolist()
-    return {"mean": float(values.mean()), "ci95": interval, "n": n}
+        ends = np.percentile(rows @ _counts(n, seed) / n, [2.5, 97.5], axis=1).T.tolist()
+    return [{"mean": float(row.mean()), "ci95": end, "n": n} for row, end in zip(rows, ends)]
+
+
+@lru_cache(maxsize=1)  # a board asks for the same ones thousands of times
+def _counts(n: int, seed: int) -> np.ndarray:
+    """How often each of n values is in each of `RESAMPLES` resamples with replacement, (n, RESAMPLES)."""
+    draws = np.random.default_rng(seed).integers(n, size=(RESAMPLES, n), dtype=np.int32)
+    places = draws + np.arange(RESAMPLES)[:, None] * n
+    return np.bincount(places.ravel(), minlength=RESAMPLES * n).reshape(RESAMPLES, n).T.astype(np.float32)
+
+
+def worst(values: Sequence[float], higher_is_better: bool) -> float:
+    """The `WORST` percentile of values, counted from the bad end: a mean hides the prompts on which a method fails."""
+    return float(np.percentile(values, WORST if higher_is_better else 100 - WORST))
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float], seed: int = 0) -> dict:
@@ -39,6 +58,11 @@ def paired_difference(a: Sequence[float], b: Sequence[float], seed: int = 0) -> 
     if len(a) != len(b):
         raise SettingError(f"paired values need equal lengths, got {len(a)} and {len(b)}")
     return summarise(np.subtract(a, b, dtype=np.float64), seed)
+
+
+def paired_differences(many: Sequence[Sequence[float]], b: Sequence[float], seed: int = 0) -> list[dict]:
+    """`paired_difference` of each of many to b, at once."""
+    return _summaries(np.subtract(many, b, dtype=np.float64), seed) if len(many) else []
 
 
 def doubt(timed: dict) -> str | None:

@@ -8,6 +8,7 @@ import pandas as pd
 from dpcache.errors import SettingError
 from eval.methods import FULL, order
 from eval.metrics import MAIN
+from eval.ranks import PLACE, Difference, board, differences
 from eval.results import SETTING, boards, column, newest
 from eval.statistics import paired_difference
 
@@ -32,11 +33,11 @@ def table(frame: pd.DataFrame, metric: str = MAIN) -> str:
         reasons = frame["metrics_unavailable"].map(lambda r: r.get(metric) if isinstance(r, dict) else None)
         lost = frame.assign(reason=reasons).dropna(subset="reason")
     # A metric that was unavailable in every run has no column, but its reasons must still be seen.
-    for heading, board in boards(frame, metric) if metric in frame or lost.empty else ():
-        budgets = sorted(board["budget"].unique())
+    for heading, rows in boards(frame, metric) if metric in frame or lost.empty else ():
+        budgets = sorted(rows["budget"].unique())
         lines = [["method", *(f"K = {budget}" for budget in budgets)], ["---"] + ["---:"] * len(budgets)]
-        for label in dict.fromkeys(board.index):
-            cells = {row["budget"]: cell(row) for _, row in board.loc[[label]].iterrows()}
+        for label in dict.fromkeys(rows.index):
+            cells = {row["budget"]: cell(row) for _, row in rows.loc[[label]].iterrows()}
             lines.append([label, *(cells.get(budget, "–") for budget in budgets)])
         parts.append(
             f"### {column(metric).title}: {heading}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -67,6 +68,39 @@ def paired_table(frame: pd.DataFrame, against: str, metric: str = MAIN) -> str:
                     f"| {model}, {total} steps | {budget} | {method} | {d['mean']:+.3g} | [{low:+.3g}, {high:+.3g}] |"
                 )
     return "\n".join(lines)
+
+
+def ranking(frame: pd.DataFrame, metric: str = MAIN) -> str:
+    """Markdown tables, one per setting, seed and budget: every run's rank, mean and worst prompt, and its paired
+    differences to the best run of its own group and to the best of all. Empty where no run has a rank."""
+    rows = board(frame, metric)
+    apart, digits, parts = differences(rows, metric), column(metric).digits, []
+
+    def number(value: float | None, sign: str = "") -> str:
+        return "–" if value is None or pd.isna(value) else f"{value:{sign}.{digits}f}"
+
+    def cell(d: Difference | None) -> str:
+        if d is None or d.low is None:
+            return "–" if d is None else number(d.mean, "+")
+        return f"{number(d.mean, '+')} [{number(d.low, '+')}, {number(d.high, '+')}]"
+
+    for (model, total, seed, budget), part in rows[rows["method"] != FULL].groupby(PLACE):
+        ranked = part.sort_values("rank")
+        if ranked["rank"].isna().all():
+            continue
+        first = ranked.iloc[0]["group"]
+        lines = ["| rank | method | group | mean | worst prompt | to the best of its group | to the best |"]
+        lines.append("| ---: | --- | --- | ---: | ---: | ---: | ---: |")
+        for row in ranked.itertuples():
+            to = apart[row.Index]
+            cells = [number(getattr(row, metric)), number(getattr(row, f"{metric}_worst", None))]
+            cells += [cell(to.get(row.group)), cell(to.get(first))]
+            rank = "–" if pd.isna(row.rank) else row.rank
+            lines.append(f"| {rank} | {row.label} | {row.group} | {' | '.join(cells)} |")
+        seeds = f", seed {seed}" if rows["seed"].nunique() > 1 else ""
+        heading = f"### Ranks by {column(metric).title}: {model}, {total} steps{seeds}, K = {budget}"
+        parts.append("\n".join([heading, "", *lines]))
+    return "\n\n".join(parts)
 
 
 def published_table(frame: pd.DataFrame, published: Sequence[Mapping]) -> str:

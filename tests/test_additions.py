@@ -109,7 +109,7 @@ def test_the_board_and_its_page_have_the_new_methods_and_the_new_metric(added):
     assert [metric["name"] for metric in page["metrics"]] == ["psnr", "mae"]
     assert page["methods"]["damped"]["about"] == "Damped line, 2026"
     assert list(page["methods"]) == ["line_skip", "damped"]  # in their group by year
-    assert {run["method"] for run in page["runs"]} == found.keys()
+    assert {run["label"] for board in page["boards"] for run in board["runs"]} == found.keys()
 
 
 def test_the_tests_have_the_new_methods_and_the_new_family_and_pass(added):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
-from eval import charts, console, leaderboard, methods, pictures, results, statistics, tables, timing, tracking
+from eval import charts, console, leaderboard, methods, pictures, ranks, results, statistics, tables, timing, tracking
 
 PROMPTS = ["a red circle", "a small yellow star above a long grey line, seen from far away, oil on canvas", "two cats"]
 
@@ -335,6 +335,63 @@ def test_paired_differences_use_the_same_prompts_alone(tmp_path):
     assert "fora" not in text  # other prompts: no pairs
     with pytest.raises(ValueError, match="no result of 'toca'"):
         tables.paired_table(results.collect(tmp_path), "toca")
+
+
+@pytest.fixture
+def scores(tmp_path):
+    """Forecasts 3 and 1 dB, and a reuse 2 dB, above a base, each with one prompt on which it fails by 20 dB more."""
+    rng, base = np.random.default_rng(1), np.random.default_rng(0).normal(30, 4, 40)
+    made = {"taylorseer": 3, "hicache": 1, "fora": 2, "speca": 9, "full": 70}
+    for place, (method, gain) in enumerate(made.items()):
+        psnr = base + gain + rng.normal(0, 0.1, 40)
+        psnr[place] -= 20
+        budget, steps = 9, {"speca": 12.0, "full": 50.0}.get(method, 9.0)
+        per_prompt = {"prompts": [f"p{i}" for i in range(40)], "psnr": psnr.tolist()}
+        metrics = {"psnr": statistics.summarise(psnr)}
+        (tmp_path / method).mkdir()
+        text = json.dumps(result(method, budget, 0, computed_steps=steps, per_prompt=per_prompt, metrics=metrics))
+        (tmp_path / method / "result.json").write_text(text)
+    return results.collect(tmp_path)
+
+
+def test_runs_are_ranked_at_equal_compute_alone(scores):
+    board = ranks.board(scores).set_index("label")
+    assert board["rank"].dropna().to_dict() == {"taylorseer": 1, "fora": 2, "hicache": 3}
+    assert not board["equal_compute"]["speca"] and board["equal_compute"]["full"]
+    assert ranks.board(scores, "beauty")["rank"].isna().all()
+
+
+def test_the_worst_prompt_is_the_fifth_percentile_from_the_bad_end(scores):
+    for row in scores.itertuples():
+        ordered = sorted(row.scores["psnr"])
+        assert row.psnr_worst == pytest.approx(ordered[1] + 0.95 * (ordered[2] - ordered[1]))  # 0.05 x 39 = 1.95
+    assert statistics.worst(range(101), True) == 5 and statistics.worst(range(101), False) == 95
+    assert results.column("psnr_worst").title == "PSNR, worst prompt (dB)"
+    assert "worst prompt" in tables.table(scores, "psnr_worst")
+
+
+def test_differences_are_to_the_best_of_each_group_in_pairs(scores):
+    board = ranks.board(scores)
+    found = {board.loc[index, "label"]: others for index, others in ranks.differences(board).items()}
+    assert found["full"] == {} and set(found["taylorseer"]) == {"reuse"}
+    values = {row.label: row.scores["psnr"] for row in scores.itertuples()}
+    for method, group, best in (("hicache", "forecast", "taylorseer"), ("fora", "forecast", "taylorseer")):
+        expected = statistics.paired_difference(values[method], values[best])
+        assert found[method][group].label == best
+        assert found[method][group][1:] == pytest.approx((expected["mean"], *expected["ci95"]))
+    text = tables.ranking(scores)
+    (line,) = [line for line in text.splitlines() if "| fora |" in line]
+    d = found["fora"]["forecast"]
+    assert line.startswith("| 2 | fora | reuse |")
+    assert line.endswith(f"| – | {d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}] |")
+    assert "| – | speca |" in text and "full" not in text
+
+
+def test_an_interval_is_of_resampled_means():
+    values = np.random.default_rng(3).normal(0, 1, 25)
+    means = [np.random.default_rng(seed).choice(values, 25).mean() for seed in range(4000)]
+    low, high = statistics.summarise(values)["ci95"]
+    assert (low, high) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=0.03)
 
 
 @pytest.mark.parametrize("metric", ["psnr", "speedup"])

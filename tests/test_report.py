@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from eval import leaderboard, report
+from eval import leaderboard, ranks, report
 from eval.results import collect
+from helpers.boards import make
 from helpers.commands import ROOT
 from helpers.commands import run as command
 
@@ -89,33 +91,53 @@ def test_markdown_holds_the_numbers_of_the_results(outputs):
         assert f" {result['metrics']['psnr']['mean']:.2f} ± " in line
     assert all(f"### {title}" in text for title in ("latent error", "speed-up", "efficiency", "Failed"))
     assert "| not reliable |" in text[text.index("### efficiency") :]  # a single round has no spread
-    assert {run["unreliable"] for run in embedded(outputs)["runs"]} == {"a single round has no spread"}
+    (board,) = embedded(outputs)["boards"]
+    assert {run["unreliable"] for run in board["runs"]} == {"a single round has no spread"}
     assert f"- fora-K9: `{' '.join(ERROR.split())}`" in text and "- fora-K3: unfinished" in text
 
 
 def test_images_are_those_of_the_runs(outputs):
     data = embedded(outputs)
-    (wall,) = data["walls"]
-    assert wall["prompts"] == PROMPTS[:2] and len(data["runs"]) == 5
-    for run in data["runs"]:
-        (result,) = [
+    (board,) = data["boards"]
+    assert sorted(board["prompts"]) == sorted(PROMPTS[:2]) and len(board["runs"]) == 5 and data["lossless"]
+    for run in board["runs"]:
+        (path,) = [
             path
             for path, result in results(outputs).items()
             if result["method"] == run["label"] and (run["full"] or result["budget"] == run["budget"])
         ][:1]
-        for place, path in enumerate(sorted((outputs / result).parent.glob("images/*.png"))):
-            assert (pixels(data["images"][run["images"][place]]) == np.asarray(Image.open(path))).all()
-        assert run["scores"]["psnr"] == results(outputs)[result]["per_prompt"]["psnr"]
+        stored = results(outputs)[path]["per_prompt"]
+        for place, prompt in enumerate(board["prompts"]):
+            index = stored["prompts"].index(prompt)
+            (image,) = (outputs / path).parent.glob(f"images/{index:04d}-*.png")
+            assert (pixels(data["images"][run["images"][place]]) == np.asarray(Image.open(image))).all()
+            assert run["scores"]["psnr"][place] == pytest.approx(stored["psnr"][index])
         assert not run["other_reference"]
         if run["full"]:
-            assert run["images"] == wall["reference"]  # which was read from the shared store
+            assert run["images"] == board["reference"]  # which was read from the shared store
+
+
+def test_the_prompts_on_which_most_methods_fail_come_first(outputs):
+    (board,) = embedded(outputs)["boards"]
+    of = [run["scores"]["psnr"] for run in board["runs"] if not run["full"]]
+    assert sum(first < second for first, second in of) >= len(of) / 2
+
+
+def test_every_run_says_which_command_makes_it_again(outputs):
+    for path, result in results(outputs).items():
+        frame = collect((outputs / path).parent)
+        words = frame["command"][0].split()
+        assert words[:2] == ["python", "run.py"] and f"budget={result['budget']}" in words
+        assert f"method={result['method']}" in words and "num_prompts=2" in words
+    (board,) = embedded(outputs)["boards"]
+    assert set(collect(outputs)["command"]) >= {run["command"] for run in board["runs"]}
 
 
 def test_the_board_can_show_fewer_prompts_and_stand_in_another_folder(outputs, tmp_path, monkeypatch):
     before = (outputs / "report.html").read_bytes()
     monkeypatch.setattr("sys.argv", ["leaderboard", str(outputs), "--out", str(tmp_path / "new"), "--prompts", "1"])
     leaderboard.main()
-    assert embedded(tmp_path / "new")["walls"][0]["prompts"] == PROMPTS[:1]
+    assert len(embedded(tmp_path / "new")["boards"][0]["reference"]) == 1
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
         "leaderboard.csv",
         "leaderboard.md",
@@ -130,7 +152,7 @@ def test_unequal_compute_and_variants_are_told_apart(outputs, tmp_path):
         result = next(r for r in results(outputs).values() if (r["method"], r["budget"]) == ("dpcache", 4))
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text(json.dumps(result | {"seed": name == "a"} | changes))
-    frame = report.board(collect(tmp_path))
+    frame = ranks.board(collect(tmp_path))
     assert list(frame["label"]) == ["dpcache", "dpcache order=1"] and list(frame["equal_compute"]) == [False, True]
     assert "- dpcache, K = 4: 6 steps computed, not at equal compute" in report.markdown(frame, [])
 
@@ -143,9 +165,20 @@ def execute(name: str, folder: Path, monkeypatch) -> str:
     monkeypatch.setenv("OUTPUTS", str(folder))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
-    assert not any(cell.get("outputs") for cell in notebook.cells)
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": ROOT / "notebooks"}}).execute()
     return json.dumps([output for cell in notebook.cells for output in cell.get("outputs", [])], ensure_ascii=False)
+
+
+def test_the_leaderboard_notebook_is_stored_with_what_its_command_made():
+    path = ROOT / "notebooks" / "leaderboard.ipynb"
+    code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert all(cell.outputs and cell.execution_count for cell in code)
+    assert {output.output_type for cell in code for output in cell.outputs} <= {"execute_result", "display_data"}
+    assert path.stat().st_size < 300_000 and str(ROOT) not in path.read_text()
+    shown = json.dumps([cell.outputs for cell in code], ensure_ascii=False)
+    methods = re.search(r"method=(\S+) budget=(\S+)", path.read_text())
+    for method in methods[1].split(","):
+        assert shown.count(f"| {method} | ") >= len(methods[2].split(","))  # in the ranks of every budget
 
 
 def test_the_leaderboard_notebook_shows_every_run(outputs, monkeypatch):
@@ -173,52 +206,88 @@ QUIET = ["--disable-quic", "--disable-background-networking", "--disable-compone
 
 
 @pytest.fixture
-def page(outputs):
-    """The report in a browser, which must not complain and must not ask for anything but the file."""
+def open_page():
+    """Opens a report in a browser, which must not complain and must not ask for anything but the file."""
+    complaints, requests, addresses = [], [], set()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=["--disable-gpu", *QUIET])
-        page = browser.new_page(viewport={"width": 1400, "height": 900}, color_scheme="light")
-        page.set_default_timeout(20_000)
-        complaints, requests = [], []
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        address = (outputs / "report.html").as_uri()
-        page.goto(address)
-        yield page
-        assert complaints == [] and {url for url in requests if not url.startswith("data:")} == {address}
+
+        def open_(folder: Path, width: int = 1400):
+            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme="light")
+            page.set_default_timeout(20_000)
+            page.on("console", lambda message: complaints.append(message.text))
+            page.on("pageerror", lambda error: complaints.append(str(error)))
+            page.on("request", lambda request: requests.append(request.url))
+            addresses.add((folder / "report.html").as_uri())
+            page.goto((folder / "report.html").as_uri())
+            return page
+
+        yield open_
+        assert complaints == [] and {url for url in requests if not url.startswith("data:")} == addresses
         browser.close()
 
 
+@pytest.fixture
+def page(open_page, outputs):
+    return open_page(outputs)
+
+
 def column(page, title: str) -> list[str]:
-    titles = page.locator("#board thead th").all_inner_texts()
+    titles = page.locator("#board > thead th").all_inner_texts()
     (place,) = [index for index, text in enumerate(titles) if text.startswith(title)]
-    return page.locator(f"#board tbody td:nth-child({place + 1})").all_inner_texts()
+    return page.locator(f"#board tbody tr:not(.more) > td:nth-child({place + 1})").all_inner_texts()
 
 
 @needs_browser
 def test_page_shows_every_run_and_every_failure(page, outputs):
-    shown = column(page, "PSNR")
-    board = report.board(collect(outputs))
-    assert [float(text.split()[0]) for text in shown] == pytest.approx(list(board["psnr"]), abs=0.1)
-    assert len(column(page, "Efficiency")) == 5 and page.locator("#panels figure").count() == 3
-    assert page.locator("#strips .strip .bar").count() == 5
+    board = ranks.board(collect(outputs)).sort_values(["budget", "rank"])
+    board = board[board["method"] != "full"]
+    assert column(page, "Rank") == ["–", "1", "2", "1", "2"]
+    assert [text.split("\n")[0] for text in column(page, "Method")] == ["full", *board["label"]]
+    for name, title in (("psnr", "PSNR"), ("psnr_worst", "Worst prompt")):
+        shown = column(page, title)
+        assert shown[0] == "–" and [float(t.split()[0]) for t in shown[1:]] == pytest.approx(list(board[name]), abs=0.1)
+    assert all(text.startswith("⚠") for text in column(page, "Speed‑up")) and len(column(page, "FLOPs speed‑up")) == 5
+    assert page.locator("#panels figure").count() == 2
+    costs = [
+        results(outputs)[Path(p).relative_to(outputs).as_posix()]["calibration_trajectories"] for p in board["path"]
+    ]
+    assert [float(text) for text in column(page, "Calibration")[1:]] == [sum(cost.values()) for cost in costs]
+    assert page.locator("#strips .strip .bar").count() == 4
     assert page.locator("#failed-list li").count() == 2 and page.locator("#failed-list pre").inner_text() == ERROR
-    assert page.locator("#wall tbody th").all_inner_texts() == PROMPTS[:2]
+    assert sorted(text.split("\n")[0] for text in page.locator("#prompts li").all_inner_texts()) == sorted(PROMPTS[:2])
 
 
 @needs_browser
 def test_columns_sort_by_mouse_and_keyboard(page):
     psnr = page.get_by_role("button", name="PSNR")
     psnr.click()
-    values = [float(text.split()[0]) for text in column(page, "PSNR")]
+    values = [float(text.split()[0]) for text in column(page, "PSNR")[:-1]]
+    assert column(page, "PSNR")[-1] == "–"  # full steps, which have no distance to themselves
     assert values == sorted(values, reverse=True) and values[0] > values[-1]
     assert page.locator("th[aria-sort=descending]").inner_text().startswith("PSNR")
     page.keyboard.press("Enter")  # the heading keeps the focus
-    assert [float(text.split()[0]) for text in column(page, "PSNR")] == values[::-1]
+    assert [float(text.split()[0]) for text in column(page, "PSNR")[:-1]] == values[::-1]
     assert page.locator("th[aria-sort=ascending]").inner_text().startswith("PSNR")
     page.get_by_role("searchbox").fill("dpcache 4")
-    assert column(page, "Method") == ["dpcache"] and column(page, "Budget") == ["4"]
+    assert column(page, "Budget") == ["4"] and "dpcache" in column(page, "Method")[0]
+
+
+@needs_browser
+def test_a_row_opens_by_keyboard_and_has_its_command(page, outputs):
+    (row,) = page.locator("#board tbody tr", has_text="dpcache").filter(has_text="planned").all()[:1]
+    row.locator(".open").focus()
+    page.keyboard.press("Enter")
+    command = page.locator("#command").inner_text()
+    assert command in set(collect(outputs)["command"]) and "method=dpcache" in command
+    assert "worst prompt" in page.locator("tr.more").inner_text() and page.locator("tr.more .bar").count() == 1
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    row.locator(".copy").click()
+    page.locator("#tip", has_text="Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == command
+    page.keyboard.press("Escape")
+    row.locator(".open").click()
+    assert page.locator("tr.more").count() == 0
 
 
 @needs_browser
@@ -226,33 +295,45 @@ def test_plots_are_read_by_keyboard_and_switch_their_axis(page):
     plot = page.locator("#panels .plot").first
     plot.focus()
     page.keyboard.press("ArrowRight")
-    assert "PSNR" in page.locator("#tip").inner_text() and "end to end" in page.locator("#tip").inner_text()
-    page.get_by_label("ideal T / K").check()
-    assert "not measured" in page.locator("#panels").inner_text()
-    assert page.locator("#panels .plot").first.locator(".point").count() == 4
-    page.get_by_role("button", name="fewer_steps", exact=True).click()
+    assert "PSNR" in page.locator("#tip").inner_text() and "FLOPs" in page.locator("#tip").inner_text()
+    page.get_by_role("radio", name="ideal").check()
+    assert "count as free" in page.locator("#panels").inner_text()
+    plot = page.locator("#panels .plot").first
+    assert plot.locator(".point").count() == 4 and plot.locator(".whisker").count() == 4
+    assert plot.locator(".label.on").count() == plot.locator(".ring").count() > 0  # the front is named
+    page.get_by_role("button", name="plain").click()
     assert page.locator("#panels .plot").first.locator(".point").count() == 2
 
 
 @needs_browser
-def test_an_image_opens_and_flips_by_keyboard(page):
-    page.locator("#wall tbody tr").first.locator("button").nth(1).focus()
-    page.keyboard.press("Enter")
-    viewer, shown = page.locator("#viewer"), page.locator("#stack img:not(.under)")
-    assert viewer.is_visible() and page.locator("#viewer-title").inner_text() == PROMPTS[0]
-    accelerated = shown.get_attribute("src")
-    assert "fewer_steps" in page.locator("#shown").inner_text()
-    for key in ("Space", "ArrowRight", "ArrowLeft"):
-        before = shown.get_attribute("src")
-        page.keyboard.press(key)
-        assert shown.get_attribute("src") != before
-    assert "full, 8 steps" in page.locator("#shown").inner_text() and shown.get_attribute("src") != accelerated
-    page.keyboard.press("ArrowDown")
-    assert page.locator("#viewer-title").inner_text() == PROMPTS[1]
-    page.keyboard.press("d")
+def test_two_methods_are_compared_on_one_prompt_by_mouse_and_keyboard(page, outputs):
+    (board,) = embedded(outputs)["boards"]
+    assert page.locator("#a").input_value() == "0" and "full" in page.locator("#a option").first.inner_text()
+    page.locator("#a").select_option(label="fewer_steps, K = 4")
+    page.locator("#b").select_option(label="dpcache, K = 5")
+    runs = {run["label"] + str(run["budget"]): run for run in board["runs"]}
+    ours, theirs = runs["dpcache5"]["scores"]["psnr"], runs["fewer_steps4"]["scores"]["psnr"]
+    apart = [b - a for a, b in zip(theirs, ours)]
+    assert f"on {sum(d > 0 for d in apart)} of 2 prompts" in page.locator("#verdict").inner_text()
+    worst = board["prompts"][apart.index(min(apart))]
+    assert page.locator("#prompts [aria-current=true]").inner_text().startswith(worst)  # and is the first one shown
+    row = board["prompts"].index(worst)
+    images = [image.get_attribute("src") for image in page.locator("#stack img").all()]
+    expected = [runs[name]["images"][row] for name in ("fewer_steps4", "dpcache5")]
+    assert images == [embedded(outputs)["images"][index] for index in expected]
+    slide, at = page.locator("#slide"), lambda: page.locator("#stack").evaluate("n => n.style.getPropertyValue('--at')")
+    slide.focus()
+    page.keyboard.press("ArrowRight")
+    assert at() == "51%"
+    box = page.locator("#stack").bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
+    assert at() == "25%"
+    page.locator("#flip").press("Space")
+    assert at() == "100%"
+    page.locator("#difference").press("Enter")
     assert page.locator("#stack.difference").count() == 1
-    page.keyboard.press("Escape")
-    assert not viewer.is_visible()
+    page.locator("#prompts button:not([aria-current=true])").press("Enter")
+    assert not page.locator("#prompts [aria-current=true]").inner_text().startswith(worst)
 
 
 @needs_browser
@@ -266,3 +347,68 @@ def test_the_page_is_light_or_dark_as_the_system_or_the_reader_says(page):
     assert page.evaluate(background) == light
     page.reload()
     assert page.evaluate(background) == light
+
+
+# --- a board of 40 methods, 7 budgets and 4 models
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("large")
+    make(folder, 40, [5, 7, 9, 11, 13, 17, 25], ["tiny_flux", "tiny_dit", "tiny_video", "flux"])
+    frame = ranks.board(collect(folder))
+    (folder / "report.html").write_text(report.page(frame, [], 1))
+    return folder, frame
+
+
+@needs_browser
+def test_a_large_board_is_a_filter_and_not_a_wall(open_page, large):
+    folder, _ = large
+    page = open_page(folder)
+    assert (folder / "report.html").stat().st_size < 4e6
+    groups = page.locator("#groups button").count()
+    assert page.locator("#board tbody tr").count() == 1 + groups == 9  # full, and the best of each group, at one K
+    assert page.locator("#setting option").count() == 4 and page.locator("#budgets input").count() == 8
+    ranked = [int(text) for text in column(page, "Rank")[1:]]
+    assert ranked[0] == 1 and ranked == sorted(ranked)
+    first = column(page, "Difference to")
+    assert first[1] == "the best" and all(text.startswith("−") for text in first[2:])
+    page.get_by_label("All 40").check()
+    assert page.locator("#board tbody tr").count() == 41 and page.locator("#wall button").count() == 40
+    assert page.locator("#panels .plot").first.locator(".line").count() <= 9  # the other methods are grey dots
+    page.get_by_label("all", exact=True).check()
+    assert page.locator("#board tbody tr").count() == 281
+    page.get_by_role("searchbox").fill("dpcache_lsq 9")
+    assert {text.split("\n")[0] for text in column(page, "Method")} == {"dpcache_lsq", "dpcache_lsq_output"}
+    page.get_by_role("searchbox").fill("")
+    page.locator("#setting").select_option(label="tiny_dit, 50 steps")
+    page.get_by_role("button", name="library").click()
+    assert "library" not in column(page, "Group")
+
+
+@needs_browser
+def test_the_page_fits_the_window(open_page, large):
+    page = open_page(large[0])
+    for width in (1440, 700, 360):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        scale = "nodes => nodes.map(n => n.getBoundingClientRect().width / n.viewBox.baseVal.width)"
+        scales = page.locator("#panels .plot").evaluate_all(scale)
+        assert len(scales) == 2 and all(0.9 < size < 1.2 for size in scales)  # so that text keeps its size
+
+
+def test_images_take_no_more_room_than_there_is(large, monkeypatch):
+    _, frame = large
+    frame = frame[(frame["model"] == "flux") & (frame["budget"] == 7)]
+
+    def images(room: int) -> tuple[int, bool]:
+        monkeypatch.setattr(report, "ROOM", room)
+        text = report.page(frame, [], 8)
+        data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+        assert sum(map(len, data["images"])) <= room or len(data["boards"][0]["reference"]) == 1
+        return len(data["boards"][0]["reference"]), data["lossless"]
+
+    assert images(10_000_000) == (8, True)
+    count, lossless = images(200_000)
+    assert not lossless and 1 < count <= 8
+    assert images(1)[0] == 1  # one prompt is always there

@@ -25,6 +25,7 @@ from dpcache.errors import SettingError
 from dpcache.method import Recipe, Runnable
 from dpcache.models.pretrained import default_device
 from dpcache.planned import Planned
+from dpcache.prompts import identity
 from dpcache.sampler import Batch, sample
 from dpcache.statistics import Statistic
 from eval import metrics, pictures, timing
@@ -33,7 +34,7 @@ from eval.metrics import Samples, Scorer, evaluate
 from eval.prompts import read
 from eval.schema import Group
 from eval.statistics import summarise
-from eval.store import load_or_make, locked
+from eval.store import check_prompts, load_or_make, locked
 
 log = logging.getLogger("run")
 
@@ -47,7 +48,11 @@ def check(config: DictConfig) -> None:
         value = OmegaConf.select(config, name)
         if value is not None and value < 1:
             raise SettingError(f"{name}={value} must be at least 1")
-    if missing := OmegaConf.missing_keys(config.model):
+        if value is not None and value > 1 and config.model.images:
+            raise SettingError(f"{name}={value} must be 1: many pipelines that take an image take one in a call")
+    if given := [name for name in config.model.images if name in config.model.call]:
+        raise SettingError(f"model.call.{given[0]}: images stand in the prompt file, in its column {given[0]}")
+    if missing := OmegaConf.missing_keys(config.model) - {"model.prompts"}:
         raise SettingError(f"{', '.join(sorted(missing))} must be given")
     if not config.num_inference_steps < (config.reference.num_inference_steps or math.inf):
         raise SettingError(
@@ -72,22 +77,41 @@ def read_prompts(config: DictConfig, calibrating: bool) -> tuple[list[str], list
     """Prompts to evaluate, the first of `prompts`, and, if `calibrating` without a file of calibration, to calibrate
     with: the last of `calibration.prompts` (default: of what `prompts` has beyond the evaluated ones).
 
-    Raises SettingError if a file or set cannot be read or holds too few prompts.
+    Raises SettingError if a file or set, or an image of a prompt cannot be read, or if there are too few prompts.
     """
-    setting, path = ("prompts", config.prompts) if config.prompts else ("model.prompts", ROOT / config.model.prompts)
-    prompts, wanted = read(setting, path), config.num_prompts
+    images, wanted, count = config.model.images, config.num_prompts, config.calibration.num_prompts
+    if config.prompts:
+        setting, path = "prompts", config.prompts
+    elif not OmegaConf.is_missing(config.model, "prompts"):
+        setting, path = "model.prompts", ROOT / config.model.prompts
+    elif config.dry_run:  # which prompts does not matter
+        return [""] * wanted, [""] * (count if calibrating else 0)
+    else:
+        raise SettingError(f"prompts=FILE must be given: csv, tsv or jsonl, with columns prompt, {', '.join(images)}")
+    prompts = read(setting, path, images)
     if not 1 <= wanted <= len(prompts):
         raise SettingError(f"num_prompts={wanted} must be between 1 and the {len(prompts)} prompts of {setting}={path}")
     if not calibrating or config.calibration.path:
-        return prompts[:wanted], []
-    own, count = config.calibration.prompts, config.calibration.num_prompts
-    others = read("calibration.prompts", own) if own else prompts[wanted:]
+        return _with_images(prompts[:wanted]), []
+    own = config.calibration.prompts
+    others = read("calibration.prompts", own, images) if own else prompts[wanted:]
     if not 1 <= count <= len(others):
         source = f"calibration.prompts={own}" if own else f"{setting}={path} beyond num_prompts={wanted}"
         raise SettingError(
             f"calibration.num_prompts={count} must be between 1 and the {len(others)} prompts of {source}"
         )
-    return prompts[:wanted], others[-count:]
+    return _with_images(prompts[:wanted]), _with_images(others[-count:])
+
+
+def _with_images(prompts: list[str]) -> list[str]:
+    """The prompts, now that all their images have been looked at."""
+    identity(prompts)
+    return prompts
+
+
+def check_samples(config: DictConfig, folder: Path, prompts: list[str]) -> None:
+    """Raises SettingError if a run's folder holds samples of other prompts or images."""
+    check_prompts(folder / "samples", prompts, config.batch_size or config.model.batch_size)
 
 
 LOADING = ("path", "dtype", "offload", "vae_dtype", "vae_tiling", "scheduler")
@@ -171,7 +195,7 @@ class Run:
                 names = ", ".join(statistic.name for statistic in missing)
                 raise SettingError(f"calibration.path={path} does not hold {names}, which this method needs")
             return calibration, Path(path)
-        name = self._key(self.circumstances, prompts, c.calibration.seed, self.batch_size)
+        name = self._key(self.circumstances, identity(prompts), c.calibration.seed, self.batch_size)
         path = self.shared / "calibrations" / f"{name}.safetensors"
         with locked(path):
             if path.exists():
@@ -189,7 +213,8 @@ class Run:
     def reference_folder(self, prompts: list[str], num_inference_steps: int) -> Path:
         """Where full-step samples of these prompts are kept."""
         circumstances = self.circumstances | {"num_inference_steps": str(num_inference_steps)}
-        return self.shared / "references" / self._key(circumstances, prompts, self.config.seed, self.batch_size)
+        key = self._key(circumstances, identity(prompts), self.config.seed, self.batch_size)
+        return self.shared / "references" / key
 
     def reference(self, prompts: list[str], num_inference_steps: int) -> Samples:
         """Samples with so many steps, all computed, shared by all runs of the same model, prompts, seed and batch

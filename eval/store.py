@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from dpcache.errors import SettingError
+from dpcache.prompts import identity
 from eval.files import atomic
 from eval.metrics.base import Samples
 
@@ -43,10 +45,12 @@ def load_or_make(
 
     Returns:
         All samples, and every batch's computed steps as `make` returned them.
+
+    Raises SettingError if the folder holds samples of other prompts or images.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(prompts), batch_size)
-    batches = {_batch(folder, index): slice(start, start + batch_size) for index, start in enumerate(starts)}
+    check_prompts(folder, prompts, batch_size)
+    batches = _batches(folder, len(prompts), batch_size)
     for patience in (0, -1):  # first the batches that no other process makes, then wait for those that others make
         for path, chunk in tqdm(batches.items(), desc=description, unit="batch", leave=False):
             if not _whole(path):
@@ -54,6 +58,7 @@ def load_or_make(
                     if not _whole(path):
                         images, latents, steps = make(chunk)
                         arrays = {"images": torch.as_tensor(images).contiguous(), "latents": latents.contiguous()}
+                        arrays["made_from"] = torch.frombuffer(_made_from(prompts[chunk]), dtype=torch.uint8)
                         with atomic(path) as part:
                             save_file(arrays, part, {"computed": json.dumps(steps)})
                     Path(f"{path}.lock").unlink(
@@ -72,6 +77,27 @@ def stored(folder: Path, prompts: list[str]) -> Samples:
         return _read(paths, prompts)[0]
     except ValueError:  # another number of them than of prompts
         raise FileNotFoundError(f"{folder} does not hold the samples of all {len(prompts)} prompts") from None
+
+
+def check_prompts(folder: Path, prompts: list[str], batch_size: int) -> None:
+    """Raises SettingError if a batch in the folder was made from other prompts or images than these."""
+    for path, chunk in _batches(folder, len(prompts), batch_size).items():
+        if _whole(path):
+            with safe_open(path, "np") as file:  # batches of earlier versions do not say
+                known = file.get_tensor("made_from").tobytes() if "made_from" in set(file.keys()) else None
+            if known not in (None, _made_from(prompts[chunk])):
+                raise SettingError(f"{path} was made from other prompts or images: overwrite=true makes it again")
+
+
+def _made_from(prompts: list[str]) -> bytearray:
+    """As a tensor, because safetensors writes several entries of metadata in any order."""
+    return bytearray(json.dumps(identity(prompts)).encode())
+
+
+def _batches(folder: Path, count: int, batch_size: int) -> dict[Path, slice]:
+    """Of so many prompts, by the batch's file."""
+    starts = range(0, count, batch_size)
+    return {_batch(folder, index): slice(start, start + batch_size) for index, start in enumerate(starts)}
 
 
 def _batch(folder: Path, index: int) -> Path:

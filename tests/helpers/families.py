@@ -35,6 +35,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.utils import load_image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessor,
@@ -55,7 +56,7 @@ from transformers import (
 )
 
 PROMPTS = ("a red fox in the snow", "two boats", "a city at night", "an old clock")  # of different lengths
-IMAGE = Path(__file__).parents[2] / "dpcache/models/tiny_flux/grid.png"
+IMAGE = load_image(str(Path(__file__).parents[2] / "dpcache/models/tiny_flux/grid.png"))
 TEMPLATE = "describe this picture : {}"
 TEMPLATE_TOKENS = 5  # of the tokens before the prompt: <s> and four words
 WIDTH = 16
@@ -358,7 +359,7 @@ FAMILIES = {
     # Its attention takes all but the last 512 tokens for the image's.
     "wan21_i2v": Family(
         wan21_i2v,
-        _VIDEO | _NEGATIVE | {"guidance_scale": 5.0, "image": str(IMAGE), "max_sequence_length": 512},
+        _VIDEO | _NEGATIVE | {"guidance_scale": 5.0, "image": IMAGE, "max_sequence_length": 512},
         _BOTH,
         config="wan21_i2v",
     ),

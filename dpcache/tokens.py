@@ -160,7 +160,7 @@ def token_hooks(session, block, known: Block, index: int, layer: int, present: d
     hooked = {name: BranchHook(session, f"{index}.{name}") for name in present}
     hooked[attention] = AttentionHook(session, f"{index}.{attention}")
     for place, (norm, name) in enumerate(known.feed_forwards):
-        if name in present:
+        if name in present and getattr(block, norm, None) is not None:
             full_name = f"{index}.{name}"
             hooked[norm] = SelectHook(session, full_name, f"{index}.{attention}", place == 0, known.kind, layer)
             hooked[name] = RefreshHook(session, full_name, hooked[norm])

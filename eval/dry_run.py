@@ -27,7 +27,7 @@ def describe(config: DictConfig, model: str, name: str, recipe: Recipe, prompts:
     batch_size = _batch_size(config, prompts)
     transformer = known.build("meta", dtype)
     weights = known.count * sum(p.numel() * p.element_size() for p in transformer.parameters())
-    count, branches = known.count * sum(p.numel() for p in transformer.parameters()), known.family.branches(call)
+    count, branches = known.count * sum(p.numel() for p in transformer.parameters()), known.branches(call)
     memory = [f"transformer {_size(weights)}", _cache_memory(config, recipe, prompts, known, transformer)]
     if recipe.statistics is None:
         schedule = "the library's own" if example is None else _steps(example.schedule)
@@ -48,7 +48,7 @@ def describe(config: DictConfig, model: str, name: str, recipe: Recipe, prompts:
             f"  model                  {config.model.path}, {known.count} {type(transformer).__name__}",
             f"  parameters             {count:,} in {config.model.dtype}",
             f"  call                   {settings}",
-            f"  samples                {prompts} in batches of {batch_size}, guidance branches: {', '.join(branches)}",
+            f"  samples                {prompts} in batches of {batch_size}, guidance branches: {len(branches)}",
             f"  schedule               {schedule}",
             f"  site, features kept    {_kept(example)}",
             f"  memory                 {', '.join(memory)}",

@@ -77,5 +77,5 @@ def test_dry_run_on_the_command_line(tmp_path):
     code, out, err = run("model=wan21_t2v", "method=fora", "budget=9", "+dry_run=true", folder=tmp_path)
     assert code == 0, err
     assert "1,418,996,800 in bfloat16" in out
-    assert "branches: cond, uncond" in out and "[0, 5, 11, 16, 22, 27, 33, 38, 44]" in out and "cache" in out
+    assert "guidance branches: 2\n" in out and "[0, 5, 11, 16, 22, 27, 33, 38, 44]" in out and "cache" in out
     assert not list(tmp_path.glob("runs/*"))

@@ -141,7 +141,7 @@ def test_all_of_a_new_family_is_known_from_its_file(new_family):
     known = architecture("somebody/new")
     inputs = known.inputs({"height": 16, "width": 24}, batch_size=5, device="cpu", dtype=torch.float32)
     assert inputs["hidden_states"].shape == (5, 2 * 3, 4)
-    assert known.family.branches({}) == ["cond", "uncond"] and known.family.branches({"guidance_scale": 1}) == ["cond"]
+    assert known.branches({}) == ["cond", "uncond"] and known.branches({"guidance_scale": 1}) == ["cond"]
     assert family.modulated_input(NewBlock(), (torch.ones(1),), {}).tolist() == [2.0]
     with pytest.raises(ValueError, match="diffusers has no transformer NewTransformer"):
         known.build()

@@ -111,7 +111,7 @@ class Family:
     @property
     def branches(self) -> list[str]:
         """Guidance branches in the order in which the pipeline calls the transformer."""
-        return architecture(self.path).family.branches(self.call)
+        return architecture(self.path).branches(self.call)
 
 
 _BOTH_KINDS = {"num_layers": 1, "num_single_layers": 2}

@@ -34,7 +34,8 @@ class Architecture:
         return self.family.branches(call, self.config)
 
     def build(self, device: str = "meta", dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
-        """The transformer, with random weights, or on the device "meta" without any, for shapes alone. Raises SettingError for a class that diffusers does not have."""
+        """The transformer, with random weights, or on the device "meta" without any, for shapes alone. Raises
+        SettingError for a class that diffusers does not have."""
         transformer = self.family.transformer_class
         with torch.device(device):
             default, _ = torch.get_default_dtype(), torch.set_default_dtype(dtype)

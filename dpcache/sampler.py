@@ -63,8 +63,8 @@ def generate(
             output_type="np" if decode else "latent",
             **call,
         )
-    except ValueError as error:
-        if traceback.extract_tb(error.__traceback__)[-1].name != "check_inputs":
+    except (ValueError, TypeError, AssertionError) as error:
+        if traceback.extract_tb(error.__traceback__)[-1].name not in _CHECKS:
             raise
         raise SettingError(f"{type(pipe).__name__} does not take these arguments: {error}") from error
     finally:
@@ -79,6 +79,10 @@ def generate(
         images = (np.asarray(images) * 255).round().astype(np.uint8)
     # Where guidance doubles the batch within the sampler, both halves hold the same latents in the end.
     return Batch(images, listener.latents[: len(seeds)].float().cpu())
+
+
+_CHECKS = ("check_inputs", "retrieve_timesteps", "set_timesteps")
+"""Where pipelines and schedulers of diffusers look at their arguments."""
 
 
 def _class(pipe, prompt: str) -> int:

@@ -1,6 +1,7 @@
 """A model family is one record in one file: new ones are found, and what the records say is so."""
 
 import sys
+from dataclasses import replace
 from operator import attrgetter
 
 import pytest
@@ -182,23 +183,102 @@ def test_a_record_names_what_the_model_has(name):
         assert {feed_forward for _, feed_forward in known.feed_forwards} <= {*known.kept}
 
 
-FEW = {"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1}
+FEW = {
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_refiner_layers": 1,
+    "n_layers": 1,
+    "n_refiner_layers": 1,
+    "llama_layers": [0, 1],
+}
 CALL = {"height": 64, "width": 96, "num_frames": 5, "max_sequence_length": 16}
+
+
+def shallow(path: str) -> Architecture:
+    known = published()[path]
+    return replace(known, config={name: FEW.get(name, value) for name, value in known.config.items()})
+
+
+def in_one(tensors) -> torch.Tensor:
+    return torch.stack(tensors).squeeze(2) if isinstance(tensors, list) else tensors
 
 
 @pytest.mark.parametrize("path", published())
 @torch.no_grad()
 def test_example_inputs_go_through_the_published_transformer(path):
-    known = published()[path]
-    known = Architecture({name: FEW.get(name, value) for name, value in known.config.items()})
+    known = shallow(path)
     inputs, transformer = known.inputs(CALL, batch_size=3), known.build()
-    output = transformer(**inputs, return_dict=False)[0]
-    shape, channels = inputs["hidden_states"].shape, transformer.config.out_channels or transformer.config.in_channels
+    latents, output = in_one(next(iter(inputs.values()))), in_one(transformer(**inputs, return_dict=False)[0])
     if known.family.token_grid is not None:
         assert known.family.token_grid(known.inputs(CALL, device="cpu")) == (4, 6)
-        assert output.shape == shape == (3, 4 * 6, known.config["in_channels"])
+        assert latents.shape == (3, 4 * 6, known.config["in_channels"])
+        assert output.shape == (3, 4 * 6, transformer.proj_out.out_features)
     else:
-        assert output.shape == (shape[0], channels, *shape[2:]) and shape[0] in (3, 6)
+        channels = transformer.config.get("out_channels") or transformer.config.in_channels
+        assert output.shape == (latents.shape[0], channels, *latents.shape[2:]) and latents.shape[0] in (3, 6)
+
+
+@pytest.mark.parametrize(
+    "path", ["black-forest-labs/FLUX.1-Kontext-dev", "black-forest-labs/FLUX.2-dev", "Qwen/Qwen-Image-Edit-2511"]
+)
+def test_the_tokens_of_an_image_to_be_edited_stand_behind_those_of_the_image_that_is_made(path):
+    known = shallow(path)
+    made, edited, started = (
+        known.inputs(CALL | more, device="cpu", dtype=torch.float32)
+        for more in ({}, {"image": None}, {"image": None, "strength": 0.6})
+    )
+    assert made["hidden_states"].shape == started["hidden_states"].shape
+    assert edited["hidden_states"].shape[1] == 2 * 4 * 6 and known.family.token_grid(edited) == (4, 6)
+    edited["hidden_states"][:, 4 * 6 :] = torch.nan
+    (latents,) = latents_of(known.build(), (), edited)
+    assert latents.shape == (known.config["in_channels"] // 4, 1, 8, 12) and latents.isfinite().all()
+
+
+def first_attention(transformer, run) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the first block's first call: its modulated input as the record has it, and what its attention was given."""
+    block, seen = transformer_blocks(transformer)[0], {}
+
+    def enter(module, args, kwargs):
+        seen.setdefault("record", family.modulated_input(module, args, kwargs))
+
+    def attend(module, args, kwargs):
+        seen.setdefault("model", args[0] if args else kwargs["hidden_states"])
+
+    attention = getattr(block, family.block_of(block).attention)
+    handles = [
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+        for module, hook in ((block, enter), (attention, attend))
+    ]
+    run()
+    for handle in handles:
+        handle.remove()
+    return seen["record"], seen["model"]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in FAMILIES if not name.startswith("wan")]
+)  # Wan's is the time embedding
+def test_teacache_compares_what_the_first_attention_is_given(name):
+    one = case(name)
+    record, model = first_attention(one.pipe.transformer, lambda: one.latents(steps=1))
+    assert torch.equal(record, model)
+
+
+@torch.no_grad()
+def test_teacache_knows_that_qwen_image_edit_tells_the_input_image_the_time_zero():
+    sizes = {"in_channels": 16, "out_channels": 4, "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    config = (
+        published()["Qwen/Qwen-Image-Edit-2511"].config
+        | sizes
+        | {"joint_attention_dim": 16, "axes_dims_rope": [4, 6, 6]}
+    )
+    known = Architecture(config)
+    inputs, transformer = (
+        known.inputs(CALL | {"image": None}, 2, "cpu", torch.float32),
+        known.build("cpu", torch.float32),
+    )
+    record, model = first_attention(transformer, lambda: transformer(**inputs))
+    assert torch.equal(record, model) and record.shape == (2, 2 * 4 * 6, 32)
 
 
 @pytest.mark.parametrize("pipeline, position", [(FluxPipeline, "img_ids"), (QwenImagePipeline, "img_shapes")])

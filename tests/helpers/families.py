@@ -282,8 +282,6 @@ def hunyuan_image() -> HunyuanImagePipeline:
             scaling_factor=0.5,
             spatial_compression_ratio=2,
             sample_size=16,
-            downsample_match_channel=False,
-            upsample_match_channel=False,
         ),
         text_encoder=qwen2_vl(),
         tokenizer=tokenizer(64),

@@ -31,7 +31,7 @@ from dpcache.schedules import EvenlySpaced, Schedule
 from dpcache.sites import SITES, transformer_blocks
 from dpcache.statistics import Gram
 from helpers.cases import Case, K, T, case, settings
-from helpers.commands import ROOT
+from helpers.commands import ROOT, compose
 from helpers.families import FAMILIES, wan21_t2v
 from helpers.tracing import calls_of, computed_steps, distance, snapshot, state_of
 
@@ -80,8 +80,8 @@ def refused(site: str, case: Case) -> str | None:
 
 CORE = [name for name, family in FAMILIES.items() if not family.further]
 FURTHER = [name for name, family in FAMILIES.items() if family.further]
-# FLUX.1-Fill's pipeline encodes an image that several samples share with noise from the first one's generator, so that a
-# batch is not the same as one by one.
+# FLUX.1-Fill's pipeline encodes an image that several samples share with noise from the first one's generator: a batch
+# is not the same as one by one.
 IN_TURN = [(kind, site) for kind, site in zip(FURTHER, cycle(SITES)) if kind != "flux_fill"]
 NEGATIVE = [name for name, family in FAMILIES.items() if len(family.branches) > 1 and "negative_prompt" in family.call]
 
@@ -304,7 +304,7 @@ def test_compiled_blocks_give_the_same(kind, site):
 def test_a_saved_pipeline_runs_in_the_precision_of_its_config(kind, tmp_path):
     family = case(kind)
     family.pipe.save_pretrained(tmp_path)
-    config = OmegaConf.to_container(OmegaConf.load(ROOT / f"conf/model/{family.family.config}.yaml"))
+    config = OmegaConf.to_container(compose(f"model={family.family.config}").model)
     options = {name: config[name] for name in ("dtype", "vae_dtype", "vae_tiling", "scheduler") if name in config}
     pipe = load(str(tmp_path), device="cpu", **options)
     assert type(pipe) is type(family.pipe) and config["dtype"] == str(pipe.transformer.dtype).removeprefix("torch.")

@@ -168,8 +168,12 @@ def test_without_a_record_nothing_but_the_name_is_known():
 @pytest.mark.parametrize("name", families())
 def test_a_record_names_what_the_model_has(name):
     record = families()[name]
-    with torch.device("meta"):
-        blocks = transformer_blocks(model := record.transformer_class())
+    if record.published:
+        model = shallow(next(iter(record.published))).build()
+    else:
+        with torch.device("meta"):
+            model = record.transformer_class()
+    blocks = transformer_blocks(model)
     assert {type(block).__name__ for block in blocks} == {known.kind for known in record.blocks}
     for name in record.embedders:
         attrgetter(name)(model)
@@ -178,9 +182,11 @@ def test_a_record_names_what_the_model_has(name):
         assert {*known.feeders, known.attention} <= {*children}
         missing = {name for name in known.kept if getattr(block, name) is None}
         assert missing <= {"attn2", "ff_context"} and {*known.kept} - missing <= {*children}
-        present = {name for pair in known.feed_forwards if pair[1] not in missing for name in pair}
-        assert present <= {*children}
-        assert {feed_forward for _, feed_forward in known.feed_forwards} <= {*known.kept}
+        feed_forwards = {feed_forward for _, feed_forward in known.feed_forwards}
+        assert {
+            feed_forward for norm, feed_forward in known.feed_forwards if norm in children
+        } >= feed_forwards - missing
+        assert feed_forwards <= {*known.kept}
 
 
 FEW = {

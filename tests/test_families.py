@@ -22,6 +22,7 @@ from baselines.taylorseer import taylorseer
 from baselines.teacache import teacache
 from baselines.toca import toca
 from baselines.uniform_skip import uniform_skip
+from dpcache.models.family import block_of
 from dpcache.models.pretrained import load
 from dpcache.predictors import LeastSquares, Reuse, Taylor
 from dpcache.sampler import sample
@@ -37,9 +38,11 @@ PLAN = [0, 1, 2, 3, 6]
 INSIDE = ("stack", "residual", "modules")
 PARTIAL = ("tokens", "blocks")  # whose skipped steps compute something
 METHODS = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml"))
+NOT_OF_TOKENS = "site=tokens does not know|tells the model the time of every token"
+NOT_OF_TWO = "takes features of one tensor|has another shape than its prediction"
 REFUSALS = (  # of a method on a family that it is not made for
     "has another shape than its prediction|diffusers offers none of its caches|one cache for all guidance branches|"
-    "for schedulers of the first order"
+    f"for schedulers of the first order|{NOT_OF_TOKENS}|{NOT_OF_TWO}"
 )
 
 
@@ -62,10 +65,20 @@ def at(site: str, case: Case, everything: bool = False):
     return dpcache.Method(EvenlySpaced(budget, T), site, Taylor(1))
 
 
-def refused(site: str, case: Case) -> bool:
-    """Whether the family's prediction has another shape than its input, which one site does not take."""
-    config = case.pipe.transformer.config
-    return site == "output_residual" and config.out_channels == 2 * config.in_channels
+def refusal(site: str, case: Case) -> str | None:
+    """What a site says to a family that it does not take: one whose prediction has another shape than its input, whose
+    feed-forwards have no norm of their own, or that is told the time of every token; and calibration to one that also
+    denoises sound."""
+    transformer, known = case.pipe.transformer, [block_of(block) for block in transformer_blocks(case.pipe.transformer)]
+    if site == "output_residual" and transformer.config.out_channels == 2 * transformer.config.in_channels:
+        return "has another shape than its prediction"
+    if site == "tokens" and not all(block.feed_forwards for block in known):
+        return "site=tokens does not know"
+    if site == "tokens" and case.pipe.config.get("expand_timesteps"):
+        return "tells the model the time of every token"
+    if known[0].streams is not None and known[0].streams.both and site in ("stack", "residual", "output", "output_residual"):
+        return NOT_OF_TWO
+    return None
 
 
 @pytest.fixture(params=FAMILIES)
@@ -77,8 +90,8 @@ def family(request) -> Case:
 def test_a_site_caches_what_it_says_and_nothing_else_changes(family, site):
     pipe, branches, reference = family.pipe, family.family.branches, family.reference
     transformer, before = pipe.transformer, state_of(pipe.transformer)
-    if refused(site, family):
-        with pytest.raises(ValueError, match="has another shape than its prediction"):
+    if message := refusal(site, family):
+        with pytest.raises(dpcache.SettingError, match=message):
             family.run(at(site, family))
         assert state_of(transformer) == before and torch.equal(family.latents(), reference)
         return

@@ -54,8 +54,8 @@ class ShallowProbe(OnlineSchedule):
         after = args[0] if args else kwargs["hidden_states"]
         if after.shape != before.shape:
             raise SettingError(
-                f"probe: the stream of a {type(block).__name__}, which comes after the probed blocks, is another stream "
-                "than the first block's: probe fewer"
+                f"probe: what enters a {type(block).__name__}, which comes after the probed blocks, is another stream "
+                "than the first block's input: probe fewer"
             )
         residual, compute, new = after - before, True, state.newer
         if self.warmup < context.step < self.num_inference_steps - 1 and new is not None:

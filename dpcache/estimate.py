@@ -55,11 +55,12 @@ def history_bytes(
     schedule = method.schedule
     schedule = _Computing(schedule.num_inference_steps, schedule) if online else EvenlySpaced(steps, steps)
     dry = Method(schedule, method.site, _Keeping(steps))
-    inputs = architecture.inputs(call, batch_size, dtype=transformer.dtype)
+    branches = architecture.branches(call)
+    inputs = [architecture.inputs(call, batch_size, dtype=transformer.dtype, branch=branch) for branch in branches]
     loop = Loop(transformer, dry.num_inference_steps)
     with cached(loop, dry) as session:
         for _ in range(steps):
-            for _ in architecture.branches(call):  # unnamed calls of a step have a history each
-                transformer(**inputs)
+            for arguments in inputs:  # unnamed calls of a step have a history each
+                transformer(**arguments)
             loop.step()
         return session.report().history_bytes

@@ -25,6 +25,7 @@ from torch.nn import ModuleDict, ModuleList
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dpcache._diffusers import BLOCK_LISTS, Hook, unwrap_module
+from dpcache.arguments import argument_names
 from dpcache.errors import SettingError
 from dpcache.hooks import (
     BlockHook,
@@ -233,6 +234,12 @@ class Tokens(Modules):
 
     def start(self):
         return TokenState()
+
+    def call(self, session, branch, forward, args, kwargs):
+        times = (dict(zip(argument_names(branch.part.module), args)) | kwargs).get("timestep")
+        if torch.is_tensor(times) and times.ndim > 1:  # selected tokens would meet the modulation of all
+            raise SettingError(f"site={self.name}: this pipeline tells the model the time of every token")
+        return forward(*args, **kwargs)
 
     def block_hooks(self, session, block, known, index, layer, present):
         if not known.feed_forwards:

@@ -18,6 +18,13 @@ FULL_SIZE = {  # billions of parameters, as their authors count them
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14.3,
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": 16.4,
     "Qwen/Qwen-Image": 20.4,
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 14.3,
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 5.0,
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": 8.3,
+    "Lightricks/LTX-2": 18.9,  # without the connectors, which are a part of their own
+    "THUDM/CogVideoX-2b": 1.69,
+    "THUDM/CogVideoX-5b": 5.57,
+    "genmo/mochi-1-preview": 10.03,
 }
 
 

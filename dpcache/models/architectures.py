@@ -47,24 +47,31 @@ class Architecture:
             self.family.shapes_alone(model)
         return model
 
-    def inputs(self, call: Mapping, batch_size: int = 1, device="meta", dtype=torch.bfloat16) -> dict:
+    def inputs(
+        self, call: Mapping, batch_size: int = 1, device="meta", dtype=torch.bfloat16, branch: str = "cond"
+    ) -> dict:
         """Arguments of the transformer as its pipeline would give them, with random values, for one step of one branch.
 
         Args:
             call: the pipeline's arguments: height, width, num_frames, max_sequence_length, guidance_scale.
+            branch: one of `branches`.
 
         Raises SettingError for a transformer whose arguments are not known.
         """
         if self.family.inputs is None:
             raise SettingError(f"the arguments of {self.config['_class_name']} are not known")
-        return self.family.inputs(Request(self.config, call, batch_size, self.spatial, self.temporal, device, dtype))
+        request = Request(self.config, call, batch_size, self.spatial, self.temporal, device, dtype, branch)
+        return self.family.inputs(request)
 
 
 def published() -> dict[str, Architecture]:
     """Transformers on the hub that the families' records have, by path."""
     return {
         path: Architecture(
-            {"_class_name": family.transformer, **config}, family.spatial, count=family.experts.get(path, 1)
+            {"_class_name": family.transformer, **config},
+            family.coarser.get(path, family.spatial),
+            family.temporal,
+            family.experts.get(path, 1),
         )
         for family in families().values()
         for path, config in family.published.items()

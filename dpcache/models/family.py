@@ -84,6 +84,7 @@ class Request:
         batch: samples.
         spatial, temporal: pixels (each way) and frames that a latent stands for.
         device, dtype: of the tensors.
+        branch: the guidance branch.
     """
 
     config: Mapping
@@ -93,6 +94,7 @@ class Request:
     temporal: int = 4
     device: str = "meta"
     dtype: torch.dtype = torch.bfloat16
+    branch: str = "cond"
 
     def size(self) -> tuple[int, int]:
         """Rows and columns of the latents."""
@@ -132,9 +134,11 @@ class Family:
         shapes_alone: changes a model on the device "meta" so that it runs where it would ask its tensors for values.
         published: configurations on the hub, as diffusers takes them, by path.
         experts: for some of these paths, how many transformers alike the pipeline has, for a range of steps each.
-        spatial: pixels, each way, that a latent of the published models stands for.
+        spatial, temporal: pixels (each way) and frames that a latent of the published models stands for.
+        coarser: for some of the paths, other pixels.
         guidance: the pipeline's argument that above 1 asks for a second, unconditional call of the transformer, and its
-            default; None: the pipeline calls it once a step, whatever is asked, and does not name the branch.
+            default; or the branches of a pipeline's arguments; None: the pipeline calls it once a step, whatever is
+            asked.
         inputs: makes arguments of the transformer as its pipeline would give them, with random values, for one step of
             one guidance branch.
         token_grid: rows and columns of the image's tokens, each of which holds 2 x 2 latents, told from the keyword
@@ -149,7 +153,9 @@ class Family:
     published: Mapping[str, Mapping] = field(default_factory=dict)
     experts: Mapping[str, int] = field(default_factory=dict)
     spatial: int = 8
-    guidance: tuple[str, float] | None = ("true_cfg_scale", 1.0)
+    temporal: int = 4
+    coarser: Mapping[str, int] = field(default_factory=dict)
+    guidance: tuple[str, float] | Callable[[Mapping], list[str]] | None = ("true_cfg_scale", 1.0)
     inputs: Callable[[Request], dict] | None = None
     token_grid: Callable[[Mapping], tuple[int, int]] | None = None
 
@@ -170,6 +176,8 @@ class Family:
         """
         if self.guidance is None:
             return ["default"]
+        if callable(self.guidance):
+            return self.guidance(call)
         argument, default = self.guidance
         if argument == "guidance_scale" and config.get("guidance_embeds"):
             return ["cond"]

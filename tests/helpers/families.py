@@ -14,13 +14,22 @@ import torch
 from diffusers import (
     AdaptiveProjectedMixGuidance,
     AutoencoderKL,
+    AutoencoderKLCogVideoX,
     AutoencoderKLFlux2,
     AutoencoderKLHunyuanImage,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTX2Audio,
+    AutoencoderKLLTX2Video,
+    AutoencoderKLMochi,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     ChromaPipeline,
     ChromaTransformer2DModel,
+    ClassifierFreeGuidance,
+    CogVideoXDPMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
@@ -39,10 +48,16 @@ from diffusers import (
     HiDreamImageTransformer2DModel,
     HunyuanImagePipeline,
     HunyuanImageTransformer2DModel,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    LTX2Pipeline,
+    LTX2VideoTransformer3DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    MochiPipeline,
+    MochiTransformer3DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     QwenImagePipeline,
@@ -56,6 +71,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from diffusers.utils import load_image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -397,17 +413,21 @@ def dit(scheduler) -> DiTPipeline:
     )
 
 
-def hunyuan_video() -> HunyuanVideoPipeline:
-    llama = LlamaConfig(
+def llama(layers: int) -> LlamaModel:
+    config = LlamaConfig(
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=64,
         **_VOCABULARY,
     )
+    return LlamaModel(config)
+
+
+def hunyuan_video() -> HunyuanVideoPipeline:
     return HunyuanVideoPipeline(
-        text_encoder=LlamaModel(llama),
+        text_encoder=llama(3),
         tokenizer=tokenizer(64),
         text_encoder_2=clip_text(length=77),
         tokenizer_2=tokenizer(77),
@@ -434,6 +454,177 @@ def hunyuan_video() -> HunyuanVideoPipeline:
     )
 
 
+def hunyuan_video15(**sizes) -> HunyuanVideo15Pipeline:
+    words = tokenizer(12)
+    words.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    pipe = HunyuanVideo15Pipeline(
+        text_encoder=llama(2),
+        tokenizer=words,
+        text_encoder_2=t5(),
+        tokenizer_2=tokenizer(4),
+        transformer=HunyuanVideo15Transformer3DModel(
+            **{
+                "in_channels": 9,
+                "out_channels": 4,
+                "num_attention_heads": 2,
+                "attention_head_dim": 8,
+                "num_layers": 2,
+                "num_refiner_layers": 1,
+                "text_embed_dim": WIDTH,
+                "text_embed_2_dim": WIDTH,
+                "image_embed_dim": WIDTH,
+                "rope_axes_dim": (2, 2, 4),
+                "target_size": 16,
+                "task_type": "t2v",
+            }
+            | sizes
+        ),
+        vae=AutoencoderKLHunyuanVideo15(
+            latent_channels=4,
+            block_out_channels=(16, 16),
+            layers_per_block=1,
+            spatial_compression_ratio=4,
+            temporal_compression_ratio=2,
+            downsample_match_channel=False,
+            upsample_match_channel=False,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        guider=ClassifierFreeGuidance(guidance_scale=6.0),
+    )
+    pipe.system_message, pipe.prompt_template_encode_start_idx = "describe :", 2
+    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length, pipe.vision_num_semantic_tokens = 12, 4, 3
+    return pipe
+
+
+def ltx2(text_layers: int = 1, **sizes) -> LTX2Pipeline:
+    """Its text is what the encoder's layers give, with what goes into the first one; 0: of one layer alone."""
+    connector = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "num_learnable_registers": None}
+    vae = AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8,),
+        decoder_block_out_channels=(8,),
+        layers_per_block=(1,),
+        decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False),
+        down_block_types=("LTX2VideoDownBlock3D",),
+        downsample_type=("spatial",),
+        upsample_type=("spatial",),
+        upsample_residual=(False,),
+        upsample_factor=(1,),
+        patch_size=1,
+        decoder_causal=False,
+    )
+    vae.use_framewise_encoding = vae.use_framewise_decoding = False
+    return LTX2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        audio_vae=AutoencoderKLLTX2Audio(
+            base_channels=4, ch_mult=(1,), num_res_blocks=1, resolution=32, latent_channels=2, mel_bins=8
+        ),
+        text_encoder=llama(max(text_layers, 1)),
+        tokenizer=tokenizer(12),
+        connectors=LTX2TextConnectors(
+            caption_channels=WIDTH,
+            text_proj_in_factor=text_layers + 1,
+            **{f"{part}_connector_{name}": value for part in ("video", "audio") for name, value in connector.items()},
+            connector_rope_base_seq_len=32,
+            rope_theta=10000.0,
+            rope_double_precision=False,
+            causal_temporal_positioning=False,
+            rope_type="split",
+        ),
+        transformer=LTX2VideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            cross_attention_dim=16,
+            audio_in_channels=4,
+            audio_out_channels=4,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=4,
+            audio_cross_attention_dim=8,
+            num_layers=2,
+            caption_channels=WIDTH,
+            rope_double_precision=False,
+            rope_type="split",
+            **sizes,
+        ),
+        vocoder=LTX2Vocoder(
+            in_channels=2 * 8,
+            hidden_channels=32,
+            upsample_kernel_sizes=[4, 4],
+            upsample_factors=[2, 2],
+            resnet_kernel_sizes=[3],
+            resnet_dilations=[[1, 3, 5]],
+        ),
+    )
+
+
+def cogvideox(scheduler=CogVideoXDPMScheduler, **sizes) -> CogVideoXPipeline:
+    return CogVideoXPipeline(
+        tokenizer=tokenizer(8),
+        text_encoder=t5(),
+        vae=AutoencoderKLCogVideoX(
+            down_block_types=("CogVideoXDownBlock3D",) * 4,
+            up_block_types=("CogVideoXUpBlock3D",) * 4,
+            block_out_channels=(8, 8, 8, 8),
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=2,
+            temporal_compression_ratio=4,
+        ),
+        transformer=CogVideoXTransformer3DModel(
+            **{
+                "num_attention_heads": 2,
+                "attention_head_dim": 16,
+                "in_channels": 4,
+                "out_channels": 4,
+                "time_embed_dim": 2,
+                "text_embed_dim": WIDTH,
+                "num_layers": 2,
+                "sample_width": 4,
+                "sample_height": 4,
+                "sample_frames": 9,
+                "patch_size": 2,
+                "temporal_compression_ratio": 4,
+                "max_text_seq_length": 8,
+                "use_rotary_positional_embeddings": True,
+            }
+            | sizes
+        ),
+        scheduler=scheduler(),
+    )
+
+
+def mochi() -> MochiPipeline:
+    return MochiPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKLMochi(
+            latent_channels=4,
+            out_channels=3,
+            encoder_block_out_channels=(32, 32, 32, 32),
+            decoder_block_out_channels=(32, 32, 32, 32),
+            layers_per_block=(1, 1, 1, 1, 1),
+        ),
+        text_encoder=t5(),
+        tokenizer=tokenizer(12),
+        transformer=MochiTransformer3DModel(
+            patch_size=2,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=2,
+            pooled_projection_dim=8,
+            in_channels=4,
+            text_embed_dim=WIDTH,
+            time_embed_dim=4,
+            max_sequence_length=16,
+        ),
+    )
+
+
 WAN = {
     "num_attention_heads": 2,
     "attention_head_dim": 12,
@@ -455,8 +646,9 @@ def wan_scheduler() -> UniPCMultistepScheduler:
     return UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
 
 
-def wan21_t2v(two: bool = False) -> WanPipeline:
-    """With `two` transformers as Wan2.2, the first of which runs the noisier steps."""
+def wan21_t2v(two: bool = False, token_times: bool = False) -> WanPipeline:
+    """With `two` transformers as Wan2.2, the first of which runs the noisier steps; with `token_times` as Wan2.2's
+    TI2V, which is told the time of every token."""
     return WanPipeline(
         tokenizer=tokenizer(512),
         text_encoder=t5(UMT5EncoderModel, UMT5Config),
@@ -465,6 +657,7 @@ def wan21_t2v(two: bool = False) -> WanPipeline:
         transformer=wan_transformer(),
         transformer_2=wan_transformer() if two else None,
         boundary_ratio=0.875 if two else None,
+        expand_timesteps=token_times,
     )
 
 
@@ -587,6 +780,7 @@ class Family:
 
 _BOTH = ("cond", "uncond")
 _UNNAMED = ("default", "default #2")
+_TOGETHER = ("cond_uncond",)  # in one batch
 _CLASS = {"guidance_scale": 4.0}
 _IMAGE = {"height": 16, "width": 16, "max_sequence_length": 12}
 _VIDEO = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 12}
@@ -610,6 +804,40 @@ FAMILIES = {
         _VIDEO | _NEGATIVE | {"guidance_scale": 5.0, "image": IMAGE, "max_sequence_length": 512},
         _BOTH,
         config="wan21_i2v",
+    ),
+    "wan22_ti2v": Family(
+        functools.partial(wan21_t2v, token_times=True),
+        _VIDEO | _NEGATIVE | {"guidance_scale": 5.0},
+        _BOTH,
+        config="wan22_ti2v",
+    ),
+    "hunyuan_video15": Family(
+        hunyuan_video15,
+        _NEGATIVE | {"height": 16, "width": 16, "num_frames": 5},
+        ("pred_cond", "pred_uncond"),
+        config="hunyuan_video15",
+    ),
+    "ltx2": Family(
+        ltx2,
+        _NEGATIVE
+        | {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 12}
+        | {"frame_rate": 24.0, "guidance_scale": 4.0, "audio_guidance_scale": 4.0, "use_cross_timestep": False}
+        | dict.fromkeys(("guidance_rescale", "audio_guidance_rescale", "stg_scale", "audio_stg_scale"), 0.0)
+        | dict.fromkeys(("modality_scale", "audio_modality_scale"), 1.0),
+        _TOGETHER,
+        config="ltx2",
+    ),
+    "cogvideox": Family(
+        cogvideox,
+        _NEGATIVE | {"height": 32, "width": 32, "num_frames": 9, "guidance_scale": 6.0, "max_sequence_length": 8},
+        _TOGETHER,
+        config="cogvideox",
+    ),
+    "mochi": Family(
+        mochi,
+        _NEGATIVE | {"height": 32, "width": 32, "num_frames": 7, "guidance_scale": 4.5, "max_sequence_length": 12},
+        _TOGETHER,
+        config="mochi",
     ),
     "qwen_image": Family(qwen_image, _IMAGE | _NEGATIVE | {"true_cfg_scale": 4.0}, _BOTH, config="qwen_image"),
     "sd3": Family(sd3, _IMAGE | _NEGATIVE | {"guidance_scale": 5.0}, ("default",), config="sd35_medium"),

@@ -18,6 +18,14 @@ FULL_SIZE = {  # billions of parameters, as their authors count them
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14.3,
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": 16.4,
     "Qwen/Qwen-Image": 20.4,
+    "black-forest-labs/FLUX.2-dev": 32.2,
+    "black-forest-labs/FLUX.2-klein-4B": 3.9,
+    "Tongyi-MAI/Z-Image": 6.15,
+    "lodestones/Chroma1-HD": 8.9,
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": 0.61,
+    "hunyuanvideo-community/HunyuanImage-2.1-Diffusers": 17.4,
+    "Alpha-VLLM/Lumina-Image-2.0": 2.6,
+    "HiDream-ai/HiDream-I1-Full": 17.1,
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 14.3,
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 5.0,
     "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": 8.3,
@@ -42,6 +50,29 @@ def test_every_full_size_model_is_known():
         if not name.startswith("tiny"):
             path = composed(f"model={name}", "budget=3", "method=uniform_skip")[0].model.path
             assert path in published(), name
+
+
+def table() -> dict[str, list[str]]:
+    """Rows of dpcache/models/README.md: model, path, parameters, steps, images."""
+    rows = (line.strip("| ").split("|") for line in (ROOT / "dpcache/models/README.md").read_text().splitlines())
+    cells = ([cell.strip() for cell in row] for row in rows if row[0].startswith("`"))
+    return {name.strip("`"): others for name, *others in cells}
+
+
+def test_the_table_has_every_full_size_model():
+    rows = table()
+    assert sorted(rows) == [name for name in MODELS if not name.startswith("tiny")]
+    for name, (path, _, steps, *images) in rows.items():
+        config = composed(f"model={name}", "budget=3", "method=uniform_skip")[0]
+        assert (path, steps) == (config.model.path, str(config.num_inference_steps))
+        assert ", ".join(config.model.images) == "".join(images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "size"), {path: size for path, size, *_ in table().values()}.items())
+def test_the_table_has_the_parameters(path, size):
+    known = architecture(path)
+    assert f"{known.count * sum(p.numel() for p in known.build().parameters()) / 1e9:.1f} B" == size
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("tiny")])

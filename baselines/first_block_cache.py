@@ -27,8 +27,8 @@ class FirstBlockCache(DiffusersCache):
         first, *_, last = [streams_of(block) for block in transformer_blocks(transformer)]
         if (first.other_index is None) != (last.other_index is None):  # it would subtract one from the other
             raise SettingError(
-                f"diffusers offers none of its caches for {type(transformer).__name__} that goes from the first block to "
-                "the last, which return different streams"
+                f"diffusers offers none of its caches for {type(transformer).__name__} over all blocks: the first "
+                "and the last return different streams"
             )
         return FirstBlockCacheConfig(self.threshold)
 

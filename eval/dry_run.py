@@ -23,7 +23,7 @@ def describe(config: DictConfig, model: str, name: str, recipe: Recipe, prompts:
     Raises SettingError for a model whose architecture is not known, or that does not offer the method's site.
     """
     known, T, example = architecture(config.model.path), recipe.num_inference_steps, recipe.example
-    call, dtype = OmegaConf.to_container(config.model.call), float_type("dtype", config.model.dtype)
+    call, dtype = _call(config), float_type("dtype", config.model.dtype)
     batch_size = _batch_size(config, prompts)
     transformer = known.build("meta", dtype)
     weights = known.count * sum(p.numel() * p.element_size() for p in transformer.parameters())
@@ -41,7 +41,8 @@ def describe(config: DictConfig, model: str, name: str, recipe: Recipe, prompts:
         if features:
             kept = [history_bytes(known, transformer, _keeping_one(site), call, batch_size) for site in features]
             memory.append(f"while calibrating {_size(T * max(kept))}")
-    settings = ", ".join(f"{key} {value}" for key, value in call.items())
+    told = call | dict.fromkeys(config.model.images, "of each prompt")
+    settings = ", ".join(f"{key} {value}" for key, value in told.items())
     return "\n".join(
         [
             f"{model}  {name}  {config.budget} of {config.num_inference_steps} steps (dry run, no weights)",
@@ -81,8 +82,13 @@ def announce(config: DictConfig, recipe: Recipe, prompts: int) -> str:
 def _cache_memory(config: DictConfig, recipe: Recipe, prompts: int, known: Architecture, transformer) -> str:
     if recipe.example is None:
         return "cache: the library's own, not known in advance"
-    call = OmegaConf.to_container(config.model.call)
+    call = _call(config)
     return f"cache {_size(history_bytes(known, transformer, recipe.example, call, _batch_size(config, prompts)))}"
+
+
+def _call(config: DictConfig) -> dict:
+    """Arguments of the pipeline; those that come with each prompt are None."""
+    return dict.fromkeys(config.model.images) | OmegaConf.to_container(config.model.call)
 
 
 def _batch_size(config: DictConfig, prompts: int) -> int:

@@ -52,7 +52,7 @@ def check(config: DictConfig) -> None:
             raise SettingError(f"{name}={value} must be 1: many pipelines that take an image take one in a call")
     if given := [name for name in config.model.images if name in config.model.call]:
         raise SettingError(f"model.call.{given[0]}: images stand in the prompt file, in its column {given[0]}")
-    if missing := OmegaConf.missing_keys(config.model) - {"model.prompts"}:
+    if missing := OmegaConf.missing_keys(config.model):
         raise SettingError(f"{', '.join(sorted(missing))} must be given")
     if not config.num_inference_steps < (config.reference.num_inference_steps or math.inf):
         raise SettingError(
@@ -82,7 +82,7 @@ def read_prompts(config: DictConfig, calibrating: bool) -> tuple[list[str], list
     images, wanted, count = config.model.images, config.num_prompts, config.calibration.num_prompts
     if config.prompts:
         setting, path = "prompts", config.prompts
-    elif not OmegaConf.is_missing(config.model, "prompts"):
+    elif config.model.prompts:
         setting, path = "model.prompts", ROOT / config.model.prompts
     elif config.dry_run:  # which prompts does not matter
         return [""] * wanted, [""] * (count if calibrating else 0)

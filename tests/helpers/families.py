@@ -271,7 +271,7 @@ def ltx2(text_layers: int = 1, **sizes) -> LTX2Pipeline:
         upsample_type=("spatial",),
         upsample_residual=(False,),
         upsample_factor=(1,),
-        patch_size=1,
+        patch_size=4,
         decoder_causal=False,
     )
     vae.use_framewise_encoding = vae.use_framewise_decoding = False
@@ -572,7 +572,7 @@ FAMILIES = {
     "ltx2": Family(
         ltx2,
         _NEGATIVE
-        | {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 12}
+        | _VIDEO
         | {"frame_rate": 24.0, "guidance_scale": 4.0, "audio_guidance_scale": 4.0, "use_cross_timestep": False}
         | dict.fromkeys(("guidance_rescale", "audio_guidance_rescale", "stg_scale", "audio_stg_scale"), 0.0)
         | dict.fromkeys(("modality_scale", "audio_modality_scale"), 1.0),

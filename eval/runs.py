@@ -64,11 +64,13 @@ def check(config: DictConfig) -> None:
 
 
 def warn_few_steps(config: DictConfig) -> None:
-    """Warn that caching gains little where a model takes few steps, as distilled ones do."""
+    """Warn that a cache can save little where a model takes few steps, as distilled ones do, with what it has gained on
+    others at so few steps. The figures' command is in eval/README.md, "Few steps"."""
     if config.num_inference_steps < 10 and config.about.group is not Group.plain:
         log.warning(
-            "num_inference_steps=%s: the steps of so short a run have little in common, so caching gains next to "
-            "nothing; method=fewer_steps is the plain alternative",
+            "num_inference_steps=%s: so short a run has few steps to save. On the embedded models, none of which is "
+            "distilled, the best cache that computed 3 of 4 steps was at 64.0 dB of PSNR to all steps on tiny_flux and "
+            "at 65.4 dB on tiny_dit, method=fewer_steps at 50.2 and 30.7 dB (eval/README.md, Few steps)",
             config.num_inference_steps,
         )
 

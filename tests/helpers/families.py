@@ -582,7 +582,7 @@ FAMILIES = {
     ),
     "mochi": Family(
         mochi,
-        _NEGATIVE | {"height": 32, "width": 32, "num_frames": 7, "guidance_scale": 4.5, "max_sequence_length": 12},
+        _NEGATIVE | {"height": 32, "width": 32, "num_frames": 1, "guidance_scale": 4.5, "max_sequence_length": 12},
         _TOGETHER,
         config="mochi",
     ),

@@ -41,7 +41,8 @@ def describe(config: DictConfig, model: str, name: str, recipe: Recipe, prompts:
         if features:
             kept = [history_bytes(known, transformer, _keeping_one(site), call, batch_size) for site in features]
             memory.append(f"while calibrating {_size(T * max(kept))}")
-    settings = ", ".join(f"{key} {value}" for key, value in config.model.call.items())
+    told = call | dict.fromkeys(config.model.images, "of each prompt")
+    settings = ", ".join(f"{key} {value}" for key, value in told.items())
     return "\n".join(
         [
             f"{model}  {name}  {config.budget} of {config.num_inference_steps} steps (dry run, no weights)",
@@ -64,11 +65,6 @@ def _kept(example: Method | None) -> str:
     return "the library's own" if example is None else f"{example.site.name}, {example.predictor.history}"
 
 
-def _call(config: DictConfig) -> dict:
-    """The pipeline's arguments, also those that come with the prompts, whose values are not known."""
-    return OmegaConf.to_container(config.model.call) | dict.fromkeys(config.model.images)
-
-
 def _keeping_one(site: str) -> Method:
     return Method(Schedule([0], 1), site, Reuse())
 
@@ -88,6 +84,11 @@ def _cache_memory(config: DictConfig, recipe: Recipe, prompts: int, known: Archi
         return "cache: the library's own, not known in advance"
     call = _call(config)
     return f"cache {_size(history_bytes(known, transformer, recipe.example, call, _batch_size(config, prompts)))}"
+
+
+def _call(config: DictConfig) -> dict:
+    """Arguments of the pipeline; those that come with each prompt are None."""
+    return dict.fromkeys(config.model.images) | OmegaConf.to_container(config.model.call)
 
 
 def _batch_size(config: DictConfig, prompts: int) -> int:

@@ -33,7 +33,7 @@ class ModelConfig:
     scheduler: dict[str, Any] = field(default_factory=lambda: {"name": None})
     batch_size: int = 1
     fps: int = 16
-    prompts: str = MISSING
+    prompts: str | None = MISSING
     images: list[str] = field(default_factory=list)
     call: dict[str, Any] = field(default_factory=dict)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)

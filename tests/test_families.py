@@ -6,6 +6,7 @@ all sites. The methods take the families in turn.
 """
 
 import functools
+import inspect
 import re
 from dataclasses import replace
 from itertools import cycle, product
@@ -39,11 +40,10 @@ PLAN = [0, 1, 2, 3, 6]
 INSIDE = ("stack", "residual", "modules")
 PARTIAL = ("tokens", "blocks")  # whose skipped steps compute something
 METHODS = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml"))
-NOT_OF_TOKENS = "site=tokens does not know|tells the model the time of every token"
-NOT_OF_TWO = "takes features of one tensor|has another shape than its prediction"
 REFUSALS = (  # of a method on a family that it is not made for
     "has another shape than its prediction|diffusers offers none of its caches|one cache for all guidance branches|"
-    f"for schedulers of the first order|does not take these arguments|another stream than|{NOT_OF_TOKENS}|{NOT_OF_TWO}"
+    "for schedulers of the first order|does not take these arguments|another stream than|site=tokens does not know|"
+    "takes features of one tensor"
 )
 
 
@@ -68,25 +68,24 @@ def at(site: str, case: Case, everything: bool = False):
 
 def refusal(site: str, case: Case) -> str | None:
     """What a site says to a family that it does not take: one whose prediction has another shape than its input, whose
-    feed-forwards have no norm of their own, that is told the time of every token, or whose text comes after the image
-    in its last blocks alone; and calibration to one that also denoises sound."""
+    feed-forwards have no norm of their own, or whose text comes after the image in its last blocks alone; and
+    calibration to one that also denoises sound."""
     transformer, known = case.pipe.transformer, [block_of(block) for block in transformer_blocks(case.pipe.transformer)]
     channels, made = transformer.config.in_channels, transformer.config.get("out_channels")
     if site == "output_residual" and made in (2 * channels, channels // 3):  # a third: FLUX.1-Fill's
         return "has another shape than its prediction"
     if site == "tokens" and not all(block.feed_forwards for block in known):
         return "site=tokens does not know"
-    if site == "tokens" and case.pipe.config.get("expand_timesteps"):
-        return "tells the model the time of every token"
     if site == "residual" and known[-1].kind == "HiDreamImageSingleTransformerBlock":
         return "another stream than"
-    if (
-        known[0].streams is not None
-        and known[0].streams.both
-        and site in ("stack", "residual", "output", "output_residual")
-    ):
-        return NOT_OF_TWO
+    if known[0].streams is not None and known[0].streams.both and site not in ("blocks", "modules"):
+        return "takes features of one tensor|has another shape than its prediction"
     return None
+
+
+def taken(site: str, case: Case) -> str:
+    """The site, or one that every family takes."""
+    return "modules" if refusal(site, case) else site
 
 
 CORE = [name for name, family in FAMILIES.items() if not family.further]
@@ -199,6 +198,8 @@ def test_histories_of_guidance_branches_never_mix(kind, site):
     """On given latents, where the other branch cannot reach a branch through the sampler: what it computes is what it
     computes without a cache, and what it predicts does not change with the other branch's prompt."""
     guided = case(kind)
+    if "callback_on_step_end" not in inspect.signature(guided.pipe.__call__).parameters:
+        pytest.skip("the pipeline does not let its latents be replaced")
     if refusal(site, guided):
         pytest.skip("refused")
     pipe, method, branches = guided.pipe, at(site, guided), guided.family.branches
@@ -276,7 +277,7 @@ def test_model_offload_keeps_the_cache(kind, site):
     """diffusers' own offload, with the CPU for its accelerator: its hooks come off and on after every call, inside ours
     or around them."""
     family = case(kind)
-    pipe, method, reference = family.pipe, at(site, family), family.reference
+    pipe, method, reference = family.pipe, at(taken(site, family), family), family.reference
     expected, report = family.run(method)
     pipe.enable_model_cpu_offload(device="cpu")
     with dpcache.cached(pipe, method):
@@ -293,12 +294,13 @@ def test_model_offload_keeps_the_cache(kind, site):
 
 
 @pytest.mark.parametrize(
-    ("kind", "site"), zip((kind for kind in CORE if kind not in ("flux", "dit_ddpm")), cycle(INSIDE))
-)  # one family a transformer
+    ("kind", "site"), zip((kind for kind in CORE if kind not in ("flux", "dit_ddpm", "ltx2")), cycle(INSIDE))
+)  # one family a transformer; the blocks of LTX-2 take long to trace
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # of diffusers
 def test_compiled_blocks_give_the_same(kind, site):
     family = case(kind)
-    method, reference, blocks = at(site, family), family.reference, transformer_blocks(family.pipe.transformer)
+    blocks = transformer_blocks(family.pipe.transformer)
+    method, reference = at(taken(site, family), family), family.reference
     expected, report = family.run(method)
     torch.compiler.reset()
     for block in blocks:
@@ -319,16 +321,23 @@ def test_a_saved_pipeline_runs_in_the_precision_of_its_config(kind, tmp_path):
     options = {name: config[name] for name in ("dtype", "vae_dtype", "vae_tiling", "scheduler") if name in config}
     pipe = load(str(tmp_path), device="cpu", **options)
     assert type(pipe) is type(family.pipe) and config["dtype"] == str(pipe.transformer.dtype).removeprefix("torch.")
-    for name, value in vars(family.pipe).items():  # what is not among the saved
-        if name == "labels" or isinstance(value, (str, int)):
+    for name, value in vars(family.pipe).items():  # not among what is saved
+        if isinstance(value, (str, int, dict)) and not name.startswith("_"):
             setattr(pipe, name, value)
     pipe.set_progress_bar_config(disable=True)
     method = taylorseer(K, T)
     low = sample(pipe, method, family.family.prompts[:2], (0, 1), **family.family.call)
     high = sample(family.pipe, method, family.family.prompts[:2], (0, 1), **family.family.call)
-    assert distance(low.latents, high.latents) < 0.05
+    assert distance(low.latents, high.latents) < (0.1 if kind == "mochi" else 0.05)  # it keeps latents in bfloat16
     assert low.images.shape == high.images.shape and low.images.dtype == "uint8"
     assert abs(low.images.astype(float) - high.images).mean() < 5
+
+
+def test_tokens_are_not_selected_where_each_is_told_a_time_of_its_own():
+    """Wan2.2's TI2V: the selected tokens would meet the modulation of all."""
+    pipe, call = wan21_t2v(token_times=True), FAMILIES["wan21_t2v"].call
+    with pytest.raises(dpcache.SettingError, match="tells the model the time of every token"):
+        sample(pipe, toca(K, T, interval=3, warmup=4, fresh_ratio=0.5), ["two boats"], [0], decode=False, **call)
 
 
 @pytest.fixture(scope="module")

@@ -491,6 +491,7 @@ def hunyuan_video15(**sizes) -> HunyuanVideo15Pipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
         guider=ClassifierFreeGuidance(guidance_scale=6.0),
     )
+    pipe.vae.enable_slicing()  # its attention takes one video alone (diffusers 0.42.1)
     pipe.system_message, pipe.prompt_template_encode_start_idx = "describe :", 2
     pipe.tokenizer_max_length, pipe.tokenizer_2_max_length, pipe.vision_num_semantic_tokens = 12, 4, 3
     return pipe
@@ -513,7 +514,7 @@ def ltx2(text_layers: int = 1, **sizes) -> LTX2Pipeline:
         upsample_type=("spatial",),
         upsample_residual=(False,),
         upsample_factor=(1,),
-        patch_size=1,
+        patch_size=4,
         decoder_causal=False,
     )
     vae.use_framewise_encoding = vae.use_framewise_decoding = False
@@ -603,7 +604,7 @@ def mochi() -> MochiPipeline:
     return MochiPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=AutoencoderKLMochi(
-            latent_channels=4,
+            latent_channels=12,  # the pipeline takes no other
             out_channels=3,
             encoder_block_out_channels=(32, 32, 32, 32),
             decoder_block_out_channels=(32, 32, 32, 32),
@@ -617,7 +618,7 @@ def mochi() -> MochiPipeline:
             attention_head_dim=8,
             num_layers=2,
             pooled_projection_dim=8,
-            in_channels=4,
+            in_channels=12,
             text_embed_dim=WIDTH,
             time_embed_dim=4,
             max_sequence_length=16,
@@ -805,12 +806,6 @@ FAMILIES = {
         _BOTH,
         config="wan21_i2v",
     ),
-    "wan22_ti2v": Family(
-        functools.partial(wan21_t2v, token_times=True),
-        _VIDEO | _NEGATIVE | {"guidance_scale": 5.0},
-        _BOTH,
-        config="wan22_ti2v",
-    ),
     "hunyuan_video15": Family(
         hunyuan_video15,
         _NEGATIVE | {"height": 16, "width": 16, "num_frames": 5},
@@ -820,7 +815,7 @@ FAMILIES = {
     "ltx2": Family(
         ltx2,
         _NEGATIVE
-        | {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 12}
+        | _VIDEO
         | {"frame_rate": 24.0, "guidance_scale": 4.0, "audio_guidance_scale": 4.0, "use_cross_timestep": False}
         | dict.fromkeys(("guidance_rescale", "audio_guidance_rescale", "stg_scale", "audio_stg_scale"), 0.0)
         | dict.fromkeys(("modality_scale", "audio_modality_scale"), 1.0),
@@ -835,7 +830,7 @@ FAMILIES = {
     ),
     "mochi": Family(
         mochi,
-        _NEGATIVE | {"height": 32, "width": 32, "num_frames": 7, "guidance_scale": 4.5, "max_sequence_length": 12},
+        _NEGATIVE | {"height": 32, "width": 32, "num_frames": 1, "guidance_scale": 4.5, "max_sequence_length": 12},
         _TOGETHER,
         config="mochi",
     ),

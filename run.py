@@ -165,6 +165,7 @@ def run(config: DictConfig, folder: Path) -> dict:
         return {}
     with locked(folder / "run") if main else nullcontext():
         if (folder / "result.json").exists() and not config.overwrite:
+            runs.check_samples(config, folder, prompts)
             result = json.loads((folder / "result.json").read_text())
             if main and result.get("label") != name:
                 result["label"] = name

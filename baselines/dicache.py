@@ -52,6 +52,11 @@ class ShallowProbe(OnlineSchedule):
     def decide(self, context, block, args, kwargs):
         state, before = context.state, context.stack_input
         after = args[0] if args else kwargs["hidden_states"]
+        if after.shape != before.shape:
+            raise SettingError(
+                f"probe: what enters a {type(block).__name__}, which comes after the probed blocks, is another stream "
+                "than the first block's input: probe fewer"
+            )
         residual, compute, new = after - before, True, state.newer
         if self.warmup < context.step < self.num_inference_steps - 1 and new is not None:
             change = relative_change(after, state.after)

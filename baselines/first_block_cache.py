@@ -7,7 +7,11 @@ from diffusers import FirstBlockCacheConfig
 
 from baselines.library import DiffusersCache
 from baselines.search import Search
+from dpcache.denoisers import denoiser
+from dpcache.errors import SettingError
+from dpcache.hooks import streams_of
 from dpcache.schedules import check_budget
+from dpcache.sites import transformer_blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +23,13 @@ class FirstBlockCache(DiffusersCache):
     partial = True
 
     def config(self, pipe):
+        transformer = denoiser(pipe)
+        first, *_, last = [streams_of(block) for block in transformer_blocks(transformer)]
+        if (first.other_index is None) != (last.other_index is None):  # it would subtract one from the other
+            raise SettingError(
+                f"diffusers offers none of its caches for {type(transformer).__name__} over all blocks: the first "
+                "and the last return different streams"
+            )
         return FirstBlockCacheConfig(self.threshold)
 
 

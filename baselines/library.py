@@ -124,7 +124,13 @@ class DiffusersCache(LibraryCache):
     def start(self, pipe, transformer):
         if not hasattr(transformer, "enable_cache"):
             raise SettingError(f"diffusers offers none of its caches for {type(transformer).__name__}")
-        transformer.enable_cache(self.config(pipe))
+        config = self.config(pipe)
+        try:
+            transformer.enable_cache(config)
+        except ValueError as error:  # of blocks that it does not know
+            raise SettingError(
+                f"diffusers offers none of its caches for {type(transformer).__name__}: {error}"
+            ) from error
 
     def stop(self, pipe, transformer):
         transformer.disable_cache()

@@ -30,13 +30,18 @@ class SeaCache(DiffusersCache):
 
 def latents_of(module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
     """The latents of a transformer's call, (C, F, H, W) each; packed ones have 2 x 2 in a token. Raises LookupError
-    where the model packs them and its family's record does not say how (diffusers would hide a ValueError)."""
+    where the model packs them and its family's record does not say how (diffusers would hide a ValueError). An image to
+    be edited, whose tokens stand behind, is left out."""
     latents = argument(0, "hidden_states", args, kwargs)
+    if isinstance(latents, list):
+        return latents
     if latents.ndim == 3:
         family = family_of(module)
         if family.token_grid is None:
             raise LookupError(f"SeaCache: how {family.transformer} packs its latents is not known")
-        latents = latents.unflatten(1, family.token_grid(kwargs)).unflatten(3, (-1, 2, 2))  # B, H, W, C, 2, 2
+        rows, columns = family.token_grid(kwargs)
+        latents = latents[:, : rows * columns].unflatten(1, (rows, columns))
+        latents = latents.unflatten(3, (-1, 2, 2))  # B, H, W, C, 2, 2
         latents = latents.permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3, 4)
     if latents.ndim == 4:
         latents = latents.unsqueeze(2)

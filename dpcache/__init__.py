@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from dpcache.calibration import Calibration, calibrate
     from dpcache.method import Method, cached, disable, enable, report
     from dpcache.planner import path_cost, plan, plan_all
+    from dpcache.prompts import Prompt
     from dpcache.session import Report
     from dpcache.simulated import predict_error
 
 __all__ = [
     "Calibration",
     "Method",
+    "Prompt",
     "Report",
     "SettingError",
     "accelerate",
@@ -34,7 +36,7 @@ __all__ = [
     "report",
 ]
 
-_MODULES = ("method", "calibration", "planner", "session", "by_name", "simulated")
+_MODULES = ("method", "calibration", "planner", "prompts", "session", "by_name", "simulated")
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ from dpcache.errors import SettingError
 from dpcache.method import Method, Runnable, cached
 from dpcache.models.family import modulated_input
 from dpcache.predictors import Reuse
+from dpcache.prompts import from_json, to_json
 from dpcache.sampler import Batch, generate, sample
 from dpcache.schedules import EvenlySpaced, OnlineSchedule, Schedule
 from dpcache.session import Report
@@ -79,8 +80,17 @@ class Calibration:
         return self[L1Cost()]
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, atomically."""
-        facts = {name: json.dumps(getattr(self, name)) for name in ("made_for", "made_from", "trajectories")}
+        """Write one safetensors file, atomically; of the prompts' images where they are and what their content is.
+        Raises SettingError where an argument of the call is an object, such as an image."""
+        facts = {"made_for": self.made_for, "trajectories": self.trajectories}
+        facts["made_from"] = self.made_from | {"prompts": [to_json(prompt) for prompt in self.made_from["prompts"]]}
+        try:
+            facts = {name: json.dumps(fact) for name, fact in facts.items()}
+        except TypeError as error:
+            raise SettingError(
+                f"a file cannot hold what this calibration's pipeline was called with: {error}; an image is given with "
+                "its prompt, dpcache.Prompt(text, image=FILE)"
+            ) from None
         storage.write(path, self.arrays | {"latents": self.latents}, {"format": f"dpcache {_KIND}", **facts})
 
     @classmethod
@@ -90,6 +100,7 @@ class Calibration:
             arrays, metadata = storage.read(path, _KIND)
             facts = (json.loads(metadata[name]) for name in ("made_for", "made_from", "trajectories"))
             made_for, made_from, trajectories = facts
+            made_from["prompts"] = [from_json(prompt) for prompt in made_from["prompts"]]
             return cls(made_for, made_from, arrays, arrays.pop("latents"), trajectories)
         except FileNotFoundError:
             raise
@@ -276,6 +287,7 @@ def calibrate(
         statistics: a recipe's `statistics`; empty: nothing is run yet. None: all that takes one run per prompt at
             `site`, which serves `dpcache` and `teacache`.
         site: `stack`, or `output`, which takes any denoiser that diffusers has, U-Nets too.
+        prompts: `dpcache.Prompt` where they come with images.
         seeds: one per prompt; default 0, 1, ...
         call: further arguments of the pipeline (height, width, guidance_scale, ...).
 

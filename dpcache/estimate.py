@@ -1,7 +1,7 @@
 """What a method will keep in memory, known before there are any weights: a few dry steps on the device "meta"."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -55,14 +55,12 @@ def history_bytes(
     schedule = method.schedule
     schedule = _Computing(schedule.num_inference_steps, schedule) if online else EvenlySpaced(steps, steps)
     dry = Method(schedule, method.site, _Keeping(steps))
-    inputs, loop = (
-        architecture.inputs(call, batch_size, dtype=transformer.dtype),
-        Loop(transformer, dry.num_inference_steps),
-    )
+    branches = architecture.branches(call)
+    inputs = [architecture.inputs(call, batch_size, dtype=transformer.dtype, branch=branch) for branch in branches]
+    loop = Loop(transformer, dry.num_inference_steps)
     with cached(loop, dry) as session:
         for _ in range(steps):
-            for branch in architecture.family.branches(call):
-                with transformer.cache_context(branch) if branch != "default" else nullcontext():
-                    transformer(**inputs)
+            for arguments in inputs:  # unnamed calls of a step have a history each
+                transformer(**arguments)
             loop.step()
         return session.report().history_bytes

@@ -136,8 +136,8 @@ class BlockHook(StreamHook):
         if self.block.text_first and text is not None:
             return torch.cat([text, before], 1)
         raise SettingError(
-            f"site=residual: the first block's stream {tuple(before.shape)} has another shape than that of the last, a "
-            f"{self.block.kind} {tuple(image.shape)}: use site=stack"
+            f"site=residual: the first block's input {tuple(before.shape)} is another stream than what the last, a "
+            f"{self.block.kind}, returns {tuple(image.shape)}: use site=stack"
         )
 
 

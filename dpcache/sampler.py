@@ -2,16 +2,16 @@
 
 import inspect
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers.utils import load_image
 
 from dpcache._diffusers import StepListener, watch_steps
 from dpcache.errors import SettingError
 from dpcache.method import cached
+from dpcache.prompts import Prompt
 from dpcache.session import Report
 
 
@@ -36,20 +36,21 @@ def generate(
     """One pipeline call. Each sample's noise comes from its own seed alone, so it is the same in every batch.
 
     Args:
-        prompts: of a pipeline that takes class labels, their names or numbers.
+        prompts: of a pipeline that takes class labels, their names or numbers; one `dpcache.Prompt` where the prompt
+            comes with images.
         num_inference_steps: steps that are run, also with a `strength` below 1.
         decode: False: stop at the latents (class-to-image pipelines decode nevertheless).
-        call: further arguments of the pipeline (height, width, guidance_scale, ...); `image`, where the pipeline
-            starts from one, may be a path, and `negative_prompt` is one string for all.
+        call: further arguments of the pipeline (height, width, guidance_scale, ...); `negative_prompt` is one string
+            for all.
 
-    Raises SettingError for a class label that the pipeline does not know, and for arguments that it refuses.
+    Raises SettingError for a class label that the pipeline does not know, for an image that cannot be read, for several
+    prompts with images, and for arguments that the pipeline refuses.
     """
     if "class_labels" in inspect.signature(pipe.__call__).parameters:
         call["class_labels"] = [_class(pipe, prompt) for prompt in prompts]
     else:
-        call["prompt"] = list(prompts)
-    if isinstance(call.get("image"), str):
-        call["image"] = load_image(call["image"])
+        call |= _images(pipe, prompts, call)
+        call["prompt"] = [str(prompt) for prompt in prompts]
     if isinstance(call.get("negative_prompt"), str):
         call["negative_prompt"] = [call["negative_prompt"]] * len(prompts)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -62,8 +63,8 @@ def generate(
             output_type="np" if decode else "latent",
             **call,
         )
-    except ValueError as error:
-        if traceback.extract_tb(error.__traceback__)[-1].name != "check_inputs":
+    except (ValueError, TypeError, AssertionError) as error:
+        if traceback.extract_tb(error.__traceback__)[-1].name not in _CHECKS:
             raise
         raise SettingError(f"{type(pipe).__name__} does not take these arguments: {error}") from error
     finally:
@@ -80,6 +81,10 @@ def generate(
     return Batch(images, listener.latents[: len(seeds)].float().cpu())
 
 
+_CHECKS = ("check_inputs", "retrieve_timesteps", "set_timesteps")
+"""Where pipelines and schedulers of diffusers look at their arguments."""
+
+
 def _class(pipe, prompt: str) -> int:
     if prompt.isdecimal():
         return int(prompt)
@@ -89,6 +94,22 @@ def _class(pipe, prompt: str) -> int:
             f"prompt {prompt!r} is not one of the {len(pipe.labels)} class names of this model ({some}, ...)"
         )
     return pipe.labels[prompt]
+
+
+def _images(pipe, prompts: Sequence[str], call: Mapping) -> dict:
+    """The images that come with the prompt, by the pipeline's argument."""
+    if isinstance(call.get("image"), str):
+        raise SettingError(f"image={call['image']}: an image comes with its prompt, dpcache.Prompt(text, image=FILE)")
+    if not any(isinstance(prompt, Prompt) for prompt in prompts):
+        return {}
+    if len(prompts) > 1:  # many pipelines take one image, and would give it to all prompts
+        raise SettingError(f"{len(prompts)} prompts in one call, but those with images are sampled with batch_size=1")
+    images = prompts[0].load()
+    if unknown := images.keys() - inspect.signature(pipe.__call__).parameters.keys():
+        raise SettingError(f"{type(pipe).__name__} does not take {', '.join(sorted(unknown))}")
+    if both := images.keys() & call.keys():
+        raise SettingError(f"{', '.join(sorted(both))} is given twice, with the prompt and for all prompts")
+    return images
 
 
 def steps_to_ask_for(num_inference_steps: int, strength: float) -> int:

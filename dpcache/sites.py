@@ -21,9 +21,11 @@ from operator import attrgetter
 from typing import ClassVar
 
 import torch
+from torch.nn import ModuleDict, ModuleList
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dpcache._diffusers import BLOCK_LISTS, Hook, unwrap_module
+from dpcache.arguments import argument_names
 from dpcache.errors import SettingError
 from dpcache.hooks import (
     BlockHook,
@@ -52,15 +54,24 @@ def check_layout(site: "Site", transformer: torch.nn.Module) -> None:
 
 def transformer_blocks(transformer: torch.nn.Module) -> list[torch.nn.Module]:
     """The transformer's blocks in the order in which they run. Raises SettingError where there are none."""
+    if (blocks_of := family_of(transformer).blocks_of) is not None:
+        return blocks_of(unwrap_module(transformer))
     blocks = [
         block
         for name, children in unwrap_module(transformer).named_children()
-        if name in BLOCK_LISTS and isinstance(children, torch.nn.ModuleList)
+        if name in BLOCK_LISTS and isinstance(children, ModuleList)
         for block in children
     ]
     if not blocks:
         raise SettingError(f"{type(transformer).__name__} has no transformer blocks: use site=output")
     return blocks
+
+
+def embedders_of(transformer: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules whose outputs the blocks alone read, as the family's record has them."""
+    found = [attrgetter(name)(transformer) for name in family_of(transformer).embedders]
+    lists = [[*item.children()] if isinstance(item, (ModuleList, ModuleDict)) else [item] for item in found]
+    return [module for modules in lists for module in modules if module is not None]
 
 
 @dataclass(frozen=True)
@@ -124,8 +135,7 @@ class Stack(Site):
             raise SettingError(f"a probe of {probe} blocks leaves nothing of {type(transformer).__name__}'s {last + 1}")
         pairs = [(b, BlockHook(session, b, i, i == last, probe, self.residual)) for i, b in enumerate(blocks)]
         if not self.residual and not session.online:
-            embedders = (attrgetter(name)(transformer) for name in family_of(transformer).embedders)
-            pairs += [(embedder, EmbedderHook(session)) for embedder in embedders if embedder is not None]
+            pairs += [(embedder, EmbedderHook(session)) for embedder in embedders_of(transformer)]
         return pairs
 
 
@@ -224,6 +234,12 @@ class Tokens(Modules):
 
     def start(self):
         return TokenState()
+
+    def call(self, session, branch, forward, args, kwargs):
+        times = (dict(zip(argument_names(branch.part.module), args)) | kwargs).get("timestep")
+        if torch.is_tensor(times) and times.ndim > 1:  # selected tokens would meet the modulation of all
+            raise SettingError(f"site={self.name}: this pipeline tells the model the time of every token")
+        return forward(*args, **kwargs)
 
     def block_hooks(self, session, block, known, index, layer, present):
         if not known.feed_forwards:

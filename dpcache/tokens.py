@@ -54,7 +54,7 @@ def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sc
         if attn_mask is not None:
             mask = attn_mask[..., part, :] if attn_mask.shape[-2] > 1 else attn_mask
             logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-        weights = logits.softmax(-1, dtype=torch.float32)
+        weights = logits.softmax(-1, dtype=torch.float32).nan_to_num()  # a token that may look at nothing gets nothing
         received = received + weights.sum((1, 2))
         output[:, :, part] = weights.to(value.dtype) @ value
     return output, received / (heads * length)
@@ -160,7 +160,7 @@ def token_hooks(session, block, known: Block, index: int, layer: int, present: d
     hooked = {name: BranchHook(session, f"{index}.{name}") for name in present}
     hooked[attention] = AttentionHook(session, f"{index}.{attention}")
     for place, (norm, name) in enumerate(known.feed_forwards):
-        if name in present:
+        if name in present and getattr(block, norm, None) is not None:
             full_name = f"{index}.{name}"
             hooked[norm] = SelectHook(session, full_name, f"{index}.{attention}", place == 0, known.kind, layer)
             hooked[name] = RefreshHook(session, full_name, hooked[norm])

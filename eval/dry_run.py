@@ -23,11 +23,11 @@ def describe(config: DictConfig, model: str, name: str, recipe: Recipe, prompts:
     Raises SettingError for a model whose architecture is not known, or that does not offer the method's site.
     """
     known, T, example = architecture(config.model.path), recipe.num_inference_steps, recipe.example
-    call, dtype = OmegaConf.to_container(config.model.call), float_type("dtype", config.model.dtype)
+    call, dtype = _call(config), float_type("dtype", config.model.dtype)
     batch_size = _batch_size(config, prompts)
     transformer = known.build("meta", dtype)
     weights = known.count * sum(p.numel() * p.element_size() for p in transformer.parameters())
-    count, branches = known.count * sum(p.numel() for p in transformer.parameters()), known.family.branches(call)
+    count, branches = known.count * sum(p.numel() for p in transformer.parameters()), known.branches(call)
     memory = [f"transformer {_size(weights)}", _cache_memory(config, recipe, prompts, known, transformer)]
     if recipe.statistics is None:
         schedule = "the library's own" if example is None else _steps(example.schedule)
@@ -41,14 +41,15 @@ def describe(config: DictConfig, model: str, name: str, recipe: Recipe, prompts:
         if features:
             kept = [history_bytes(known, transformer, _keeping_one(site), call, batch_size) for site in features]
             memory.append(f"while calibrating {_size(T * max(kept))}")
-    settings = ", ".join(f"{key} {value}" for key, value in call.items())
+    told = call | dict.fromkeys(config.model.images, "of each prompt")
+    settings = ", ".join(f"{key} {value}" for key, value in told.items())
     return "\n".join(
         [
             f"{model}  {name}  {config.budget} of {config.num_inference_steps} steps (dry run, no weights)",
             f"  model                  {config.model.path}, {known.count} {type(transformer).__name__}",
             f"  parameters             {count:,} in {config.model.dtype}",
             f"  call                   {settings}",
-            f"  samples                {prompts} in batches of {batch_size}, guidance branches: {', '.join(branches)}",
+            f"  samples                {prompts} in batches of {batch_size}, guidance branches: {len(branches)}",
             f"  schedule               {schedule}",
             f"  site, features kept    {_kept(example)}",
             f"  memory                 {', '.join(memory)}",
@@ -81,8 +82,13 @@ def announce(config: DictConfig, recipe: Recipe, prompts: int) -> str:
 def _cache_memory(config: DictConfig, recipe: Recipe, prompts: int, known: Architecture, transformer) -> str:
     if recipe.example is None:
         return "cache: the library's own, not known in advance"
-    call = OmegaConf.to_container(config.model.call)
+    call = _call(config)
     return f"cache {_size(history_bytes(known, transformer, recipe.example, call, _batch_size(config, prompts)))}"
+
+
+def _call(config: DictConfig) -> dict:
+    """Arguments of the pipeline; those that come with each prompt are None."""
+    return dict.fromkeys(config.model.images) | OmegaConf.to_container(config.model.call)
 
 
 def _batch_size(config: DictConfig, prompts: int) -> int:

@@ -33,7 +33,8 @@ class ModelConfig:
     scheduler: dict[str, Any] = field(default_factory=lambda: {"name": None})
     batch_size: int = 1
     fps: int = 16
-    prompts: str = MISSING
+    prompts: str | None = MISSING
+    images: list[str] = field(default_factory=list)
     call: dict[str, Any] = field(default_factory=dict)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
@@ -132,6 +133,8 @@ ConfigStore.instance().store(name="schema", node=RunConfig)
 
 LATER = {"quality": None, "reference": {"num_inference_steps": None}}
 """Settings that were added after the first results, as they are where nobody sets them."""
+LATER_OF_MODELS = {"images": []}
+"""The same of models."""
 LATER_OF_METHODS = {"baselines.teacache.teacache": {"warmup": 1}}
 """The same of methods, by what makes them."""
 
@@ -143,6 +146,7 @@ def config_hash(config: DictConfig) -> str:
     keys = [key for key in config if key not in others]
     content = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
     content = {key: value for key, value in content.items() if value != LATER.get(key, ())}
+    content["model"] = {key: value for key, value in content["model"].items() if value != LATER_OF_MODELS.get(key, ())}
     later = LATER_OF_METHODS.get(content["method"]["_target_"], {})
     content["method"] = {key: value for key, value in content["method"].items() if value != later.get(key, ())}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from dpcache.errors import SettingError
+from dpcache.prompts import identity
 from eval.files import atomic
 from eval.metrics.base import Samples
 
@@ -44,11 +46,14 @@ def load_or_make(
 
     Returns:
         All samples, and every batch's computed steps as `make` returned them.
+
+    Raises SettingError if the folder holds samples of other prompts or images.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("batch_*.safetensors"):
-        if _facts(path).get("batch_size", str(batch_size)) != str(batch_size):
+        if _read_batch_size(path, batch_size) != batch_size:
             path.unlink(missing_ok=True)
+    check_prompts(folder, prompts, batch_size)
     starts = range(0, len(prompts), batch_size)
     batches = {_batch(folder, index): slice(start, start + batch_size) for index, start in enumerate(starts)}
     for patience in (0, -1):  # first the batches that no other process makes, then wait for those that others make
@@ -58,8 +63,11 @@ def load_or_make(
                     if not _whole(path):
                         images, latents, steps = make(chunk)
                         arrays = {"images": torch.as_tensor(images).contiguous(), "latents": latents.contiguous()}
+                        # As tensors, because safetensors writes several entries of metadata in any order.
+                        arrays["made_from"] = torch.frombuffer(_made_from(prompts[chunk]), dtype=torch.uint8)
+                        arrays["batch_size"] = torch.tensor(batch_size)
                         with atomic(path) as part:
-                            save_file(arrays, part, {"computed": json.dumps(steps), "batch_size": str(batch_size)})
+                            save_file(arrays, part, {"computed": json.dumps(steps)})
                     Path(f"{path}.lock").unlink(
                         missing_ok=True
                     )  # a process that waits for the lock then finds the batch
@@ -78,22 +86,45 @@ def stored(folder: Path, prompts: list[str]) -> Samples:
         raise FileNotFoundError(f"{folder} does not hold the samples of all {len(prompts)} prompts") from None
 
 
+def check_prompts(folder: Path, prompts: list[str], batch_size: int) -> None:
+    """Raises SettingError if a batch in the folder was made from other prompts or images than these.
+
+    Args:
+        batch_size: of batches that do not say, which earlier versions made.
+    """
+    for path in sorted(folder.glob("batch_*.safetensors")):
+        if _whole(path):
+            index, size = int(path.stem.removeprefix("batch_")), _read_batch_size(path, batch_size)
+            with safe_open(path, "np") as file:
+                known = file.get_tensor("made_from").tobytes() if "made_from" in set(file.keys()) else None
+            if known not in (None, _made_from(prompts[index * size : (index + 1) * size])):
+                raise SettingError(f"{path} was made from other prompts or images: overwrite=true makes it again")
+
+
+def _made_from(prompts: list[str]) -> bytearray:
+    return bytearray(json.dumps(identity(prompts)).encode())
+
+
 def _batch(folder: Path, index: int) -> Path:
     return folder / f"batch_{index:04d}.safetensors"
 
 
 def _whole(path: Path) -> bool:
     """Whether the batch is there and not damaged."""
-    return "computed" in _facts(path)
-
-
-def _facts(path: Path) -> dict[str, str]:
-    """What the file says of its batch; nothing where it is missing or damaged."""
     try:
         with safe_open(path, "np") as file:
-            return file.metadata() or {}
+            return "computed" in (file.metadata() or {})
     except (FileNotFoundError, SafetensorError):
-        return {}
+        return False
+
+
+def _read_batch_size(path: Path, unknown: int) -> int:
+    """How many samples a batch has if it is not the last one; `unknown` where the file is damaged or does not say."""
+    try:
+        with safe_open(path, "np") as file:
+            return int(file.get_tensor("batch_size")) if "batch_size" in set(file.keys()) else unknown
+    except (FileNotFoundError, SafetensorError):
+        return unknown
 
 
 def _read(paths: Sequence[Path], prompts: list[str]) -> tuple[Samples, list]:

@@ -51,7 +51,7 @@ class Rollout:
         known, call = architecture(model.path), {**model.call, **_values(call)}
         known = replace(known, config={**known.config, **_values(config)})
         self.steps, self.device = steps, torch.device(device)
-        self.transformer, self.branches = known.build(device, dtype), known.family.branches(call)
+        self.transformer, self.branches = known.build(device, dtype), known.branches(call)
         self.conditions = known.inputs(call, 1, device, dtype)
         latents, timestep = self.conditions.pop("hidden_states"), self.conditions.pop("timestep")
         self.start, self.batch = latents[:1], len(latents)  # 2 where guidance is by the halves of a batch

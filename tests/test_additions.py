@@ -86,7 +86,7 @@ def test_each_addition_is_one_file_and_a_method_has_its_settings_beside_it(added
     assert added[1] == {
         *("baselines/line_skip.py", "conf/method/line_skip.yaml"),
         *("baselines/damped.py", "conf/method/damped.yaml"),
-        *("eval/metrics/mae.py", "dpcache/models/lumina2.py"),
+        *("eval/metrics/mae.py", "dpcache/models/cogview4.py"),
     }
 
 
@@ -114,14 +114,14 @@ def test_the_board_and_its_page_have_the_new_methods_and_the_new_metric(added):
 
 def test_the_tests_have_the_new_methods_and_the_new_family_and_pass(added):
     files = [f"tests/test_{name}.py" for name in ("conf", "families", "records")]
-    new = "line_skip or damped or Lumina2"
+    new = "line_skip or damped or CogView4"
     done = python("-m", "pytest", "-n", "0", "-v", "-p", "no:cacheprovider", "-k", new, *files, cwd=added[0])
     assert done.returncode == 0, done.stdout[-3000:]
     passed = set(re.findall(r"::(test_\w+\[\S+\]) PASSED", done.stdout))
     for name in ("line_skip", "damped"):
         assert f"test_a_choice_composes_with_the_others_defaults[method-{name}]" in passed
         assert f"test_a_method_spends_its_budget_gives_the_same_twice_and_leaves_no_trace[{name}]" in passed
-    assert "test_a_record_names_what_the_model_has[Lumina2Transformer2DModel]" in passed
+    assert "test_a_record_names_what_the_model_has[CogView4Transformer2DModel]" in passed
 
 
 def test_a_predictor_in_a_file_of_its_own_has_its_short_name(added):

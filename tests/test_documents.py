@@ -7,7 +7,7 @@ import pytest
 import dpcache
 from helpers.commands import ROOT
 
-OTHERS = ("my_step", "lumina2")  # a loop of the reader's own, and the record of a family
+OTHERS = ("my_step", "cogview4")  # a loop of the reader's own, and the record of a family
 
 
 def examples() -> list[str]:

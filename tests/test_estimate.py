@@ -18,6 +18,21 @@ FULL_SIZE = {  # billions of parameters, as their authors count them
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14.3,
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": 16.4,
     "Qwen/Qwen-Image": 20.4,
+    "black-forest-labs/FLUX.2-dev": 32.2,
+    "black-forest-labs/FLUX.2-klein-4B": 3.9,
+    "Tongyi-MAI/Z-Image": 6.15,
+    "lodestones/Chroma1-HD": 8.9,
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": 0.61,
+    "hunyuanvideo-community/HunyuanImage-2.1-Diffusers": 17.4,
+    "Alpha-VLLM/Lumina-Image-2.0": 2.6,
+    "HiDream-ai/HiDream-I1-Full": 17.1,
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 14.3,
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 5.0,
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": 8.3,
+    "Lightricks/LTX-2": 18.9,  # without the connectors, which are a part of their own
+    "THUDM/CogVideoX-2b": 1.69,
+    "THUDM/CogVideoX-5b": 5.57,
+    "genmo/mochi-1-preview": 10.03,
 }
 
 
@@ -30,11 +45,28 @@ def test_published_architectures_have_their_size(path):
 MODELS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
 
 
-def test_every_full_size_model_is_known():
-    for name in MODELS:
-        if not name.startswith("tiny"):
-            path = composed(f"model={name}", "budget=3", "method=uniform_skip")[0].model.path
-            assert path in published(), name
+def table() -> dict[str, list[str]]:
+    """Rows of dpcache/models/README.md: model, path, parameters, steps, images."""
+    lines = (ROOT / "dpcache/models/README.md").read_text().splitlines()
+    rows = [line.strip("| ").split("|") for line in lines if line.startswith("| `")][1:]
+    cells = ([cell.strip() for cell in row] for row in rows)
+    return {name.strip("`"): others for name, *others in cells}
+
+
+def test_the_table_has_every_full_size_model_and_all_are_known():
+    rows = table()
+    assert sorted(rows) == [name for name in MODELS if not name.startswith("tiny")]
+    for name, (path, _, steps, *images) in rows.items():
+        config = composed(f"model={name}", "budget=3", "method=uniform_skip")[0]
+        assert path in published() and (path, steps) == (config.model.path, str(config.num_inference_steps))
+        assert ", ".join(config.model.images) == "".join(images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "size"), {path: size for path, size, *_ in table().values()}.items())
+def test_the_table_has_the_parameters(path, size):
+    known = architecture(path)
+    assert f"{known.count * sum(p.numel() for p in known.build().parameters()) / 1e9:.1f} B" == size
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("tiny")])
@@ -77,5 +109,5 @@ def test_dry_run_on_the_command_line(tmp_path):
     code, out, err = run("model=wan21_t2v", "method=fora", "budget=9", "+dry_run=true", folder=tmp_path)
     assert code == 0, err
     assert "1,418,996,800 in bfloat16" in out
-    assert "branches: cond, uncond" in out and "[0, 5, 11, 16, 22, 27, 33, 38, 44]" in out and "cache" in out
+    assert "guidance branches: 2\n" in out and "[0, 5, 11, 16, 22, 27, 33, 38, 44]" in out and "cache" in out
     assert not list(tmp_path.glob("runs/*"))

@@ -215,7 +215,7 @@ MISTAKES = [
     (["model=dit"], "model.path=facebook/DiT-XL-2-256"),
     (["model=hunyuan_video"], "model.path=hunyuanvideo-community/HunyuanVideo"),
     (["model=wan21_t2v_14b"], "model.path=Wan-AI/Wan2.1-T2V-14B-Diffusers"),
-    (["model=wan21_i2v"], "model.call.image must be given"),
+    (["model=wan21_i2v"], "prompts=FILE must be given: csv, tsv or jsonl, with columns prompt, image"),
     (["model=dit", "method=teacache", "method.polynomial=published"], "none is known for model=dit, only for model="),
     (["method.steps=published"], "method.steps=published: none is known for model=tiny_flux, only for model=flux"),
     (["method.warmup=published"], "method.warmup=published: none is known for model=tiny_flux, nor for any other"),

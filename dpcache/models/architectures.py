@@ -29,34 +29,50 @@ class Architecture:
     def family(self) -> Family:
         return family_named(self.config["_class_name"])
 
+    def branches(self, call: Mapping) -> list[str]:
+        """See `Family.branches`."""
+        return self.family.branches(call, self.config)
+
     def build(self, device: str = "meta", dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
-        """The transformer, with random weights, or on the device "meta" without any. Raises SettingError for a class
-        that diffusers does not have."""
+        """The transformer, with random weights, or on the device "meta" without any, for shapes alone. Raises
+        SettingError for a class that diffusers does not have."""
         transformer = self.family.transformer_class
         with torch.device(device):
             default, _ = torch.get_default_dtype(), torch.set_default_dtype(dtype)
             try:
-                return transformer.from_config(dict(self.config)).eval().requires_grad_(False)
+                model = transformer.from_config(dict(self.config)).eval().requires_grad_(False)
             finally:
                 torch.set_default_dtype(default)
+        if device == "meta" and self.family.shapes_alone is not None:
+            self.family.shapes_alone(model)
+        return model
 
-    def inputs(self, call: Mapping, batch_size: int = 1, device="meta", dtype=torch.bfloat16) -> dict:
+    def inputs(
+        self, call: Mapping, batch_size: int = 1, device="meta", dtype=torch.bfloat16, branch: str = "cond"
+    ) -> dict:
         """Arguments of the transformer as its pipeline would give them, with random values, for one step of one branch.
 
         Args:
             call: the pipeline's arguments: height, width, num_frames, max_sequence_length, guidance_scale.
+            branch: one of `branches`.
 
         Raises SettingError for a transformer whose arguments are not known.
         """
         if self.family.inputs is None:
             raise SettingError(f"the arguments of {self.config['_class_name']} are not known")
-        return self.family.inputs(Request(self.config, call, batch_size, self.spatial, self.temporal, device, dtype))
+        request = Request(self.config, call, batch_size, self.spatial, self.temporal, device, dtype, branch)
+        return self.family.inputs(request)
 
 
 def published() -> dict[str, Architecture]:
     """Transformers on the hub that the families' records have, by path."""
     return {
-        path: Architecture({"_class_name": family.transformer, **config}, count=family.experts.get(path, 1))
+        path: Architecture(
+            {"_class_name": family.transformer, **config},
+            family.coarser.get(path, family.spatial),
+            family.temporal,
+            family.experts.get(path, 1),
+        )
         for family in families().values()
         for path, config in family.published.items()
     }

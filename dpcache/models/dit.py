@@ -20,6 +20,10 @@ def inputs(request: Request) -> dict:
 
 def modulated_input(block: torch.nn.Module, args: tuple, kwargs: Mapping) -> torch.Tensor:
     stream = argument(0, "hidden_states", args, kwargs)
+    if block.norm_type == "ada_norm_single":  # PixArt's: each block adds a table of its own to the time's modulation
+        modulation = block.scale_shift_table + kwargs["timestep"].unflatten(-1, (6, -1))
+        shift, scale = modulation.chunk(6, dim=1)[:2]
+        return block.norm1(stream) * (1 + scale) + shift
     conditions = {name: kwargs[name] for name in ("timestep", "class_labels")}
     return block.norm1(stream, **conditions, hidden_dtype=stream.dtype)[0]
 
@@ -34,18 +38,18 @@ _XL = {
     "patch_size": 2,
 }
 
+BLOCK = Block(
+    "BasicTransformerBlock",
+    square_grid=True,
+    kept=("attn1", "attn2", "ff"),  # attn2: in PixArt's and Latte's blocks of this class
+    attention="attn1",
+    feed_forwards=(("norm3", "ff"), ("norm2", "ff")),  # PixArt's and Latte's have no norm3, and DiT's no norm2
+    modulated_input=modulated_input,
+)
+
 FAMILY = Family(
     "DiTTransformer2DModel",
-    blocks=(
-        Block(
-            "BasicTransformerBlock",
-            square_grid=True,
-            kept=("attn1", "attn2", "ff"),  # attn2: in PixArt's and Latte's blocks of this class
-            attention="attn1",
-            feed_forwards=(("norm3", "ff"),),
-            modulated_input=modulated_input,
-        ),
-    ),
+    blocks=(BLOCK,),
     embedders=("pos_embed",),
     published={"facebook/DiT-XL-2-256": _XL, "facebook/DiT-XL-2-512": _XL | {"sample_size": 64}},
     guidance=None,

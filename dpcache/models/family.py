@@ -54,7 +54,7 @@ class Block:
         feeders: modules whose outputs only feed a kept one.
         attention: its self-attention.
         feed_forwards: pairs of a feed-forward and the norm before it, (norm, feed-forward), in the order in which their
-            tokens stand in the self-attention.
+            tokens stand in the self-attention. Not every block of the class needs to have all pairs.
         modulated_input: from the block and a call's (args, kwargs), what TeaCache compares from step to step.
     """
 
@@ -84,6 +84,7 @@ class Request:
         batch: samples.
         spatial, temporal: pixels (each way) and frames that a latent stands for.
         device, dtype: of the tensors.
+        branch: the guidance branch.
     """
 
     config: Mapping
@@ -93,6 +94,7 @@ class Request:
     temporal: int = 4
     device: str = "meta"
     dtype: torch.dtype = torch.bfloat16
+    branch: str = "cond"
 
     def size(self) -> tuple[int, int]:
         """Rows and columns of the latents."""
@@ -101,6 +103,11 @@ class Request:
     def frames(self) -> int:
         """Frames of the latents."""
         return (self.call.get("num_frames", 1) - 1) // self.temporal + 1
+
+    def edits(self) -> bool:
+        """Whether the pipeline edits an image, which it gives the transformer beside the latents: one that only starts
+        from an image is told its `strength`."""
+        return "image" in self.call and "strength" not in self.call
 
     def random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=self.device, dtype=self.dtype)
@@ -121,12 +128,17 @@ class Family:
     Attributes:
         transformer: name of the class in diffusers.
         blocks: the classes of its blocks.
-        embedders: modules, with dots in their names, whose outputs nothing but the blocks reads; never the time
-            embedder.
+        blocks_of: the model's blocks in the order in which they run; None: those that diffusers finds.
+        embedders: modules or lists of modules, with dots in their names, whose outputs nothing but the blocks reads;
+            never the time embedder.
+        shapes_alone: changes a model on the device "meta" so that it runs where it would ask its tensors for values.
         published: configurations on the hub, as diffusers takes them, by path.
         experts: for some of these paths, how many transformers alike the pipeline has, for a range of steps each.
+        spatial, temporal: pixels (each way) and frames that a latent of the published models stands for.
+        coarser: for some of the paths, other pixels.
         guidance: the pipeline's argument that above 1 asks for a second, unconditional call of the transformer, and its
-            default; None: the pipeline calls it once a step, whatever is asked, and does not name the branch.
+            default; or the branches of a pipeline's arguments; None: the pipeline calls it once a step, whatever is
+            asked.
         inputs: makes arguments of the transformer as its pipeline would give them, with random values, for one step of
             one guidance branch.
         token_grid: rows and columns of the image's tokens, each of which holds 2 x 2 latents, told from the keyword
@@ -135,10 +147,15 @@ class Family:
 
     transformer: str
     blocks: tuple[Block, ...] = ()
+    blocks_of: Callable[[torch.nn.Module], list[torch.nn.Module]] | None = None
     embedders: tuple[str, ...] = ()
+    shapes_alone: Callable[[torch.nn.Module], None] | None = None
     published: Mapping[str, Mapping] = field(default_factory=dict)
     experts: Mapping[str, int] = field(default_factory=dict)
-    guidance: tuple[str, float] | None = ("true_cfg_scale", 1.0)
+    spatial: int = 8
+    temporal: int = 4
+    coarser: Mapping[str, int] = field(default_factory=dict)
+    guidance: tuple[str, float] | Callable[[Mapping], list[str]] | None = ("true_cfg_scale", 1.0)
     inputs: Callable[[Request], dict] | None = None
     token_grid: Callable[[Mapping], tuple[int, int]] | None = None
 
@@ -149,12 +166,21 @@ class Family:
             raise SettingError(f"diffusers has no transformer {self.transformer}")
         return getattr(diffusers, self.transformer)
 
-    def branches(self, call: Mapping) -> list[str]:
+    def branches(self, call: Mapping, config: Mapping) -> list[str]:
         """Guidance branches of a pipeline call, each with calls of the transformer and a history of its own; "default"
-        where the pipeline names none."""
+        where no pipeline of the family names any. A transformer that is told the `guidance_scale` itself is called
+        once.
+
+        Args:
+            config: the transformer's configuration.
+        """
         if self.guidance is None:
             return ["default"]
+        if callable(self.guidance):
+            return self.guidance(call)
         argument, default = self.guidance
+        if argument == "guidance_scale" and config.get("guidance_embeds"):
+            return ["cond"]
         return ["cond", "uncond"] if call.get(argument, default) > 1 else ["cond"]
 
 
@@ -169,8 +195,10 @@ def families() -> dict[str, Family]:
 
 @functools.cache
 def known_blocks() -> dict[str, Block]:
-    """The blocks of all families by their class name. Raises SettingError for a class that two families have."""
-    return _by_name([(block.kind, block) for family in families().values() for block in family.blocks])
+    """The blocks of all families by their class name. Several families may have the same record. Raises SettingError
+    for a class that has two."""
+    blocks = dict.fromkeys(block for family in families().values() for block in family.blocks)
+    return _by_name([(block.kind, block) for block in blocks])
 
 
 def _by_name(named: list[tuple[str, Any]]) -> dict[str, Any]:

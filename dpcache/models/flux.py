@@ -9,18 +9,26 @@ from dpcache.models.family import Block, Family, Request, adaptive_norm
 
 
 def inputs(request: Request) -> dict:
-    """The pipeline packs 2 x 2 latents into a token."""
+    config = request.config
+    return packed(request) | {
+        "pooled_projections": request.random(request.batch, config["pooled_projection_dim"]),
+        "guidance": request.full(3.5) if config.get("guidance_embeds") else None,
+    }
+
+
+def packed(request: Request) -> dict:
+    """Arguments of all transformers of this kind. The pipeline packs 2 x 2 latents into a token. The tokens of an image
+    to be edited, here of the same size, stand behind; FLUX.1-Fill has them in further channels instead."""
     config, batch, words = request.config, request.batch, request.call.get("max_sequence_length", 512)
     rows, columns = (side // 2 for side in request.size())
-    axes = (torch.arange(size, device=request.device) for size in (1, rows, columns))
+    images = 2 if request.edits() and "out_channels" not in config else 1
+    axes = (torch.arange(size, device=request.device) for size in (images, rows, columns))
     return {
-        "hidden_states": request.random(batch, rows * columns, config["in_channels"]),
+        "hidden_states": request.random(batch, images * rows * columns, config["in_channels"]),
         "timestep": (request.time() / 1000).to(request.dtype),
         "encoder_hidden_states": request.random(batch, words, config["joint_attention_dim"]),
-        "pooled_projections": request.random(batch, config["pooled_projection_dim"]),
         "img_ids": torch.cartesian_prod(*axes).to(request.dtype),
         "txt_ids": torch.zeros(words, 3, device=request.device, dtype=request.dtype),
-        "guidance": request.full(3.5) if config.get("guidance_embeds") else None,
     }
 
 
@@ -30,7 +38,8 @@ def token_grid(kwargs: Mapping) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=1)  # a generation has one tensor of positions, and on a GPU every look waits for it
 def _last_positions(positions: torch.Tensor) -> tuple[int, int]:
-    rows, columns = positions[:, 1:].amax(0).tolist()
+    """Of the image that is made; an image to be edited has another first coordinate."""
+    rows, columns = positions[positions[:, 0] == 0, 1:].amax(0).tolist()
     return int(rows) + 1, int(columns) + 1
 
 
@@ -67,6 +76,8 @@ FAMILY = Family(
     published={
         "black-forest-labs/FLUX.1-dev": _DEV,
         "black-forest-labs/FLUX.1-schnell": _DEV | {"guidance_embeds": False},
+        "black-forest-labs/FLUX.1-Kontext-dev": _DEV,
+        "black-forest-labs/FLUX.1-Fill-dev": _DEV | {"in_channels": 384, "out_channels": 64},
     },
     inputs=inputs,
     token_grid=token_grid,

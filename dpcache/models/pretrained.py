@@ -30,7 +30,7 @@ def load(
         device: auto (cuda, else mps, else cpu) or a torch device.
         offload: keep only the running component on the GPU (diffusers' model offload).
         vae_dtype: of the VAE alone; None: `dtype`.
-        vae_tiling: decode in tiles, for large images and videos.
+        vae_tiling: decode in tiles, for large images and videos, and one sample of a batch after the other.
         scheduler: `name` of a scheduler class of diffusers (None: the model's own), and settings that differ from the
             model's.
 
@@ -60,6 +60,8 @@ def load(
         _cast_for(pipe.vae)
     if vae_tiling:
         pipe.vae.enable_tiling()
+        if hasattr(pipe.vae, "use_slicing"):
+            pipe.vae.enable_slicing()
     device = default_device() if device == "auto" else device
     if offload:
         pipe.enable_model_cpu_offload(device=device)

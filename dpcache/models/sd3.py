@@ -15,6 +15,22 @@ def inputs(request: Request) -> dict:
     }
 
 
+_MEDIUM = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": list(range(13)),
+    "qk_norm": "rms_norm",
+}
+
 FAMILY = Family(
     "SD3Transformer2DModel",
     blocks=(
@@ -26,20 +42,14 @@ FAMILY = Family(
         ),
     ),
     published={
-        "stabilityai/stable-diffusion-3.5-medium": {
-            "sample_size": 128,
-            "patch_size": 2,
-            "in_channels": 16,
-            "out_channels": 16,
-            "num_layers": 24,
-            "attention_head_dim": 64,
-            "num_attention_heads": 24,
-            "joint_attention_dim": 4096,
-            "caption_projection_dim": 1536,
-            "pooled_projection_dim": 2048,
-            "pos_embed_max_size": 384,
-            "dual_attention_layers": list(range(13)),
-            "qk_norm": "rms_norm",
+        "stabilityai/stable-diffusion-3.5-medium": _MEDIUM,
+        "stabilityai/stable-diffusion-3.5-large": _MEDIUM
+        | {
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "pos_embed_max_size": 192,
+            "dual_attention_layers": [],
         },
     },
     guidance=None,

@@ -111,7 +111,7 @@ class Family:
     @property
     def branches(self) -> list[str]:
         """Guidance branches in the order in which the pipeline calls the transformer."""
-        return architecture(self.path).family.branches(self.call)
+        return architecture(self.path).branches(self.call)
 
 
 _BOTH_KINDS = {"num_layers": 1, "num_single_layers": 2}
@@ -132,7 +132,7 @@ FAMILIES = {
         "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
         _TWO,
         _wan_i2v,
-        VIDEO | {"guidance_scale": 5.0, "image": str(IMAGE)},
+        VIDEO | {"guidance_scale": 5.0, "image": IMAGE},
         input_like_output=False,
     ),
     "Qwen-Image": Family("Qwen/Qwen-Image", _TWO, _qwen_image, WIDE),

@@ -44,7 +44,7 @@ def marks(pipe) -> tuple:
 def layers(transformer) -> list[torch.nn.Module]:
     """The linear layers inside the blocks' attentions and feed-forwards."""
     named = [pair for block in transformer_blocks(transformer) for pair in block.named_modules()]
-    inside = re.compile(r"(attn|ff|img_mlp|txt_mlp).*\.")
+    inside = re.compile(r"(attn|ff|img_mlp|txt_mlp|attention|feed_forward).*\.")
     return [module for name, module in named if isinstance(module, torch.nn.Linear) and inside.match(name)]
 
 

@@ -4,44 +4,21 @@ from functools import partial
 
 import diffusers
 
+from helpers import families
 from pipelines.parts import NEGATIVE, TEXT, image, video
 from pipelines.records import Case, assemble, pipeline
 
 
 def cogvideox(kind, scheduler="CogVideoXDDIMScheduler", **sizes):
-    vae = diffusers.AutoencoderKLCogVideoX(
-        down_block_types=("CogVideoXDownBlock3D",) * 4,
-        up_block_types=("CogVideoXUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-        temporal_compression_ratio=4,
-    )
-    transformer = diffusers.CogVideoXTransformer3DModel(
-        **{
-            "num_attention_heads": 2,
-            "attention_head_dim": 8,
-            "in_channels": 4,
-            "out_channels": 4,
-            "time_embed_dim": 2,
-            "text_embed_dim": 16,
-            "num_layers": 2,
-            "sample_width": 4,
-            "sample_height": 4,
-            "sample_frames": 9,
-            "patch_size": 2,
-            "temporal_compression_ratio": 4,
-            "max_text_seq_length": 7,
-        }
-        | sizes
-    )
-    return assemble(kind, vae=vae, transformer=transformer, scheduler=getattr(diffusers, scheduler)())
+    """As the 2B model, without rotary embeddings."""
+    small = {"use_rotary_positional_embeddings": False, "attention_head_dim": 8, "max_text_seq_length": 7}
+    parts = families.cogvideox(getattr(diffusers, scheduler), **small | sizes).components
+    return assemble(kind, **parts)
 
 
 def rotary(kind):
     """As the 5B model: rotary embeddings, and a scheduler that keeps its last prediction."""
-    return cogvideox(kind, "CogVideoXDPMScheduler", use_rotary_positional_embeddings=True, attention_head_dim=16)
+    return assemble(kind, **families.cogvideox().components)
 
 
 def _add(name, builder, more, **cases):

@@ -87,37 +87,8 @@ pipeline(
 
 
 def hunyuan_video15(kind):
-    image_to_video = "Image" in kind.__name__
-    transformer = diffusers.HunyuanVideo15Transformer3DModel(
-        in_channels=9,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=2,
-        num_refiner_layers=1,
-        text_embed_dim=16,
-        text_embed_2_dim=16,
-        image_embed_dim=16,
-        rope_axes_dim=(2, 2, 4),
-        target_size=16,
-        task_type="i2v" if image_to_video else "t2v",
-    )
-    vae = diffusers.AutoencoderKLHunyuanVideo15(
-        latent_channels=4,
-        block_out_channels=(16, 16),
-        layers_per_block=1,
-        spatial_compression_ratio=4,
-        temporal_compression_ratio=2,
-        downsample_match_channel=False,
-        upsample_match_channel=False,
-    )
-    return assemble(
-        kind,
-        transformer=transformer,
-        vae=vae,
-        scheduler=flow(shift=7.0),
-        guider=diffusers.ClassifierFreeGuidance(guidance_scale=4.0),
-    )
+    task = "i2v" if "Image" in kind.__name__ else "t2v"
+    return assemble(kind, **families.hunyuan_video15(task_type=task).components)
 
 
 def hunyuan_video15_distilled(kind):

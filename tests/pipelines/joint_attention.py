@@ -3,31 +3,14 @@
 import diffusers
 import torch
 
+from helpers import families
 from helpers.families import image_vae
 from pipelines.parts import NEGATIVE, TEXT, WIDTH, flow, image, ones, randn
 from pipelines.records import Case, assemble, pipeline
 
 
 def mochi(kind):
-    vae = diffusers.AutoencoderKLMochi(
-        latent_channels=4,
-        out_channels=3,
-        encoder_block_out_channels=(32, 32, 32, 32),
-        decoder_block_out_channels=(32, 32, 32, 32),
-        layers_per_block=(1, 1, 1, 1, 1),
-    )
-    transformer = diffusers.MochiTransformer3DModel(
-        patch_size=2,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=2,
-        pooled_projection_dim=8,
-        in_channels=4,
-        text_embed_dim=WIDTH,
-        time_embed_dim=4,
-        max_sequence_length=16,
-    )
-    return assemble(kind, scheduler=flow(), vae=vae, transformer=transformer)
+    return assemble(kind, **families.mochi().components)
 
 
 def hidream(kind):

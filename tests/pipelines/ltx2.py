@@ -1,93 +1,16 @@
 """LTX-2: video and sound, two outputs and two schedulers."""
 
-import diffusers
-from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora import LTX2HDRReferenceCondition
 from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
 
-from pipelines.parts import MASKED, NEGATIVE_MASKED, WIDTH, flow, image, video
+from helpers import families
+from pipelines.parts import MASKED, NEGATIVE_MASKED, image, video
 from pipelines.records import Case, assemble, pipeline, unbuilt
 
 
 def ltx2(kind, **sizes):
-    transformer = diffusers.LTX2VideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        audio_in_channels=4,
-        audio_out_channels=4,
-        audio_num_attention_heads=2,
-        audio_attention_head_dim=4,
-        audio_cross_attention_dim=8,
-        num_layers=2,
-        caption_channels=WIDTH,
-        rope_double_precision=False,
-        rope_type="split",
-        **sizes,
-    )
-    connectors = LTX2TextConnectors(
-        caption_channels=WIDTH,
-        text_proj_in_factor=1,
-        video_connector_num_attention_heads=2,
-        video_connector_attention_head_dim=8,
-        video_connector_num_layers=1,
-        video_connector_num_learnable_registers=None,
-        audio_connector_num_attention_heads=2,
-        audio_connector_attention_head_dim=8,
-        audio_connector_num_layers=1,
-        audio_connector_num_learnable_registers=None,
-        connector_rope_base_seq_len=32,
-        rope_theta=10000.0,
-        rope_double_precision=False,
-        causal_temporal_positioning=False,
-        rope_type="split",
-    )
-    vae = diffusers.AutoencoderKLLTX2Video(
-        latent_channels=4,
-        block_out_channels=(8,),
-        decoder_block_out_channels=(8,),
-        layers_per_block=(1,),
-        decoder_layers_per_block=(1, 1),
-        spatio_temporal_scaling=(True,),
-        decoder_spatio_temporal_scaling=(True,),
-        decoder_inject_noise=(False, False),
-        down_block_types=("LTX2VideoDownBlock3D",),
-        downsample_type=("spatial",),
-        upsample_type=("spatial",),
-        upsample_residual=(False,),
-        upsample_factor=(1,),
-        patch_size=1,
-        decoder_causal=False,
-    )
-    vae.use_framewise_encoding = vae.use_framewise_decoding = False
-    audio_vae = diffusers.AutoencoderKLLTX2Audio(
-        base_channels=4,
-        ch_mult=(1,),
-        num_res_blocks=1,
-        resolution=32,
-        latent_channels=2,
-        mel_bins=8,
-    )
-    vocoder = LTX2Vocoder(
-        in_channels=2 * 8,
-        hidden_channels=32,
-        upsample_kernel_sizes=[4, 4],
-        upsample_factors=[2, 2],
-        resnet_kernel_sizes=[3],
-        resnet_dilations=[[1, 3, 5]],
-    )
-    return assemble(
-        kind,
-        scheduler=flow(),
-        vae=vae,
-        audio_vae=audio_vae,
-        connectors=connectors,
-        transformer=transformer,
-        vocoder=vocoder,
-    )
+    return assemble(kind, **families.ltx2(text_layers=0, **sizes).components)
 
 
 def perturbed(kind):

@@ -52,6 +52,18 @@ def two_experts(kind):
     return wan(kind, transformer_2=families.wan_transformer(), boundary_ratio=0.8)
 
 
+def two_experts_from_an_image(kind):
+    """Wan2.2: the image goes to the latents alone."""
+    parts = {"transformer": families.wan_transformer(in_channels=36), "image_encoder": None, "image_processor": None}
+    parts["transformer_2"] = families.wan_transformer(in_channels=36)
+    return image_to_video(kind, **parts, boundary_ratio=0.8)
+
+
+def token_times(kind):
+    """Wan2.2's TI2V."""
+    return wan(kind, expand_timesteps=True)
+
+
 _VIDEO = {"prompt": ["two boats"], "height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 12}
 _OFF = {"guidance_scale": 1.0}
 _ON = {"negative_prompt": "an old clock at night", "guidance_scale": 5.0}
@@ -95,3 +107,6 @@ _add(
     _FORCING | {"video": video(5, 32), "num_frames": 9, "overlap_history": 5, "base_num_frames": 9},
 )
 _add("WanPipeline, two transformers", two_experts, _VIDEO)
+_add("WanImageToVideoPipeline, two transformers", two_experts_from_an_image, _VIDEO | {"image": image(32)})
+for _name, _more in {"WanPipeline": {}, "WanImageToVideoPipeline": {"image": image(32)}}.items():
+    _add(f"{_name}, token times", token_times, _VIDEO | _more)

@@ -47,7 +47,8 @@ class Search:
         budget, num_inference_steps: K and T.
         first: the value to begin with, the default.
         setting: what it is called, for the record.
-        whole: whole numbers only; these are caches whose steps are the same for all prompts, so one prompt will do.
+        whole: whole numbers only.
+        alike: whether the steps are the same for all prompts, so that one prompt will do; None: those of whole numbers.
     """
 
     make: Callable[[float], Runnable]
@@ -56,6 +57,7 @@ class Search:
     first: float
     setting: str = "threshold"
     whole: bool = False
+    alike: bool | None = None
     statistics: ClassVar[tuple] = ()
 
     @property
@@ -71,7 +73,8 @@ class Search:
 
         @cache
         def run(value: float) -> float:
-            return spent(self.make(value), pipe, calibration, limit=1 if self.whole else None)
+            alike = self.whole if self.alike is None else self.alike
+            return spent(self.make(value), pipe, calibration, limit=1 if alike else None)
 
         value, total = closest(lambda value: run(rounded(value)), self.budget, self.first, tries=10)
         if total > self.budget + 0.5:  # out of reach

@@ -1,4 +1,4 @@
-"""The one search for the setting that spends the budget, of methods that decide online."""
+"""Searches for what spends the budget: a setting, or a number of full steps beside others that cost something, too."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -35,6 +35,31 @@ def spent(method: Runnable, pipe, calibration: Calibration, limit: int | None = 
     """Full steps that the (first `limit`) calibration prompts take, on average."""
     _, report = calibration.rerun(pipe, method, limit)
     return float(np.mean([*report.spent.values()]))
+
+
+def with_full_steps(
+    make: Callable[[int], Runnable], budget: int, num_inference_steps: int, least: int, pipe, calibration: Calibration
+) -> Runnable:
+    """The method with as many full steps as spend the budget together with what is computed of the other steps.
+
+    Found by two or three runs of one calibration prompt, because all take the same steps.
+
+    Args:
+        make: the method with so many full steps.
+        least: the fewest.
+
+    Returns:
+        The method, with the number of "full" steps and what it "spent" among what was decided.
+    """
+    T, full, found = num_inference_steps, budget, {}
+    while full not in found:
+        found[full] = spent(make(full), pipe, calibration, limit=1)
+        partial = (found[full] - full) / max(T - full, 1)  # cost of a step that is not full, in full ones
+        full = max(round((budget - partial * T) / (1 - partial)), least)
+    full = min(found, key=lambda full: abs(found[full] - budget))
+    if abs(found[full] - budget) > 0.5:
+        log.warning("budget=%s is out of reach: %s full steps spend %.1f", budget, full, found[full])
+    return with_decided(make(full), {"full": full, "spent": found[full]})
 
 
 @dataclass(frozen=True)

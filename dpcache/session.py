@@ -572,7 +572,7 @@ class Session:
         if not branch.skip and len(branch.keys) == 1:
             branch.kept = frozenset(branch.seen)
             if self.staggered:
-                self.staggered.check(branch.kept)
+                self.staggered.check(branch.kept.union(self.site.kinds))
         if branch.seen != branch.kept or not branch.seen:
             missing = ", ".join(sorted(branch.kept - branch.seen)) or "what it keeps"
             raise SettingError(

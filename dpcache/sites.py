@@ -72,11 +72,13 @@ class Site:
         partial: whether a skipped step computes a part of the model that counts against the budget.
         sees_input: whether a predictor may use the model's input.
         apart_in_time: whether what it keeps may be computed at different steps, as a `Staggered` schedule has it.
+        kinds: kinds of what it keeps, of which a model need not have all; empty: the model's own.
     """
 
     name: ClassVar[str]
     sees_input: ClassVar[bool] = False
     apart_in_time: ClassVar[bool] = False
+    kinds: ClassVar[tuple[str, ...]] = ()
 
     @property
     def partial(self) -> bool:

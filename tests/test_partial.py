@@ -12,14 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dpcache
+from baselines.delta_dit import delta_dit
 from baselines.full import full
 from baselines.smoothcache import LayerErrors, computed, layer_types, smoothcache
 from dpcache.predictors import Reuse, Taylor
 from dpcache.sampler import sample
-from dpcache.schedules import Staggered
+from dpcache.schedules import EvenlySpaced, Staggered
 from dpcache.sites import transformer_blocks
 from eval import timing
 from helpers.embedded import CALL, run_once
+from helpers.rollout import Rollout
 from helpers.tracing import snapshot, state_of
 
 T = 10
@@ -127,6 +129,9 @@ def test_blocks_have_steps_of_their_own(rollout):
         (lambda: dpcache.Method(Staggered(T, {}), "tokens", Reuse()), "site=tokens computes all"),
         (lambda: smoothcache(11, T), "budget=11 must be between"),
         (lambda: smoothcache(5, T, lookahead=0), "lookahead=0 must be at least 1"),
+        (lambda: delta_dit(5, T, interval=0, share=0.5), "interval=0 must be at least 1"),
+        (lambda: delta_dit(5, T, interval=2, share=1.5), "share=1.5 must be above 0 and at most 1"),
+        (lambda: delta_dit(5, T, boundary=2), "boundary=2 must be between 0 and 1"),
     ],
 )
 def test_mistakes_are_named(make, message):
@@ -226,3 +231,57 @@ def test_layer_errors_are_relative_changes_of_the_modules_outputs(pipe):
 def test_smoothcache_reaches_small_budgets_by_looking_further_ahead():
     assert [smoothcache(budget, 50).reach for budget in (5, 9, 13, 20, 50)] == [24, 9, 7, 4, 3]
     assert smoothcache(9, 50, lookahead=3).reach == 3
+
+
+# Delta-DiT
+
+
+def ends_by_hand(rollout, interval, count, boundary):
+    """The final sample where `count` blocks add to their input what they did at the last multiple of `interval`: the
+    last ones, and from the first such step at or after the boundary on the first ones."""
+    blocks = transformer_blocks(rollout.model)
+    ends = {"first": range(count), "last": range(len(blocks) - count, len(blocks))}
+    steps, entered, added = defaultdict(int), {}, {}
+
+    def replace(i, module, args, kwargs, output):
+        step = steps[i]
+        steps[i] += 1
+        entered[i] = args[0] if args else kwargs["hidden_states"]
+        if step % interval == 0:
+            added.update({end: output - entered[of[0]] for end, of in ends.items() if i == of[-1]})
+            return None
+        end = "last" if step < -(-boundary // interval) * interval else "first"
+        if i not in ends[end]:
+            return None
+        return entered[i] + added[end] if i == ends[end][-1] else entered[i]
+
+    handles = [block.register_forward_hook(partial(replace, i), with_kwargs=True) for i, block in enumerate(blocks)]
+    sample = rollout()
+    for handle in handles:
+        handle.remove()
+    return sample
+
+
+@pytest.mark.parametrize("family", ["dit", "wan"])
+@pytest.mark.parametrize(("interval", "count", "boundary"), [(2, 2, 5), (4, 1, 5), (3, 2, 0), (3, 3, 6), (4, 2, 10)])
+def test_delta_dit_reuses_what_the_last_blocks_add_and_then_what_the_first_do(family, interval, count, boundary):
+    rollout = Rollout(family)  # of three blocks
+    expected, plain = ends_by_hand(rollout, interval, count, boundary), rollout()
+    method = delta_dit(5, T, interval=interval, share=count / 3, boundary=boundary / T)
+    with dpcache.cached(rollout.model, method):
+        found = rollout()
+        report = dpcache.report(rollout.model)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, plain, rtol=1e-3, atol=1e-3)
+    assert report.computed["default"] == list(range(0, T, interval))
+    with dpcache.cached(rollout.model, delta_dit(T, T, interval=1, share=count / 3)):
+        assert torch.equal(rollout(), plain)
+
+
+@pytest.mark.parametrize(("share", "reused"), [(None, 5), (0.5, 3)])  # of six blocks
+def test_delta_dit_spends_its_budget(pipe, share, reused):
+    method, calibration = check_spending(pipe, delta_dit(7, T, share=share), 7)
+    assert method.decided["share"] == pytest.approx(reused / 6) == method.site.share
+    assert method.schedule.steps == EvenlySpaced(method.decided["full"], T).steps
+    if share is None:
+        assert delta_dit(T, T).build(pipe, calibration).schedule.steps == list(range(T))

@@ -2,8 +2,10 @@
 (ClusCa)."""
 
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dpcache
+from baselines.clusca import clusca, draw, k_means, numbers, spread
 from baselines.delta_dit import delta_dit
 from baselines.full import full
 from baselines.smoothcache import LayerErrors, computed, layer_types, smoothcache
+from dpcache.models.family import known_blocks
 from dpcache.predictors import Reuse, Taylor
 from dpcache.sampler import sample
 from dpcache.schedules import EvenlySpaced, Staggered
@@ -285,3 +289,102 @@ def test_delta_dit_spends_its_budget(pipe, share, reused):
     assert method.schedule.steps == EvenlySpaced(method.decided["full"], T).steps
     if share is None:
         assert delta_dit(T, T).build(pipe, calibration).schedule.steps == list(range(T))
+
+
+# ClusCa
+
+
+def one_token_by_hand(rollout, full, warmup, order, propagation):
+    """The final sample of ClusCa with one cluster: attention outputs, and those of single-stream blocks, on the line
+    through the last two full steps; of feed-forward outputs the constant term has one token of every step in it."""
+    terms, steps = {}, defaultdict(int)
+
+    def fill(name, module, args, output):
+        step = steps[name]
+        steps[name] += 1
+        streams = output if isinstance(output, tuple) else (output,)
+        if step in full:
+            known = terms.get(name) if order and step >= warmup - 1 else None
+            slopes = [(x - y) / (step - known[2]) for x, y in zip(streams, known[0])] if known else [0.0] * len(streams)
+            terms[name] = ([x.clone() for x in streams], slopes, step)
+            return None
+        constants, slopes, key = terms[name]
+        if ".ff" in name:
+            (constant,), token = constants, numbers(output.shape[1], f"{step} {name}").argmax()
+            constant[:, token] = output[:, token]
+            if "context" not in name:
+                constant += propagation * (output[:, token, None] - constant)
+        filled = tuple(c + (step - key) * s for c, s in zip(constants, slopes))
+        return filled if len(filled) > 1 else filled[0]
+
+    handles = [part.register_forward_hook(partial(fill, name)) for name, part in parts(rollout.model).items()]
+    sample = rollout()
+    for handle in handles:
+        handle.remove()
+    return sample
+
+
+@pytest.mark.parametrize("family", ["dit", "flux", "wan"])
+@pytest.mark.parametrize(("order", "propagation"), [(0, 0.0), (1, 0.0), (1, 0.4)])
+def test_clusca_computes_one_token_which_tells_on_the_others(family, order, propagation):
+    rollout, full_steps = Rollout(family), [0, 1, 2, 5, 8]
+    method = clusca(5, T, interval=3, clusters=1, propagation=propagation, order=order)
+    assert method.schedule.steps == full_steps
+    expected, plain = one_token_by_hand(rollout, full_steps, 3, order, propagation), rollout()
+    with dpcache.cached(rollout.model, method):
+        found, again = rollout(), rollout()
+    assert torch.equal(found, again) and not torch.allclose(found, plain, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    bent = one_token_by_hand(rollout, full_steps, 3, order, propagation + 0.2)
+    assert not torch.allclose(bent, expected, rtol=1e-3, atol=1e-4)
+    with dpcache.cached(rollout.model, clusca(T, T, interval=1)):
+        assert torch.equal(rollout(), plain)
+
+
+def test_clusters_are_those_of_k_means_in_l1_and_do_not_depend_on_the_batch():
+    tokens = torch.randn(2, 30, 5, generator=torch.Generator().manual_seed(0))
+    labels, centres = k_means(tokens, None, 4)
+    for own_tokens, own, means in zip(tokens.numpy(), labels.numpy(), centres.numpy()):
+        start = own_tokens[numbers(30, "centres").argsort()[:4].numpy()]
+        for _ in range(10):
+            nearest = np.array([np.abs(start - token).sum(1).argmin() for token in own_tokens])
+            start = np.array(
+                [own_tokens[nearest == c].mean(0) if (nearest == c).any() else 0 * start[c] for c in range(4)]
+            )
+        assert own.tolist() == nearest.tolist()
+        np.testing.assert_allclose(means, start, rtol=1e-4, atol=1e-6)
+    assert torch.equal(k_means(tokens[1:], None, 4)[0], labels[1:])
+    again = k_means(tokens, centres, 4, iterations=1)[0]  # goes on where it stopped
+    assert (again == labels).float().mean() > 0.9
+    assert k_means(tokens[:, :3], None, 16)[0].sort().values.tolist() == [[0, 1, 2]] * 2
+
+
+def test_every_cluster_draws_one_of_its_tokens_and_moves_the_others():
+    labels = torch.tensor([[0, 2, 2, 0, 1, 2], [2, 2, 0, 0, 0, 0]])  # the second sample has no cluster 1
+    order = torch.tensor([0.1, 0.9, 0.3, 0.2, 0.5, 0.4])
+    index = draw(labels, 3, order)
+    assert index.tolist() == [[3, 4, 1], [4, 0, 1]]
+    kept, fresh = torch.zeros(2, 6, 1), torch.tensor([[[1.0], [2.0], [3.0]], [[1.0], [4.0], [2.0]]])
+    spread(kept, fresh, labels, index, 0.5)
+    # Token 0 of the second sample stands in for the empty cluster, so its cluster moves towards the mean of two.
+    assert kept[..., 0].tolist() == [[0.5, 3.0, 1.5, 1.0, 2.0, 1.5], [3.5, 2.5, 0.5, 0.5, 1.0, 0.5]]
+
+
+def test_clusca_spends_its_budget(pipe):
+    method, _ = check_spending(pipe, clusca(6, T), 6)
+    assert method.schedule.steps == EvenlySpaced(method.decided["full"], T, 3).steps
+
+
+def test_clusca_refuses_what_it_does_not_know(rollout):
+    with pytest.raises(dpcache.SettingError, match="clusters=0, propagation="):
+        clusca(5, T, clusters=0)
+    with pytest.raises(dpcache.SettingError, match="order=2"):
+        clusca(5, T, order=2)
+    unknown = replace(known_blocks()["FluxTransformerBlock"], feed_forwards=())
+    site = clusca(5, T, interval=3).site
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(known_blocks(), unknown.kind, unknown)
+        with pytest.raises(
+            dpcache.SettingError, match="site=clusters does not know FluxTransformerBlock; known blocks:"
+        ):
+            site.hooks(SimpleNamespace(online=False), rollout.model)

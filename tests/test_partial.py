@@ -4,7 +4,7 @@
 from collections import defaultdict
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import combinations, pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dpcache
+from baselines.bac import Likeness, bac, bubbled, sampled, update_steps
 from baselines.clusca import clusca, draw, k_means, numbers, spread
 from baselines.delta_dit import delta_dit
 from baselines.full import full
@@ -135,6 +136,8 @@ def test_blocks_have_steps_of_their_own(rollout):
         (lambda: smoothcache(5, T, lookahead=0), "lookahead=0 must be at least 1"),
         (lambda: delta_dit(5, T, interval=0, share=0.5), "interval=0 must be at least 1"),
         (lambda: delta_dit(5, T, interval=2, share=1.5), "share=1.5 must be above 0 and at most 1"),
+        (lambda: bac(5, T, updates=11), "updates=11 must be between 1"),
+        (lambda: bac(5, T, upstream=-1), "upstream=-1 must be at least 0"),
         (lambda: delta_dit(5, T, boundary=2), "boundary=2 must be between 0 and 1"),
     ],
 )
@@ -388,3 +391,67 @@ def test_clusca_refuses_what_it_does_not_know(rollout):
             dpcache.SettingError, match="site=clusters does not know FluxTransformerBlock; known blocks:"
         ):
             site.hooks(SimpleNamespace(online=False), rollout.model)
+
+
+# BAC
+
+
+@pytest.mark.parametrize("updates", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("seed", range(3))
+def test_bac_updates_where_the_similarities_of_what_is_reused_are_largest(updates, seed):
+    similarity = np.random.default_rng(seed).uniform(-1, 1, (7, 7))
+
+    def total(steps):
+        return sum(similarity[max(s for s in steps if s <= step), step] for step in range(7) if step not in steps)
+
+    best = max(((0, *others) for others in combinations(range(1, 7), updates - 1)), key=total)
+    assert update_steps(similarity, updates) == list(best)
+
+
+def test_bac_lets_the_worst_feed_forwards_take_the_steps_of_later_ones():
+    steps = {"0.attn": [0, 9], "0.ff": [0, 1], "1.ff": [0, 2], "1.ff_context": [0, 3], "2.ff": [0, 4], "3.ff": [0, 5]}
+    depths = {name: int(name[0]) for name in steps if ".ff" in name}
+    errors = {"0.ff": 2.0, "1.ff": 3.0, "1.ff_context": 0.5, "2.ff": 4.0, "3.ff": 1.0}
+    assert bubbled(steps, depths, errors, 0) == steps
+    assert bubbled(steps, depths, errors, 1) == steps | {"2.ff": [0, 4, 5]}
+    assert bubbled(steps, depths, errors, 2) == steps | {"2.ff": [0, 4, 5], "1.ff": [0, 2, 4, 5]}
+    assert bubbled(steps, depths, errors, 3)["0.ff"] == [0, 1, 2, 3, 4, 5]
+    assert bubbled(steps, depths, errors, 9)["3.ff"] == [0, 5]
+
+
+def test_bac_spends_its_budget_on_the_lists_that_the_similarities_give(pipe):
+    method, calibration = check_spending(pipe, bac(6, T), 6)
+    likeness, names = calibration[Likeness()], list(method.schedule.lists)
+    assert names == [f"{i}.{name}" for i in range(2) for name in ("attn", "ff", "ff_context")] + [
+        f"{i}.proj_out" for i in range(2, 6)
+    ]
+    assert likeness.shape == (2, len(names), T, T)
+    updates = method.decided["updates"]
+    assert max(updates) - min(updates) <= 1
+    for name, similarity, count in zip(names, likeness[0], updates):
+        own = update_steps(similarity, count)
+        if "attn" in name or name == "5.proj_out":
+            assert method.schedule.lists[name] == own
+        else:
+            assert set(method.schedule.lists[name]) >= set(own)
+    assert bac(T, T).build(pipe, calibration).schedule.steps == list(range(T))
+    assert {len(own) for own in bac(6, T, updates=3, upstream=0).build(pipe, calibration).schedule.lists.values()} == {
+        3
+    }
+
+    outputs, kept = [], pipe.transformer.transformer_blocks[1].ff
+    handle = kept.register_forward_hook(lambda module, args, output: outputs.append(output.flatten()))
+    sample(pipe, full(T), ["red apple"], [calibration.made_from["seeds"][0]], decode=False, **CALL)
+    handle.remove()
+    rows = torch.stack(outputs)
+    expected = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
+    np.testing.assert_allclose(likeness[0, names.index("1.ff")], expected, atol=1e-5)
+    expected = (rows[:, None] - rows[None]).abs().mean(-1)
+    np.testing.assert_allclose(likeness[1, names.index("1.ff")], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_large_outputs_are_compared_by_some_of_their_elements():
+    streams = torch.arange(2 * 300_000.0).view(2, 300, 1000), -torch.ones(2, 7, 10)
+    rows = sampled(streams)
+    assert rows.shape[0] == 2 and 2**15 < rows.shape[1] <= 2**16
+    assert rows[1, :3].tolist() == [300_000.0, 300_005.0, 300_010.0] and rows[0, -1] == -1

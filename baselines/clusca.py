@@ -190,7 +190,7 @@ def k_means(
     """
     if centres is None:
         first = numbers(tokens.shape[1], "centres").argsort()[:clusters]
-        centres = tokens[:, first.to(tokens.device)]
+        centres = tokens[:, first.to(tokens.device, non_blocking=True)]
     for _ in range(iterations):
         labels = torch.cdist(tokens, centres, p=1).argmin(-1)
         belongs = (labels[..., None] == torch.arange(centres.shape[1], device=labels.device)).to(tokens.dtype)
@@ -216,7 +216,7 @@ class DrawHook(SessionHook):
     def new_forward(self, module, stream, *args, **kwargs):
         branch, (_, count, width) = self.session.current, stream.shape
         if branch.skip:
-            order = numbers(count, f"{branch.step} {self.name}").to(stream.device)
+            order = numbers(count, f"{branch.step} {self.name}").to(stream.device, non_blocking=True)
             self.index = draw(branch.state.labels[self.stream], min(self.clusters, count), order)
             stream = stream.gather(1, self.index[..., None].expand(-1, -1, width))
         return self.forward(stream, *args, **kwargs)

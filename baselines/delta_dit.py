@@ -88,7 +88,7 @@ class DeltaDiT:
 
     There is no public code of the authors, and of the paper no more than its abstract and descriptions of it could be
     read here. Open, and chosen here: the boundary in the middle of the steps, and how a budget is divided: the paper's
-    share of the blocks is reused, or more, so that about half of the budget is left for full steps. It takes three or
+    share of the blocks is reused, or more, so that half of the budget is left for full steps. It takes three or
     four runs of one calibration prompt.
 
     Args: see `delta_dit`.
@@ -124,7 +124,7 @@ class DeltaDiT:
         if share is None:
             depth, share = len(transformer_blocks(denoiser(pipe))), 1.0
             always = (spent(make(1), pipe, calibration, limit=1) - 1) / max(T - 1, 1)  # of a step without blocks
-            computed = round(depth * (self.budget / (2 * T) - always) / (1 - always))
+            computed = int(depth * (self.budget / (2 * T) - always) / (1 - always))
             share = 1 - min(max(computed, 0), int(depth * (1 - PAPERS_SHARE))) / depth
         found = with_full_steps(make, self.budget, T, 1, pipe, calibration)
         return with_decided(found, {"share": share})

@@ -51,7 +51,7 @@ def method(num_inference_steps: int, lists: Mapping[str, Sequence[int]]) -> Meth
 class LayerErrors(Rerun):
     """The error of reusing a layer's output, |L_i - L_i+k|_1 / |L_i+k|_1 (Eq. 4), of every type of layer, for k = 1 to
     `lookahead` steps: (types, lookahead, T), from step i, infinite where there is no step i + k. Mean over the layers
-    of a type, prompts and guidance branches."""
+    of a type, prompts and guidance branches. Measuring holds so many outputs of every layer."""
 
     lookahead: int
 

@@ -79,7 +79,7 @@ def test_a_dry_run_describes_the_plan(name):
     assert config.model.path in said and str(method.schedule.steps) in said and "iB" in said
 
 
-FIXED = ["dpcache", "taylorseer", "uniform_skip", "dpcache_lsq", "spectrum", "ertacache"]
+FIXED = ["dpcache", "taylorseer", "uniform_skip", "dpcache_lsq", "spectrum", "ertacache", "delta_dit", "clusca"]
 ONLINE = ["teacache", "dicache", "speca", "bwcache", "easycache"]
 
 

@@ -10,11 +10,14 @@ import torch
 from safetensors.numpy import save_file
 
 import dpcache
+from baselines.clusca import clusca
+from baselines.delta_dit import delta_dit
 from baselines.dicache import dicache
 from baselines.easycache import easycache
 from baselines.ertacache import ERTACache
 from baselines.first_block_cache import first_block_cache
 from baselines.hyca import HyCa
+from baselines.smoothcache import smoothcache
 from baselines.solver import solver
 from baselines.speca import speca
 from baselines.taylorseer import taylorseer
@@ -50,6 +53,9 @@ MADE = {
     "probed": lambda: dicache(5, T, threshold=0.2),
     "verified": lambda: speca(4, T, threshold=0.5),
     "tokens": lambda: toca(4, T, interval=3),
+    "clusters": lambda: clusca(4, T, interval=3),
+    "staggered": lambda: smoothcache(4, T, steps={"attn": [0, 3, 6], "ff": [0, 2, 4]}),
+    "ends": lambda: delta_dit(4, T, interval=3, share=0.5),
     "solver": lambda: solver(4, T, "UniPCMultistepScheduler"),
     "library": lambda: first_block_cache(5, T, threshold=0.1),
     "channels": lambda: HyCa(4, T),

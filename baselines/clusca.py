@@ -1,0 +1,273 @@
+"""ClusCa: Compute Only 16 Tokens in One Timestep: Accelerating Diffusion Transformers with Cluster-Driven Feature
+Caching (Zheng et al., arXiv 2509.10312), as in the authors' code."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+from zlib import crc32
+
+import torch
+
+from baselines.search import with_full_steps
+from dpcache._diffusers import leave_uncompiled
+from dpcache.calibration import Calibration
+from dpcache.errors import SettingError
+from dpcache.hooks import BranchHook, SessionHook, StreamHook
+from dpcache.method import Method
+from dpcache.models.family import block_of
+from dpcache.predictors import Taylor
+from dpcache.schedules import EvenlySpaced, Schedule, check_budget
+from dpcache.sites import Modules, transformer_blocks, unknown_block
+
+
+def clusca(
+    budget: int,
+    num_inference_steps: int,
+    interval: int | None = None,
+    clusters: int = 16,
+    propagation: float = 0.005,
+    order: int = 1,
+    warmup: int = 3,
+) -> "ClusCa | Method":
+    """Attention and feed-forward outputs are extrapolated as by TaylorSeer; of every feed-forward, one random token of
+    each cluster is computed anew and tells on the others of its cluster, see `Clusters`.
+
+    Args:
+        interval: the authors' N, a full step after every N - 1 others; None: as many full steps as spend the budget.
+        clusters: the authors' 16.
+        propagation: the paper's gamma, 0.005 in the authors' code for FLUX.
+        order: of the Taylor expansion, 0 or 1; the authors' code has 1 for FLUX and 4 for DiT.
+        warmup: full steps to begin with.
+    """
+    check_budget(budget, num_inference_steps, warmup)
+    if clusters < 1 or not 0 <= propagation <= 1 or order not in (0, 1):
+        raise SettingError(
+            f"clusters={clusters}, propagation={propagation}, order={order}: must be at least 1, from 0 to 1, 0 or 1"
+        )
+    recipe = ClusCa(budget, num_inference_steps, clusters, propagation, order, warmup)
+    if interval is None:
+        return recipe
+    return recipe.with_steps(sorted({*range(warmup), *range(warmup - 1, num_inference_steps, interval)}))
+
+
+@dataclass(frozen=True)
+class ClusCa:
+    """The recipe: of the full steps, evenly spaced after the warm-up, there are as many as spend the budget together
+    with what the other steps cost. It takes two or three runs of one calibration prompt."""
+
+    budget: int
+    num_inference_steps: int
+    clusters: int
+    propagation: float
+    order: int
+    warmup: int
+    statistics: ClassVar[tuple] = ()
+
+    @property
+    def example(self) -> Method:
+        return self.make(self.budget)
+
+    def make(self, full: int) -> Method:
+        """The method with so many full steps."""
+        return self.with_steps(EvenlySpaced(full, self.num_inference_steps, self.warmup).steps)
+
+    def with_steps(self, steps: list[int]) -> Method:
+        site = Clusters(clusters=self.clusters, propagation=self.propagation)
+        predictor = Taylor(self.order, max(self.warmup - 2, 0))
+        return Method(Schedule(steps, self.num_inference_steps), site, predictor)
+
+    def build(self, pipe, calibration: Calibration) -> Method:
+        return with_full_steps(self.make, self.budget, self.num_inference_steps, self.warmup, pipe, calibration)
+
+
+@dataclass
+class ClusterState:
+    """Of one guidance branch in one generation.
+
+    Attributes:
+        labels: of each stream ("image", "text") the cluster of every token, (B, N).
+        centres: of each stream, (B, K, D).
+        anew: of each feed-forward by name its output at the last full step, with what was computed since in it, (B, N,
+            D).
+    """
+
+    labels: dict[str, torch.Tensor] = field(default_factory=dict)
+    centres: dict[str, torch.Tensor] = field(default_factory=dict)
+    anew: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Clusters(Modules):
+    """As `Modules`; of feed-forwards, skipped steps compute one token of each cluster of tokens.
+
+    The tokens of a stream are clustered at every full step, by what the last block with a feed-forward of its own
+    leaves. On a skipped step a random token of each cluster passes the feed-forward. Its output takes the place of the
+    one that was kept, and those of the image's other tokens move towards that of their cluster by `propagation`. As in
+    the authors' code, this changes the constant term of the Taylor expansion, text tokens do not tell on each other,
+    and single-stream blocks compute nothing.
+
+    Which tokens are drawn depends on the step and the block alone, so that a generation is repeatable and does not
+    depend on its batch; the authors draw from PyTorch's global generator.
+
+    Args:
+        clusters: of each stream, or as many as it has tokens.
+        propagation: see `clusca`.
+    """
+
+    name = "clusters"
+    apart_in_time = False
+    clusters: int = 16
+    propagation: float = 0.005
+
+    @property
+    def partial(self):
+        return True
+
+    def start(self):
+        return ClusterState()
+
+    def hooks(self, session, transformer):
+        pairs, last = super().hooks(session, transformer), {}
+        for block in transformer_blocks(transformer):
+            for _, name in own_feed_forwards(block):
+                last[stream_of(name)] = block
+        if not last:
+            known = block_of(transformer_blocks(transformer)[0])
+            raise SettingError(unknown_block(self, known, "feed_forwards"))
+        for block in dict.fromkeys(last.values()):
+            streams = [stream for stream, at in last.items() if at is block]
+            pairs.append((block, ClusterHook(session, block, streams, self.clusters)))
+        return pairs
+
+    def block_hooks(self, session, block, known, index, layer, present):
+        pairs = super().block_hooks(session, block, known, index, layer, present)
+        hooked = {module: hook for module, hook in pairs}
+        for norm, name in own_feed_forwards(block):
+            drawn = DrawHook(session, f"{index}.{name}", stream_of(name), self.clusters)
+            hooked[getattr(block, norm)] = drawn
+            hooked[getattr(block, name)] = SpreadHook(session, drawn, self.propagation)
+        return list(hooked.items())
+
+
+def own_feed_forwards(block: torch.nn.Module) -> list[tuple[str, str]]:
+    """A block's feed-forwards that see one stream alone, each with the norm before it: names (norm, feed-forward)."""
+    known = block_of(block)
+    pairs = () if known.part == "single" else known.feed_forwards
+    return [(norm, name) for norm, name in pairs if getattr(block, name) is not None]
+
+
+def stream_of(feed_forward: str) -> str:
+    """ "text" or "image", which diffusers tells by the feed-forward's name."""
+    return "text" if "context" in feed_forward or "txt" in feed_forward else "image"
+
+
+class ClusterHook(StreamHook):
+    """On the last block with a feed-forward of some streams: a full step clusters the tokens that leave it."""
+
+    def __init__(self, session, block, streams: list[str], clusters: int):
+        super().__init__(session, block)
+        self.own, self.clusters = streams, clusters
+
+    @leave_uncompiled
+    def new_forward(self, module, *args, **kwargs):
+        output, branch = self.forward(*args, **kwargs), self.session.current
+        if not branch.skip:
+            state = branch.state
+            for stream in self.own:
+                tokens = self.image(output) if stream == "image" else self.other(output)
+                state.labels[stream], state.centres[stream] = k_means(
+                    tokens.float(), state.centres.get(stream), self.clusters
+                )
+        return output
+
+
+def k_means(
+    tokens: torch.Tensor, centres: torch.Tensor | None, clusters: int, iterations: int = 10
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clusters by L1 distance: of each of the tokens (B, N, D) its cluster, (B, N), and the clusters' means (B, K, D).
+
+    Args:
+        centres: where to begin, (B, K, D); None: at `clusters` random tokens, or at all if there are fewer.
+    """
+    if centres is None:
+        first = numbers(tokens.shape[1], "centres").argsort()[:clusters]
+        centres = tokens[:, first.to(tokens.device, non_blocking=True)]
+    for _ in range(iterations):
+        labels = torch.cdist(tokens, centres, p=1).argmin(-1)
+        belongs = (labels[..., None] == torch.arange(centres.shape[1], device=labels.device)).to(tokens.dtype)
+        centres = belongs.mT @ tokens / (belongs.sum(1)[..., None] + 1e-8)
+    return labels, centres
+
+
+def numbers(count: int, seed: str) -> torch.Tensor:
+    """Random numbers, (count,), the same for the same seed."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(crc32(seed.encode())))
+
+
+class DrawHook(SessionHook):
+    """On the norm before a feed-forward: on a skipped step it lets through one token of each cluster, (B, N, D) -> (B,
+    K, D)."""
+
+    def __init__(self, session, name: str, stream: str, clusters: int):
+        super().__init__(session)
+        self.name, self.stream, self.clusters = name, stream, clusters
+        self.index = None  # of the tokens, (B, K)
+
+    @leave_uncompiled
+    def new_forward(self, module, stream, *args, **kwargs):
+        branch, (_, count, width) = self.session.current, stream.shape
+        if branch.skip:
+            order = numbers(count, f"{branch.step} {self.name}").to(stream.device, non_blocking=True)
+            self.index = draw(branch.state.labels[self.stream], min(self.clusters, count), order)
+            stream = stream.gather(1, self.index[..., None].expand(-1, -1, width))
+        return self.forward(stream, *args, **kwargs)
+
+
+def draw(labels: torch.Tensor, clusters: int, order: torch.Tensor) -> torch.Tensor:
+    """Of each cluster the token of the largest number: from labels (B, N) and numbers (N,), indices (B, K). A cluster
+    without tokens draws the first token of all."""
+    belongs = labels[:, None] == torch.arange(clusters, device=labels.device)[:, None]
+    return torch.where(belongs, order, -torch.inf).argmax(-1)
+
+
+class SpreadHook(BranchHook):
+    """On a feed-forward: a skipped step puts the drawn tokens' outputs into what was kept, lets them tell on the others
+    of their cluster, and adds the terms of higher order."""
+
+    def __init__(self, session, drawn: DrawHook, propagation: float):
+        super().__init__(session, drawn.name)
+        self.drawn, self.propagation = drawn, propagation if drawn.stream == "image" else 0.0
+
+    @leave_uncompiled
+    def new_forward(self, module, *args, **kwargs):
+        branch = self.session.current
+        anew, history = branch.state.anew, branch.histories.get(self.name, [None])[0]
+        if not branch.skip:
+            if self.name in anew:  # the next slope begins at what the skipped steps have made of the feature
+                history.buffers[history.newest].copy_(anew[self.name])
+            output = super().new_forward(module, *args, **kwargs)
+            anew[self.name] = output.clone()
+            return output
+        fresh, kept = self.forward(*args, **kwargs), anew[self.name]
+        spread(kept, fresh, branch.state.labels[self.drawn.stream], self.drawn.index, self.propagation)
+        return self.session.predict(self.name) + (kept - history.buffers[history.newest])
+
+
+def spread(
+    kept: torch.Tensor, fresh: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, propagation: float
+) -> None:
+    """Put the outputs of drawn tokens into `kept` and move all tokens towards their cluster's, in place.
+
+    Args:
+        kept: (B, N, D).
+        fresh: outputs of the drawn tokens, (B, K, D).
+        labels, index: the cluster of every token, (B, N), and the drawn tokens, (B, K).
+        propagation: how far, 0 to 1.
+    """
+    wide = fresh.shape[-1]
+    kept.scatter_(1, index[..., None].expand_as(fresh), fresh)
+    if propagation:
+        cluster = labels.gather(1, index)
+        total = torch.zeros_like(fresh).scatter_add_(1, cluster[..., None].expand_as(fresh), fresh)
+        count = torch.zeros_like(fresh[..., 0]).scatter_add_(1, cluster, torch.ones_like(fresh[..., 0]))
+        mean = total / count[..., None].clamp(min=1)
+        kept.lerp_(mean.gather(1, labels[..., None].expand(-1, -1, wide)), propagation)

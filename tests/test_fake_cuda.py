@@ -47,6 +47,7 @@ GIVEN = {  # what would take a search, or more steps than there are
     "dicache": (FOUND,),
     "dpcache_lsq": ("predictors=[lsq3]", *ONE_CANDIDATE),
     "dpcache_lsq_output": ("predictors=[lsq3x,lsq3]", *ONE_CANDIDATE),
+    "dyweight": ("weights=[[0.9],[-0.1,1.0],[0.1,1.0],[0.0,0.9]]", "scales=[1.0,0.9,1.0,1.1]"),
     "easycache": (FOUND, "warmup=2"),
     "ertacache": ("threshold=1.0",),
     "fastercache": ("skip_range=2",),
@@ -208,7 +209,7 @@ def test_devices_and_dtypes_agree_and_the_host_waits_at_decisions_alone(name, fa
             assert waits == [int(DECISIONS[name](step, computed[branch])) for step in range(steps)]
         else:
             assert waits == [0] * steps
-    if name not in ("full", "fewer_steps", "dpm_solver", "unipc"):
+    if name != "full" and steps == T:  # not on a grid of its own
         assert all(0 < len(keys) < T for keys in computed.values())
 
 

@@ -1,4 +1,4 @@
-"""The one search for the setting that spends the budget, of methods that decide online."""
+"""Searches for what spends the budget: a setting, or a number of full steps beside others that cost something, too."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -37,6 +37,31 @@ def spent(method: Runnable, pipe, calibration: Calibration, limit: int | None = 
     return float(np.mean([*report.spent.values()]))
 
 
+def with_full_steps(
+    make: Callable[[int], Runnable], budget: int, num_inference_steps: int, least: int, pipe, calibration: Calibration
+) -> Runnable:
+    """The method with as many full steps as spend the budget together with what is computed of the other steps.
+
+    Found by two or three runs of one calibration prompt, because all take the same steps.
+
+    Args:
+        make: the method with so many full steps.
+        least: the fewest.
+
+    Returns:
+        The method, with the number of "full" steps and what it "spent" among what was decided.
+    """
+    T, full, found = num_inference_steps, budget, {}
+    while full not in found:
+        found[full] = spent(make(full), pipe, calibration, limit=1)
+        partial = (found[full] - full) / max(T - full, 1)  # cost of a step that is not full, in full ones
+        full = max(round((budget - partial * T) / (1 - partial)), least)
+    full = min(found, key=lambda full: abs(found[full] - budget))
+    if abs(found[full] - budget) > 0.5:
+        log.warning("budget=%s is out of reach: %s full steps spend %.1f", budget, full, found[full])
+    return with_decided(make(full), {"full": full, "spent": found[full]})
+
+
 @dataclass(frozen=True)
 class Search:
     """The recipe of a method with one setting, which is found in closed loop so that the calibration prompts spend the
@@ -47,7 +72,8 @@ class Search:
         budget, num_inference_steps: K and T.
         first: the value to begin with, the default.
         setting: what it is called, for the record.
-        whole: whole numbers only; these are caches whose steps are the same for all prompts, so one prompt will do.
+        whole: whole numbers only.
+        alike: whether the steps are the same for all prompts, so that one prompt will do; None: those of whole numbers.
     """
 
     make: Callable[[float], Runnable]
@@ -56,6 +82,7 @@ class Search:
     first: float
     setting: str = "threshold"
     whole: bool = False
+    alike: bool | None = None
     statistics: ClassVar[tuple] = ()
 
     @property
@@ -71,7 +98,8 @@ class Search:
 
         @cache
         def run(value: float) -> float:
-            return spent(self.make(value), pipe, calibration, limit=1 if self.whole else None)
+            alike = self.whole if self.alike is None else self.alike
+            return spent(self.make(value), pipe, calibration, limit=1 if alike else None)
 
         value, total = closest(lambda value: run(rounded(value)), self.budget, self.first, tries=10)
         if total > self.budget + 0.5:  # out of reach

@@ -1,14 +1,13 @@
 """ToCa: Accelerating Diffusion Transformers with Token-wise Feature Caching (Zou et al., arXiv 2410.05317), as in the
 authors' code."""
 
-import logging
 import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from baselines.search import spent, with_decided
+from baselines.search import with_full_steps
 from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
 from dpcache.method import Method
@@ -16,8 +15,6 @@ from dpcache.models.family import block_named
 from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
 from dpcache.sites import Tokens
-
-log = logging.getLogger(__name__)
 
 # Factors of models with both kinds of blocks: much of a single-stream block, little of a double-stream one.
 PARTS = {"double": 0.4, "single": 1.6, None: 1.0}
@@ -107,15 +104,7 @@ class ToCa:
         return Method(Schedule(steps, self.num_inference_steps), Tokens(selector=scores), Reuse())
 
     def build(self, pipe, calibration: Calibration) -> Method:
-        T, full, found = self.num_inference_steps, self.budget, {}
-        while full not in found:
-            found[full] = spent(self.make(full), pipe, calibration, limit=1)  # the same for all prompts
-            partial = (found[full] - full) / max(T - full, 1)  # cost of a step that is not full, in full ones
-            full = max(round((self.budget - partial * T) / (1 - partial)), self.warmup)
-        full = min(found, key=lambda full: abs(found[full] - self.budget))
-        if abs(found[full] - self.budget) > 0.5:
-            log.warning("ToCa: budget=%s is out of reach: %s full steps spend %.1f", self.budget, full, found[full])
-        return with_decided(self.make(full), {"full": full, "spent": found[full]})
+        return with_full_steps(self.make, self.budget, self.num_inference_steps, self.warmup, pipe, calibration)
 
 
 def toca(

@@ -151,10 +151,10 @@ class RunHook(StreamHook):
 
     @leave_uncompiled
     def new_forward(self, module, *args, **kwargs):
-        branch = self.session.current
-        if self.first or branch.skip:
+        branch, skip = self.session.current, self.session.skips(self.name)
+        if self.first or skip:
             image, other = self.image_in(args, kwargs), self.other_in(args, kwargs)
-        if branch.skip:
+        if skip:
             if self.last:
                 added = self.session.predict(self.name)
                 image, other = (
@@ -221,23 +221,30 @@ class BranchHook(SessionHook):
 
     @leave_uncompiled
     def new_forward(self, module, *args, **kwargs):
-        branch = self.session.current
-        if branch.skip:
+        if self.session.skips(self.name):
             self.session.left_out(module)
             return self.session.predict(self.name)
         output = self.forward(*args, **kwargs)
-        if not branch.verifying:
+        if not self.session.current.verifying:
             self.session.keep(self.name, output)
         return output
 
 
 class FeederHook(SessionHook):
-    """On a module whose output is read by a kept module alone, which does not run on a skipped step. There it returns
-    an empty tensor, so that neither time nor memory is spent."""
+    """On a module whose output is read by kept modules alone. Where these are all predicted it does not run: it returns
+    an empty tensor, so that neither time nor memory is spent.
+
+    Args:
+        readers: names of the block's kept modules.
+    """
+
+    def __init__(self, session, readers: list[str]):
+        super().__init__(session)
+        self.readers = readers
 
     @leave_uncompiled
     def new_forward(self, module, *args, **kwargs):
-        if self.session.current.skip:
+        if all(self.session.skips(name) for name in self.readers):
             self.session.left_out(module)
             nothing = (args[0] if args else kwargs["hidden_states"])[..., :0]
             text = kwargs.get("encoder_hidden_states")

@@ -13,7 +13,7 @@ from dpcache.circumstances import check_use
 from dpcache.denoisers import denoisers
 from dpcache.errors import SettingError
 from dpcache.predictors import Predictor
-from dpcache.schedules import OnlineSchedule, Schedule
+from dpcache.schedules import OnlineSchedule, Schedule, Staggered
 from dpcache.session import Report, Session
 from dpcache.sites import Site, as_site
 
@@ -71,7 +71,8 @@ class Method:
         decided: what calibration has chosen, for the record.
         made_for: what it was calibrated with, see `dpcache.circumstances`; empty: it was not.
 
-    Raises SettingError where the site does not show the predictor the model's input that it asks for.
+    Raises SettingError where the site does not show the predictor the model's input that it asks for, or does not keep
+    the parts of the model apart for which the schedule has lists.
     """
 
     schedule: Schedule | OnlineSchedule
@@ -85,6 +86,8 @@ class Method:
         object.__setattr__(self, "site", as_site(self.site))
         if self.predictor.sees_input and not self.site.sees_input:
             raise SettingError(f"site={self.site.name}: a predictor that sees the model's input takes site=output")
+        if isinstance(self.schedule, Staggered) and not self.site.apart_in_time:
+            raise SettingError(f"site={self.site.name} computes all that it keeps at the same steps")
 
     @property
     def num_inference_steps(self) -> int:

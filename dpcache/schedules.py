@@ -5,7 +5,8 @@ steps that are always computed first.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from dpcache.errors import SettingError
 
@@ -72,6 +73,51 @@ class Interval(Schedule):
                 f"interval={interval} computes {len(steps)} steps: set budget={len(steps)}, not {budget}"
             )
         super().__init__(steps, num_inference_steps)
+
+
+@dataclass(frozen=True)
+class Staggered(Schedule):
+    """A fixed list of computed steps for each part of the model. Sites that keep parts of the model apart (`modules`,
+    `blocks`) follow it; a predictor fills in each part from the steps at which that part was computed.
+
+    Args:
+        num_inference_steps: T.
+        lists: the steps of what the site keeps, by its name there ("3.attn1"), or by its kind, the last part of the
+            name ("attn1"), for all that have no list by name. A part without a list is computed at every step.
+
+    Attributes:
+        steps: at which every part is computed.
+
+    Raises SettingError for a list that does not increase strictly from 0 to below T.
+    """
+
+    steps: list[int] = field(init=False)
+    lists: Mapping[str, Sequence[int]]
+
+    def __post_init__(self):
+        T = self.num_inference_steps
+        lists = {name: Schedule(steps, T).steps for name, steps in self.lists.items()}
+        object.__setattr__(self, "lists", lists)
+        object.__setattr__(self, "steps", sorted(set(range(T)).intersection(*lists.values())))
+        super().__post_init__()
+
+    def refreshes(self, name: str, step: int) -> bool:
+        """Whether the part is computed at a step at which others are not."""
+        own = self.lists.get(name, self.lists.get(kind(name)))
+        return step not in self.steps and (own is None or step in own)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raises SettingError for a list of something that is not among the names that a site keeps."""
+        known = {*names, *map(kind, names)}
+        if unknown := [name for name in self.lists if name not in known]:
+            raise SettingError(
+                f"steps of {', '.join(unknown)}: this model keeps {', '.join(dict.fromkeys(map(kind, sorted(names))))}"
+            )
+
+
+def kind(name: str) -> str:
+    """The last part of the name of what a site keeps."""
+    return name.rpartition(".")[2]
 
 
 @dataclass(frozen=True)

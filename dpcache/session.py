@@ -31,7 +31,7 @@ from dpcache.circumstances import warn_of_other_use
 from dpcache.denoisers import denoisers
 from dpcache.errors import SettingError
 from dpcache.flops import LayerFlops
-from dpcache.schedules import OnlineSchedule
+from dpcache.schedules import OnlineSchedule, Staggered
 from dpcache.steps import SchedulerSteps, Steps, TimestepSteps
 
 MOST_CALLS = 8  # of a model in one step; more show that its scheduler is not the one that is watched
@@ -135,8 +135,9 @@ class Branch:
         step: of the current call.
         keys: steps that its model has computed in this generation; what is kept of them is what predictions are made
             of. A pipeline with two models for two ranges of steps begins them anew with the second.
+        own_keys: with a `Staggered` schedule, the same of each name, which parts of other steps may have computed, too.
         computed: all computed steps of this generation.
-        skip: whether the current call is predicted.
+        skip: whether the current call is predicted, or parts of it.
         leader: the first branch of this generation.
         state: of an online schedule, or of a site that keeps one, in this generation.
     """
@@ -147,6 +148,7 @@ class Branch:
         self.part: Part | None = None
         self.leader = self
         self.keys: list[int] = []
+        self.own_keys: dict[str, list[int]] = {}
         self.computed: list[int] = []
         self.state: object = None
         self.state_bytes = 0  # its most in the finished generations
@@ -172,7 +174,7 @@ class Branch:
 
     def enter(self, part: "Part | None") -> None:
         """Another model takes over, for which nothing that was kept can be used."""
-        self.part, self.keys, self.kept = part, [], frozenset()
+        self.part, self.keys, self.own_keys, self.kept = part, [], {}, frozenset()
         self.state_bytes = max(self.state_bytes, self.current_state_bytes)
         self.state, self.verifying = None, False
         self.placeholders.clear()
@@ -288,7 +290,8 @@ class Session:
         self.online = isinstance(self.schedule, OnlineSchedule)
         self.fixed = None if self.online else frozenset(self.schedule.steps)
         self.computed = self.fixed  # in this generation
-        self.pipe, self.partial = weakref.ref(pipe), self.site.partial
+        self.staggered = self.schedule if isinstance(self.schedule, Staggered) else None
+        self.pipe, self.partial = weakref.ref(pipe), self.site.partial or self.staggered is not None
         self.switches: set[int] = set()
         self.input_shape: tuple[int, ...] = ()
         self.final: Report | None = None
@@ -490,6 +493,11 @@ class Session:
         weights = self.predicted_weights(tuple(branch.keys[-self.method.predictor.history :]), branch.step)
         branch.weights = self.schedule.scale(branch, weights) if self.online else weights
 
+    def skips(self, name: str) -> bool:
+        """Whether the current call predicts what is kept under `name`."""
+        branch = self.current
+        return branch.skip and not (self.staggered and self.staggered.refreshes(name, branch.step))
+
     def left_out(self, module) -> None:
         """A hook calls it when its module is called but not run, so that its FLOPs do not count."""
         watch = self.current.part.watch
@@ -508,6 +516,8 @@ class Session:
             histories = branch.histories[name] = [History(length) for _ in features]
         for history, tensor in zip(histories, features):
             history.push(tensor)
+        if self.staggered:
+            branch.own_keys.setdefault(name, []).append(branch.step)
         self.learn(name, feature)
         if self.observe is not None:
             self.observe(branch.name, branch.step, name, feature)
@@ -533,7 +543,11 @@ class Session:
                 f"site={self.site.name}: {kind} sees the model's input, {has}, which has another shape than the "
                 f"prediction, {shapes}: choose a predictor that does not see it"
             )
-        predicted = tuple(history.combine(branch.weights, seen) for history in histories)
+        weights = branch.weights
+        if self.staggered:
+            own = branch.own_keys[name][-self.method.predictor.history :]
+            weights = self.predicted_weights(tuple(own), branch.step)
+        predicted = tuple(history.combine(weights, seen) for history in histories)
         return predicted if len(predicted) > 1 else predicted[0]
 
     def _once(self, name: str) -> None:
@@ -557,6 +571,8 @@ class Session:
         """Raises SettingError if the call has kept or predicted something else than the branch's first one."""
         if not branch.skip and len(branch.keys) == 1:
             branch.kept = frozenset(branch.seen)
+            if self.staggered:
+                self.staggered.check(branch.kept.union(self.site.kinds))
         if branch.seen != branch.kept or not branch.seen:
             missing = ", ".join(sorted(branch.kept - branch.seen)) or "what it keeps"
             raise SettingError(

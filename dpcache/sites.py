@@ -71,10 +71,14 @@ class Site:
         name: its short name.
         partial: whether a skipped step computes a part of the model that counts against the budget.
         sees_input: whether a predictor may use the model's input.
+        apart_in_time: whether what it keeps may be computed at different steps, as a `Staggered` schedule has it.
+        kinds: kinds of what it keeps, of which a model need not have all; empty: the model's own.
     """
 
     name: ClassVar[str]
     sees_input: ClassVar[bool] = False
+    apart_in_time: ClassVar[bool] = False
+    kinds: ClassVar[tuple[str, ...]] = ()
 
     @property
     def partial(self) -> bool:
@@ -147,6 +151,7 @@ class Blocks(Site):
     """
 
     name = "blocks"
+    apart_in_time = True
     blocks: Sequence[int] | None = None
     apart: bool = False
 
@@ -180,6 +185,7 @@ class Modules(Site):
     """
 
     name = "modules"
+    apart_in_time = True
     verifier: Verifier | None = None
 
     @property
@@ -195,16 +201,23 @@ class Modules(Site):
         for index, (block, known) in enumerate(zip(blocks, records)):
             if not known.kept:
                 raise SettingError(unknown_block(self, known, "kept"))
-            present = {name: getattr(block, name) for name in known.kept if getattr(block, name) is not None}
-            pairs += self.block_hooks(session, block, known, index, records[:index].count(known), present)
+            layer = records[:index].count(known)
+            pairs += self.block_hooks(session, block, known, index, layer, kept_modules(block, known))
         return pairs
+
+    @classmethod
+    def names(cls, transformer: torch.nn.Module) -> list[str]:
+        """What is kept: "3.attn1" for the fourth block's module of that name."""
+        blocks = enumerate(transformer_blocks(transformer))
+        return [f"{index}.{name}" for index, block in blocks for name in kept_modules(block, block_of(block))]
 
     def block_hooks(
         self, session, block, known: Block, index: int, layer: int, present: dict[str, torch.nn.Module]
     ) -> list[tuple[torch.nn.Module, Hook]]:
         """Of one block, the `layer`-th of its class, whose branches are `present`."""
         pairs = [(module, BranchHook(session, f"{index}.{name}")) for name, module in present.items()]
-        return pairs + [(getattr(block, name), FeederHook(session)) for name in known.feeders]
+        names = [hook.name for _, hook in pairs]
+        return pairs + [(getattr(block, name), FeederHook(session, names)) for name in known.feeders]
 
 
 @dataclass(frozen=True)
@@ -216,6 +229,7 @@ class Tokens(Modules):
     """
 
     name = "tokens"
+    apart_in_time = False
     selector: Selector | None = None
 
     @property
@@ -229,6 +243,11 @@ class Tokens(Modules):
         if not known.feed_forwards:
             raise SettingError(unknown_block(self, known, "feed_forwards"))
         return token_hooks(session, block, known, index, layer, present)
+
+
+def kept_modules(block: torch.nn.Module, known: Block) -> dict[str, torch.nn.Module]:
+    """Those of the modules that the record names that this block has."""
+    return {name: getattr(block, name) for name in known.kept if getattr(block, name) is not None}
 
 
 def unknown_block(site: Site, block: Block, fact: str) -> str:

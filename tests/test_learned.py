@@ -94,7 +94,7 @@ def test_gradients_lead_through_the_pipeline_and_its_guidance(kind):
 
     def loss(weights, scales):
         reached = student(pipe, (weights, scales, 2), one.family.prompts[:1], [0], **one.family.call)
-        return (reached - aim).square().mean()
+        return (reached.double() - aim).square().mean()  # differences of two runs are small
 
     weights = torch.tensor([[1.0, 0, 0], [-0.1, 1, 0], [0, -0.1, 1]], dtype=torch.float64, requires_grad=True)
     scales = torch.tensor([0.97, 0.9, 0.95], dtype=torch.float64, requires_grad=True)

@@ -53,6 +53,7 @@ GIVEN = {  # what would take a search, or more steps than there are
     "fastercache": ("skip_range=2",),
     "first_block_cache": (FOUND,),
     "gits": STEPS,
+    "harmonica": ("updates=1", "proxy_every=100"),
     "lemica": STEPS,
     "magcache": ("threshold=0.5",),
     "oss": STEPS,

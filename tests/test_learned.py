@@ -1,6 +1,8 @@
 """Methods that are trained through the sampler: what they compute, against their equations written out, and the
 gradients that train them."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +10,12 @@ import torch
 import dpcache
 from baselines.dyweight import DyWeight, WeightedSteps, dyweight, student
 from baselines.fewer_steps import fewer_steps
+from baselines.harmonica import HarmoniCa, Router, at_each_step, gradient, harmonica, highest, image_errors, modules_of
+from baselines.trajectory import answers, recorded
 from dpcache._diffusers import with_gradients
 from dpcache.errors import SettingError
 from dpcache.sampler import generate
-from helpers.cases import T, case
+from helpers.cases import K, T, case
 from helpers.tracing import state_of
 
 # DyWeight
@@ -88,9 +92,8 @@ def test_the_latest_prediction_alone_is_the_plain_solver(kind):
 def test_gradients_lead_through_the_pipeline_and_its_guidance(kind):
     """Against differences of two runs."""
     one = case(kind)
-    pipe, before = one.pipe, state_of(one.pipe.transformer)
-    flags = [parameter.requires_grad for parameter in pipe.transformer.parameters()]
-    aim = one.latents(which=(0,))
+    pipe, aim = one.pipe, one.latents(which=(0,))
+    before, flags = state_of(pipe.transformer), [p.requires_grad for p in pipe.transformer.parameters()]
 
     def loss(weights, scales):
         reached = student(pipe, (weights, scales, 2), one.family.prompts[:1], [0], **one.family.call)
@@ -100,7 +103,7 @@ def test_gradients_lead_through_the_pipeline_and_its_guidance(kind):
     scales = torch.tensor([0.97, 0.9, 0.95], dtype=torch.float64, requires_grad=True)
     with with_gradients(pipe):
         loss(weights, scales).backward()
-    assert [parameter.requires_grad for parameter in pipe.transformer.parameters()] == flags
+    assert [p.requires_grad for p in pipe.transformer.parameters()] == flags
     assert state_of(pipe.transformer) == before and all(p.grad is None for p in pipe.transformer.parameters())
     for part, place in ((weights, (1, 0)), (weights, (2, 2)), (scales, 1)):
         values = []
@@ -156,3 +159,99 @@ def test_what_does_not_fit_is_named(make, message):
 def generate_with(one, steps: int):
     with dpcache.cached(one.pipe, GIVEN):
         generate(one.pipe, one.family.prompts[:1], [0], steps, decode=False, **one.family.call)
+
+
+# HarmoniCa
+
+
+def router(one, scores: torch.Tensor, threshold: float = 0.5) -> Router:
+    return Router(one.pipe.transformer, modules_of(one.pipe.transformer), scores, threshold)
+
+
+def routed(one, scores: torch.Tensor):
+    """States and predictions of one sample with outputs that are mixed."""
+    mixing = router(one, scores)
+    with mixing.at_work(), at_each_step(one.pipe, mixing.end_step):
+        return recorded(one.pipe, one.family.prompts[:1], [0], len(scores), **one.family.call)
+
+
+def random_scores(one, steps: int = T) -> torch.Tensor:
+    scores = torch.rand(steps, len(modules_of(one.pipe.transformer)), generator=torch.Generator().manual_seed(0))
+    scores[0] = 1
+    return scores
+
+
+@pytest.mark.parametrize("kind", ["flux_true_cfg", "dit_ddim"])
+def test_scores_of_zero_and_one_mix_what_a_list_of_steps_computes(kind):
+    one = case(kind)
+    plain = one.latents(which=(0,))
+    names, before = modules_of(one.pipe.transformer), state_of(one.pipe.transformer)
+    chosen = random_scores(one) > 0.4
+    mixed = routed(one, chosen.float()).states[-1]
+    assert state_of(one.pipe.transformer) == before
+    lists = {name: chosen[:, place].nonzero().flatten().tolist() for place, name in enumerate(names)}
+    expected, report = one.run(harmonica(K, T, steps=lists), which=(0,))
+    torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(expected, plain) and torch.equal(one.latents(which=(0,)), plain)
+    assert all(0 < spent < T for (spent,) in report.spent.values())
+
+
+def test_the_gradient_of_the_last_steps_scores_is_that_of_two_runs():
+    """They alone move no later state."""
+    one, steps = case("dit_ddim"), 4
+    batch, scores = (one.family.prompts[:1], [0]), random_scores(one, 4)
+    proxies = torch.tensor([0.0, 1.0, 2.0, 30.0])
+    found = gradient(one.pipe, partial(router_of, one), scores, proxies, batch, one.family.call)
+    states = routed(one, scores).states
+    wanted = answers(one.pipe, states[:-1], *batch, **one.family.call)[-1]
+
+    def loss(place, move):
+        moved = scores.clone()
+        moved[-1, place] += move
+        return float(30 * (routed(one, moved).slopes[-1].double() - wanted).square().mean())
+
+    for place in (0, 3):
+        slope = (loss(place, 1e-2) - loss(place, -1e-2)) / 2e-2
+        assert float(found[steps - 1, place]) == pytest.approx(slope, rel=0.02)
+    assert (found[0] == 0).all() and (found[1:] != 0).all()
+
+
+def router_of(one, scores, threshold=0.5):
+    return router(one, scores, threshold)
+
+
+def test_the_images_error_of_a_step_is_what_mixing_it_moves_after_those_before():
+    one = case("dit_ddim")
+    batch, scores = (one.family.prompts[:1], [0]), random_scores(one, 4)
+    found = image_errors(one.pipe, partial(router_of, one), scores, batch, one.family.call)
+    some = [torch.cat([scores[: step + 1], torch.ones_like(scores[step + 1 :])]) for step in (1, 2)]
+    one_step, two_steps = (routed(one, mixed).states[-1] for mixed in some)
+    assert found[0] == 0
+    assert float(found[2]) == pytest.approx(float((two_steps - one_step).square().mean()), rel=1e-4)
+
+
+def test_the_highest_scores_are_computed_and_all_of_the_first_step():
+    scores = np.array([[0.1, 0.1], [0.9, 0.2], [0.3, 0.8]])
+    assert highest(scores, 2).tolist() == [[True, True], [False, False], [False, False]]
+    assert highest(scores, 4).tolist() == [[True, True], [True, False], [False, True]]
+    assert highest(scores, 6).all()
+
+
+def test_a_threshold_and_a_price_of_ones_own_take_the_place_of_the_budgets():
+    one, recipe = case("dit_ddim"), HarmoniCa(K, T, threshold=0.5, beta=1e9, updates=1, rate=20.0)
+    method = one.build(recipe)  # so dear that everything is reused
+    assert all(steps == [0] for steps in method.schedule.lists.values()) and len(method.schedule.lists) == 4
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: harmonica(9, T), "budget=9 must be between"),
+        (lambda: harmonica(K, T, threshold=1.5), "threshold=1.5 must lie between 0 and 1"),
+        (lambda: harmonica(K, T, updates=0), "updates=0"),
+        (lambda: modules_of(torch.nn.Linear(1, 1)), "Linear has no transformer blocks"),
+    ],
+)
+def test_what_harmonica_does_not_take_is_named(make, message):
+    with pytest.raises(SettingError, match=message):
+        make()

@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 
 import dpcache
 import eval.schema  # noqa: F401, registers the types of the settings
+from baselines.harmonica import HarmoniCa, modules_of
 from baselines.library import LibraryCache
 from baselines.meancache import MeanErrors
 from baselines.sencache import Sensitivities
@@ -53,7 +54,6 @@ GIVEN = {  # what would take a search, or more steps than there are
     "fastercache": ("skip_range=2",),
     "first_block_cache": (FOUND,),
     "gits": STEPS,
-    "harmonica": ("updates=1", "proxy_every=100"),
     "lemica": STEPS,
     "magcache": ("threshold=0.5",),
     "oss": STEPS,
@@ -149,7 +149,9 @@ def calibration(case) -> Calibration:
     features = torch.randn(T, 64, generator=generator).cumsum(0)
     changes = np.full((1, T), 0.5)
     output = gram([features, features.flip(0)] if case.family.input_like_output else features)
+    (router,), count = HarmoniCa(K, T).statistics, len(modules_of(case.pipe.transformer))
     known = {
+        router: np.linspace(0, 1, T * count).reshape(T, count)[::-1],
         L1Cost(): l1_cost(features, Taylor(2)),
         L1Cost("output"): l1_cost(features, Taylor(2)),
         InputChange(): changes,

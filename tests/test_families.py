@@ -39,7 +39,8 @@ PARTIAL = ("tokens", "blocks")  # whose skipped steps compute something
 METHODS = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml"))
 REFUSALS = (  # of a method on a family that it is not made for
     "has another shape than its prediction|diffusers offers none of its caches|one cache for all guidance branches|"
-    "for schedulers of the first order|not one of the schedulers that weights are trained for"
+    "for schedulers of the first order|not one of the schedulers that weights are trained for|"
+    "AsymRnR thins the tokens of videos"
 )
 
 

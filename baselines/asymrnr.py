@@ -131,8 +131,7 @@ def thinning(
     replaced by that one."""
     total = len(kept) + len(others)
     count = max(0, int(total * (1 - ratio)) - len(kept))  # of the others, that stay
-    order, kept, others = distance.argsort(-1, descending=True), kept.to(distance.device), others.to(distance.device)
-    lead = distance.shape[:2]
+    order, lead = distance.argsort(-1, descending=True), distance.shape[:2]
     stay = torch.cat([others[order[..., :count]], kept.expand(*lead, -1)], -1)
     source = torch.empty((*lead, total), dtype=torch.long, device=distance.device)
     places = torch.arange(count + len(kept), device=distance.device).expand(*lead, -1)
@@ -169,6 +168,7 @@ class ThinHook(SessionHook):
     def __init__(self, session, index: int, patch: tuple[int, int, int], text_first: bool):
         super().__init__(session)
         self.index, self.patch, self.text_first = index, patch, text_first
+        self.latest, self.parted = None, ()  # step and grid, and how their tokens are split
 
     @leave_uncompiled
     def new_forward(self, module, *args, **kwargs):
@@ -188,8 +188,11 @@ class ThinHook(SessionHook):
         if key.shape[2] != length or length < count or is_causal:
             raise SettingError(f"AsymRnR: a self-attention of {length} tokens does not hold the video's {count}")
         video = slice(length - count, length) if self.text_first else slice(0, count)
-        latest = branch.keys[-1]
-        kept, others = split(grid, 1000 * self.index + latest)
+        latest = branch.keys[-1], grid, query.device
+        if self.latest != latest:
+            parts = split(grid, 1000 * self.index + branch.keys[-1])
+            self.latest, self.parted = latest, tuple(part.to(query.device, non_blocking=True) for part in parts)
+        kept, others = self.parted
         if branch.skip:
             of_query, nearest_query, of_value, nearest_value = session.predict(str(self.index))
         else:

@@ -158,6 +158,7 @@ def weighted(scheduler, weights: torch.Tensor, scales: torch.Tensor, window: int
     """
     time_of(scheduler)
     kind, twin = type(scheduler), copy_of_scheduler(scheduler)
+    vars(twin).pop("set_timesteps", None)  # one that was put on the scheduler itself would set its timesteps
     signature = wraps(kind.set_timesteps)(_WeightedSteps.set_timesteps)  # pipelines look for arguments such as `mu`
     twin.__class__ = type(kind.__name__, (_WeightedSteps, kind), {"set_timesteps": signature})
     twin.weights, twin.scales, twin.window, twin.final = weights, scales, window, None

@@ -75,17 +75,14 @@ def split(grid: tuple[int, int, int], seed: int) -> tuple[torch.Tensor, torch.Te
     Args:
         grid: frames, rows, columns.
     """
-    generator = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
     chunk = [min(size, length) for size, length in zip(CHUNK, grid)]
     counts = [length // size for size, length in zip(chunk, grid)]
-    place = torch.zeros(counts, dtype=torch.long)
-    for axis, (size, count, length) in enumerate(zip(chunk, counts, grid)):
-        start = int(torch.randint(length - size * count + 1, (), generator=generator))
-        corner = start + size * torch.arange(count).view([-1 if other == axis else 1 for other in range(3)])
-        place = place * length + corner + torch.randint(size, counts, generator=generator)
-    kept = torch.zeros(grid[0] * grid[1] * grid[2], dtype=torch.bool)
-    kept[place.flatten()] = True
-    return kept.nonzero().flatten(), (~kept).nonzero().flatten()
+    starts = [rng.integers(length - size * count + 1) for size, count, length in zip(chunk, counts, grid)]
+    corners = np.meshgrid(*(s + size * np.arange(n) for s, size, n in zip(starts, chunk, counts)), indexing="ij")
+    place = np.ravel_multi_index([c + rng.integers(size, size=counts) for c, size in zip(corners, chunk)], grid)
+    kept = np.sort(place, axis=None)
+    return torch.from_numpy(kept), torch.from_numpy(np.setdiff1d(np.arange(np.prod(grid)), kept))
 
 
 def match(tokens: torch.Tensor, kept: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,8 +149,7 @@ class _Attention(TorchFunctionMode):
         if func is not torch.nn.functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         self.seen = True
-        with torch._C.DisableTorchFunction():
-            return self.attend(func, *args, **(kwargs or {}))
+        return self.attend(func, *args, **(kwargs or {}))
 
 
 class ThinHook(SessionHook):
@@ -179,8 +175,9 @@ class ThinHook(SessionHook):
         return output
 
     def attend(self, func, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
+        """The attention `func` of (B, H, N, D) where tokens are left out, (B, H, N, D)."""
         session, site = self.session, self.session.site
-        branch, (*_, shape) = session.current, (part for part, _ in session.current.signature)
+        branch, shape = session.current, session.current.signature[0][0]
         if len(shape) != 5:
             raise SettingError(f"AsymRnR thins the tokens of videos, and this model's input is {shape}")
         grid = tuple(length // size for length, size in zip(shape[2:], self.patch))

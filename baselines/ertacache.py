@@ -36,8 +36,10 @@ class ERTACache:
     then predicted as a v~, with the a of least squares at every skipped step, and taken off: the paper's closed form,
     without its constant, which latents of mean zero do not need.
 
-    The authors' code could not be had. The paper's third part, other step sizes of the solver, is left out: accounts of
-    its formula disagree, and it would need the sampler's hand.
+    The authors' code, bytedance/ERTACache, is public but could not be obtained. The paper's third part, other step
+    sizes of the solver where a prediction is reused, is left out, as two things are open: the formula of its correction
+    coefficient, of which accounts disagree, and how the steps that follow make up for it, so that the sampler ends at
+    its last time. `baselines.solver.OtherScheduler` could take such steps.
 
     Args:
         threshold: the paper's lambda; None: the lowest that does not exceed the budget.

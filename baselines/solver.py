@@ -3,6 +3,7 @@
 DPM-Solver++ (Lu et al., arXiv 2211.01095) and UniPC (Zhao et al., arXiv 2302.04867), as diffusers has them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,23 +15,18 @@ from dpcache.method import Method
 
 
 @dataclass(frozen=True, eq=False)
-class Solver(Method):
-    """The pipeline's scheduler gives way to another one for as long as the method is enabled.
+class OtherScheduler(Method, ABC):
+    """The pipeline's scheduler gives way to another one for as long as the method is enabled."""
 
-    Args:
-        scheduler: name of diffusers' class.
-        settings: what it is configured with beyond the pipeline's own scheduler.
-    """
-
-    scheduler: str = field(kw_only=True)
-    settings: Mapping[str, object] = field(kw_only=True)
+    @abstractmethod
+    def scheduler_for(self, own):
+        """The one in place of the pipeline's own, which is left as it is."""
 
     def session(self, pipe, observe=None):
-        own, settings = pipe.scheduler, dict(self.settings)
-        if type(own).__name__.startswith("FlowMatch"):
-            settings |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-            settings |= {"flow_shift": own.config.shift, "use_dynamic_shifting": own.config.use_dynamic_shifting}
-        pipe.scheduler = getattr(diffusers, self.scheduler).from_config(own.config, **settings)
+        own = getattr(pipe, "scheduler", None)
+        if own is None:
+            raise SettingError(f"{type(self).__name__} needs a pipeline, whose scheduler it replaces")
+        pipe.scheduler = self.scheduler_for(own)
         try:
             session = super().session(pipe, observe)
         except Exception:
@@ -38,6 +34,26 @@ class Solver(Method):
             raise
         session.on_detach.append(lambda: setattr(pipe, "scheduler", own))
         return session
+
+
+@dataclass(frozen=True, eq=False)
+class Solver(OtherScheduler):
+    """A scheduler of diffusers.
+
+    Args:
+        scheduler: name of its class.
+        settings: what it is configured with beyond the pipeline's own scheduler.
+    """
+
+    scheduler: str = field(kw_only=True)
+    settings: Mapping[str, object] = field(kw_only=True)
+
+    def scheduler_for(self, own):
+        settings = dict(self.settings)
+        if type(own).__name__.startswith("FlowMatch"):
+            settings |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+            settings |= {"flow_shift": own.config.shift, "use_dynamic_shifting": own.config.use_dynamic_shifting}
+        return getattr(diffusers, self.scheduler).from_config(own.config, **settings)
 
 
 def solver(budget: int, num_inference_steps: int, scheduler: str, order: int = 2) -> Method:

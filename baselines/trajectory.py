@@ -66,7 +66,7 @@ def recorded(pipe, prompts: Sequence[str], seeds: Sequence[int], num_inference_s
         slopes.append(prediction[: len(seeds), : sample.shape[1]].float().cpu())
         return original(prediction, time, sample, **kwargs)
 
-    with _stepping(pipe.scheduler, record):
+    with stepping(pipe.scheduler, record):
         last = generate(pipe, prompts, seeds, num_inference_steps, decode=False, **call).latents
     name = type(pipe.scheduler).__name__
     return Run(torch.stack([*states, last]), torch.stack(slopes), timesteps, factors, name)
@@ -125,7 +125,7 @@ def answers(pipe, states: torch.Tensor, prompts: Sequence[str], seeds: Sequence[
         output.prev_sample = given
         return output
 
-    with _stepping(pipe.scheduler, replace):
+    with stepping(pipe.scheduler, replace):
         generate(pipe, prompts, seeds, len(states), decode=False, **call)
     return torch.stack(slopes)
 
@@ -146,7 +146,7 @@ def _factors(scheduler, prediction: torch.Tensor, time, sample: torch.Tensor) ->
 
 
 @contextmanager
-def _stepping(scheduler, step: Callable) -> Iterator[None]:
+def stepping(scheduler, step: Callable) -> Iterator[None]:
     """Meanwhile `step(scheduler, original, prediction, time, sample, other arguments)` stands for `scheduler.step`."""
     replaced, original = vars(scheduler).get("step"), scheduler.step
     names = list(inspect.signature(original).parameters)[:3]

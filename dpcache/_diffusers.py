@@ -6,6 +6,7 @@
 - Which argument and which output of a block is the image's and which the text's (`TransformerBlockRegistry`).
 - The names under which models keep their lists of blocks.
 - The calls of a scheduler's `step` (`watch_steps`).
+- A pipeline's call without the decorator that switches gradients off (`with_gradients`).
 """
 
 import copy
@@ -39,6 +40,7 @@ __all__ = [
     "remove_hook",
     "unwrap_module",
     "watch_steps",
+    "with_gradients",
     "without_offload",
 ]
 
@@ -226,3 +228,23 @@ def watch_steps(scheduler, listener: StepListener) -> Callable[[], None]:
                 scheduler.step = step.replaced
 
     return unwatch
+
+
+@contextmanager
+def with_gradients(pipe) -> Iterator[None]:
+    """Within it a call of `pipe` keeps the graph of what it computes, which pipelines of diffusers otherwise switch
+    off, and no parameter of its models asks for a gradient: for training what stands around the models."""
+    kind = type(pipe)
+    models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    asked = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
+    call = getattr(kind.__call__, "__wrapped__", kind.__call__)
+    pipe.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        pipe.__class__ = kind
+        for parameter in asked:
+            parameter.requires_grad_(True)

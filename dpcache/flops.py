@@ -90,7 +90,7 @@ class LayerFlops:
     def __init__(self, transformer: torch.nn.Module, counting: bool = True):
         self.handles = [layer.register_forward_pre_hook(self._begin) for layer in matrix_layers(transformer)]
         self.known = self._known.setdefault(transformer, {}) if counting else None
-        self.costs, self.counter, self.ran = {}, None, []
+        self.costs, self.counter, self.ran, self.spared = {}, None, [], 0.0
 
     def _begin(self, layer, args) -> None:
         size = args[0].shape[1:].numel() if args else 1
@@ -112,10 +112,15 @@ class LayerFlops:
         if self.ran and self.ran[-1][0] is layer:
             self.ran.pop()
 
+    def spare(self, flops: float) -> None:
+        """The current call computes so many FLOPs less than its layers show."""
+        self.spared += flops
+
     @contextmanager
     def call(self, shapes: tuple):
         """Around one call of the transformer with an input of these shapes."""
         self.ran.clear()
+        self.spared = 0.0
         if self.known is not None:
             self.costs = self.known.setdefault(shapes, {})
         if self.costs or self.known is None:
@@ -139,7 +144,7 @@ class LayerFlops:
         for layer, size in self.ran:
             flops, full = self.costs.get(layer, (0, 1))
             ran += flops * size / full
-        return ran / sum(flops for flops, _ in self.costs.values())
+        return (ran - self.spared) / sum(flops for flops, _ in self.costs.values())
 
     def remove(self) -> None:
         for handle in self.handles:

@@ -504,6 +504,13 @@ class Session:
         if watch is not None:
             watch.forget(module)
 
+    def spare(self, flops: float) -> None:
+        """A hook calls it where its module computes so many FLOPs less within, which the layers that run do not
+        show."""
+        watch = self.current.part.watch
+        if watch is not None:
+            watch.spare(flops)
+
     @torch.compiler.disable
     def keep(self, name: str, feature) -> None:
         """Keep a computed feature (a tensor or a tuple of tensors) under `name`."""

@@ -2,7 +2,7 @@
 
 `conf/published/MODEL.yaml` has a record for each method: its `settings`, the `source` where they stand, and the
 `num_inference_steps` and `size` (rows x columns) that its authors ran them with, null where they do not tell. A setting
-that is a mapping has a list of computed steps for each budget.
+that is a mapping has a value for each budget.
 """
 
 import logging

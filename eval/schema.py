@@ -80,7 +80,8 @@ class Group(Enum):
 class About:
     """What the board says of a method: its title, the address of its paper, the paper's year, and its group.
     own_grid: its steps are not among the T steps of the others. reference: it computes every step, and the others are
-    compared with its samples; one method says so."""
+    compared with its samples; one method says so. trial: settings with which a method that is trained for minutes takes
+    seconds, to see that it works."""
 
     title: str = ""
     paper: str | None = None
@@ -88,6 +89,7 @@ class About:
     group: Group = Group.other
     own_grid: bool = False
     reference: bool = False
+    trial: dict[str, Any] = field(default_factory=dict)
 
 
 class Stage(Enum):

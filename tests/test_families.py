@@ -43,7 +43,8 @@ METHODS = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml"))
 REFUSALS = (  # of a method on a family that it is not made for
     "has another shape than its prediction|diffusers offers none of its caches|one cache for all guidance branches|"
     "for schedulers of the first order|does not take these arguments|another stream than|site=tokens does not know|"
-    "takes features of one tensor"
+    "takes features of one tensor|not one of the schedulers that weights are trained for|"
+    "AsymRnR thins the tokens of videos"
 )
 
 

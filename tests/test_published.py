@@ -42,7 +42,7 @@ def everything(model: str, method: str, *overrides: str):
     """The recipe with all that is published, for the authors' number of steps and a budget that there is."""
     record = published.records()[model][method]
     names, steps = [f"method.{name}=published" for name in record["settings"]], record["num_inference_steps"]
-    budget = max(record["settings"].get("steps", [20]))
+    budget = max(next((value for value in record["settings"].values() if isinstance(value, dict)), [20]))
     return made(model, method, *names, f"num_inference_steps={steps}", f"budget={budget}", *overrides)
 
 
@@ -72,6 +72,8 @@ def test_a_record_is_well_formed(model, method):
         "max_skip": lambda value: value in range(2, 7),
         "probe": lambda value: value == 1,
         "steps": lambda value: all(map(is_schedule, value, value.values())),
+        "weights": lambda value: all(len(rows) == budget for budget, rows in value.items()),
+        "scales": lambda value: all(len(row) == budget and 0.5 < min(row) < 1.5 for budget, row in value.items()),
     }
 
     def is_schedule(budget, steps):

@@ -4,6 +4,7 @@ import functools
 
 import torch
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 import dpcache
 from dpcache.sampler import generate
@@ -16,7 +17,9 @@ T, K = 8, 5
 
 @functools.cache
 def settings(method: str, budget: int = K):
-    return compose(f"method={method}", f"budget={budget}", f"num_inference_steps={T}").method
+    """Of a method that is trained for minutes, those of a trial."""
+    found = compose(f"method={method}", f"budget={budget}", f"num_inference_steps={T}")
+    return OmegaConf.merge(found.method, found.about.trial)
 
 
 class Case:

@@ -125,7 +125,7 @@ def test_sweep_shares_the_reference_and_a_failing_job_takes_nothing_with_it(tmp_
     loads = count_loads(tmp_path, monkeypatch)
     command = ["-m", "method=fora,teacache,fewer_steps", "budget=9,4", *TINY, *COUNTED, "model=tiny_flux"]
     code, out, err = run(*command, folder=tmp_path)
-    assert loads() == ["tiny_flux"] and "#1 : model=tiny_flux method=fora budget=4" in out  # jobs go by model first
+    assert loads() == ["tiny_flux"] and "model=tiny_flux method=fora budget=4" in out  # jobs go by model first
     assert code == 1 and len(re.findall(r"^failed: .*K9.*: error: .*budget=9", err, re.M)) == 3
     done = {result["method"]: result for result in results(tmp_path)}
     assert set(done) == {"fora", "teacache", "fewer_steps"}

@@ -1,6 +1,7 @@
 """DyWeight: Dynamic Gradient Weighting for Few-Step Diffusion Sampling (Zhao et al., arXiv 2603.11607), as in the
 authors' code for FLUX."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from baselines.fewer_steps import fewer_steps
 from baselines.full import full
 from baselines.search import with_decided
 from baselines.solver import OtherScheduler
-from dpcache._diffusers import copy_of_scheduler, with_gradients
+from dpcache._diffusers import with_gradients
 from dpcache.calibration import Calibration
 from dpcache.denoisers import denoisers
 from dpcache.errors import SettingError
@@ -157,8 +158,9 @@ def weighted(scheduler, weights: torch.Tensor, scales: torch.Tensor, window: int
     Raises SettingError for a scheduler of another kind than `DyWeight` takes.
     """
     time_of(scheduler)
-    kind, twin = type(scheduler), copy_of_scheduler(scheduler)
-    vars(twin).pop("set_timesteps", None)  # one that was put on the scheduler itself would set its timesteps
+    kind, twin = type(scheduler), copy.copy(scheduler)
+    for name in ("step", "set_timesteps"):  # what was put on the scheduler itself would act on that one
+        vars(twin).pop(name, None)
     signature = wraps(kind.set_timesteps)(_WeightedSteps.set_timesteps)  # pipelines look for arguments such as `mu`
     twin.__class__ = type(kind.__name__, (_WeightedSteps, kind), {"set_timesteps": signature})
     twin.weights, twin.scales, twin.window, twin.final = weights, scales, window, None

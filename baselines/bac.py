@@ -13,7 +13,7 @@ from dpcache.calibration import Calibration
 from dpcache.denoisers import denoiser
 from dpcache.errors import SettingError
 from dpcache.method import Method
-from dpcache.models.family import block_of
+from dpcache.models.family import block_of, feed_forwards_of
 from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Staggered, check_budget
 from dpcache.sites import Modules, transformer_blocks, unknown_block
@@ -177,12 +177,7 @@ def feed_forwards(transformer: torch.nn.Module) -> dict[str, int]:
     """Names of the modules that hold a feed-forward, and the index of the block of each. Raises SettingError where none
     is known."""
     blocks = transformer_blocks(transformer)
-    found = {
-        f"{index}.{name}": index
-        for index, block in enumerate(blocks)
-        for _, name in block_of(block).feed_forwards
-        if getattr(block, name) is not None
-    }
+    found = {f"{index}.{name}": index for index, block in enumerate(blocks) for _, name in feed_forwards_of(block)}
     if not found:
         raise SettingError(unknown_block(Modules(), block_of(blocks[0]), "feed_forwards"))
     return found

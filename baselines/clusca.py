@@ -13,7 +13,7 @@ from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
 from dpcache.hooks import BranchHook, SessionHook, StreamHook
 from dpcache.method import Method
-from dpcache.models.family import block_of
+from dpcache.models.family import block_of, feed_forwards_of
 from dpcache.predictors import Taylor
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
 from dpcache.sites import Modules, transformer_blocks, unknown_block
@@ -150,9 +150,7 @@ class Clusters(Modules):
 
 def own_feed_forwards(block: torch.nn.Module) -> list[tuple[str, str]]:
     """A block's feed-forwards that see one stream alone, each with the norm before it: names (norm, feed-forward)."""
-    known = block_of(block)
-    pairs = () if known.part == "single" else known.feed_forwards
-    return [(norm, name) for norm, name in pairs if getattr(block, name) is not None]
+    return [] if block_of(block).part == "single" else feed_forwards_of(block)
 
 
 def stream_of(feed_forward: str) -> str:

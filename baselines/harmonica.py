@@ -178,6 +178,7 @@ class Router:
 
     def _model(self, forward: Callable, *args, **kwargs):
         self.call += 1
+        args, kwargs = tree_map(_apart, (args, kwargs))
         return forward(*args, **kwargs)
 
     def _module(self, place: int, forward: Callable, *args, **kwargs):
@@ -245,6 +246,12 @@ class RouterScores(Rerun):
         scores = logits.sigmoid().double().numpy()
         scores[0] = 1.0
         return scores
+
+
+def _apart(value: object) -> object:
+    """A tensor without what led to it: each step is trained for itself, and latents of sound, which LTX-2 makes beside
+    the video, would tie it to the step before."""
+    return value.detach() if torch.is_tensor(value) else value
 
 
 def image_errors(pipe, routed: Callable, scores: torch.Tensor, batch: tuple, call: Mapping) -> torch.Tensor:

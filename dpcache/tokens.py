@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from dpcache._diffusers import leave_uncompiled
 from dpcache.errors import SettingError
 from dpcache.hooks import BranchHook, SessionHook
-from dpcache.models.family import Block
+from dpcache.models.family import Block, feed_forwards_of
 
 
 @dataclass
@@ -159,8 +159,8 @@ def token_hooks(session, block, known: Block, index: int, layer: int, present: d
     attention = known.attention
     hooked = {name: BranchHook(session, f"{index}.{name}") for name in present}
     hooked[attention] = AttentionHook(session, f"{index}.{attention}")
-    for place, (norm, name) in enumerate(known.feed_forwards):
-        if name in present and getattr(block, norm, None) is not None:
+    for place, (norm, name) in enumerate(feed_forwards_of(block)):
+        if name in present:
             full_name = f"{index}.{name}"
             hooked[norm] = SelectHook(session, full_name, f"{index}.{attention}", place == 0, known.kind, layer)
             hooked[name] = RefreshHook(session, full_name, hooked[norm])

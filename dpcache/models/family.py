@@ -228,6 +228,12 @@ def block_of(block: torch.nn.Module) -> Block:
     return block_named(type(unwrap_module(block)).__name__)
 
 
+def feed_forwards_of(block: torch.nn.Module) -> list[tuple[str, str]]:
+    """Those of the record's `feed_forwards` that this block has: names (norm, feed-forward)."""
+    pairs = block_of(block).feed_forwards
+    return [pair for pair in pairs if all(getattr(block, name, None) is not None for name in pair)]
+
+
 def modulated_input(block: torch.nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
     """What TeaCache looks at in a call of the first block (arXiv 2411.19108, 3.3): its input after its adaptive norm,
     (B, N, D), or what the family's record has instead. Raises SettingError where that is not known."""

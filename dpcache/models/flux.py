@@ -39,7 +39,7 @@ def token_grid(kwargs: Mapping) -> tuple[int, int]:
 @functools.lru_cache(maxsize=1)  # a generation has one tensor of positions, and on a GPU every look waits for it
 def _last_positions(positions: torch.Tensor) -> tuple[int, int]:
     """Of the image that is made; an image to be edited has another first coordinate."""
-    rows, columns = positions[positions[:, 0] == 0, 1:].amax(0).tolist()
+    rows, columns = torch.where(positions[:, :1] == 0, positions[:, 1:], 0).amax(0).tolist()
     return int(rows) + 1, int(columns) + 1
 
 

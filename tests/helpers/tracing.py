@@ -35,10 +35,25 @@ def snapshot(model):
 
 def marks(pipe) -> tuple:
     """What a method, a cache of another library or a careless test might leave changed on a pipeline or its class."""
+    modules = pipe.transformer.named_modules()
     parts = {name: id(part) for name, part in pipe.components.items()}
     weights = sum(parameter.double().abs().sum().item() for parameter in pipe.transformer.parameters())
     own = "step" in vars(pipe.scheduler)
-    return snapshot(pipe.transformer), dict(vars(type(pipe))), parts, weights, dict(pipe.scheduler.config), own
+    return (
+        {name: _runs_its_own(module) for name, module in modules},
+        dict(vars(type(pipe))),
+        parts,
+        weights,
+        dict(pipe.scheduler.config),
+        own,
+    )
+
+
+def _runs_its_own(module) -> bool:
+    """Whether a call of the module runs the forward of its class, and no hook of diffusers."""
+    forward, registry = vars(module).get("forward"), vars(module).get("_diffusers_hook")
+    plain = forward is None or getattr(forward, "__func__", None) is type(module).forward
+    return plain and not (registry and registry.hooks)
 
 
 def layers(transformer) -> list[torch.nn.Module]:

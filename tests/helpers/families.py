@@ -626,7 +626,7 @@ def mochi() -> MochiPipeline:
     )
     with torch.no_grad():
         for block in pipe.transformer.transformer_blocks:  # else what they add changes by less than rounding
-            block.norm1.linear.weight.mul_(30)
+            block.norm1.linear.weight.mul_(1.5)
     return pipe
 
 

@@ -105,10 +105,19 @@ def hook_on(module: torch.nn.Module, name: str = _NAME) -> ModelHook | None:
 
 
 def add_hook(module: torch.nn.Module, hook: Hook) -> None:
-    """Put `hook` on `module`, outside of the hooks that are there. Raises SettingError if one of ours is there."""
+    """Put `hook` on `module`, outside of the hooks that are there. Raises SettingError if one of ours is there, and if
+    another library has given the module another forward, as cache-dit does, which its `disable_cache` leaves."""
+    kind = type(module)
     if hook_on(module) is not None:
-        raise SettingError(f"a caching method is already enabled on this {type(module).__name__}")
+        raise SettingError(f"a caching method is already enabled on this {kind.__name__}")
     with without_offload(module):
+        forward = vars(module).get("forward")
+        if isinstance(forward, types.MethodType) and forward.__func__ is not kind.forward:
+            other = f"{forward.__func__.__module__}.{forward.__name__}"
+            raise SettingError(
+                f"this {kind.__name__} runs {other} instead of its own forward, which another library has left on it: "
+                "load the pipeline again"
+            )
         hook.had_registry, hook.instance_forward = hasattr(module, "_diffusers_hook"), vars(module).get("forward")
         HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _NAME)
 

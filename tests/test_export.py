@@ -11,6 +11,7 @@ import dpcache
 from baselines.taylorseer import taylorseer
 from baselines.teacache import fit_polynomial, r_squared
 from dpcache import export
+from dpcache.models.pretrained import load
 from dpcache.planned import dpcache as planned
 from dpcache.predictors import Taylor
 from dpcache.sampler import generate
@@ -49,8 +50,9 @@ def test_diffusers_snippet_is_the_method(pipe, calibration):
     assert torch.equal(latents[0], expected)
 
 
-def test_cache_dit_computes_the_exported_steps(pipe, calibration):
+def test_cache_dit_computes_the_exported_steps_and_what_it_leaves_is_refused(calibration):
     cache_dit = pytest.importorskip("cache_dit")
+    pipe = load("tiny_flux", "float32", "cpu")
     inner, calls = pipe.transformer.single_transformer_blocks[-1].attn, []
     handle = inner.register_forward_hook(lambda *_: calls.append(1))
     full = generate(pipe, ["dog"], [0], T, decode=False, **CALL).latents
@@ -64,6 +66,8 @@ def test_cache_dit_computes_the_exported_steps(pipe, calibration):
         cache_dit.disable_cache(pipe)
     assert len(calls) == K and 0 < (latents[0] - full).norm() < 0.2 * full.norm()
     assert torch.equal(generate(pipe, ["dog"], [0], T, decode=False, **CALL).latents, full)
+    with pytest.raises(dpcache.SettingError, match=r"FluxTransformer2DModel runs cache_dit.* instead of its own"):
+        dpcache.enable(pipe, planned(K, T).build(pipe, calibration))
 
 
 def test_the_command(calibration, tmp_path, capsys, monkeypatch):

@@ -13,6 +13,7 @@ from dpcache.prompts import identity
 from dpcache.sampler import generate
 from dpcache.statistics import Gram
 from eval import prompts
+from eval.kept import Loaded
 from eval.runs import Run, check, check_samples, read_prompts
 from helpers.cases import case
 from helpers.commands import compose, run
@@ -48,7 +49,7 @@ def start(file) -> tuple[Run, list[str], list[str]]:
     """A run of the small pipeline, its prompts, and those to calibrate with."""
     config = settings(file)
     check(config)
-    return Run(config, case("wan21_i2v").pipe, file.parent / "run"), *read_prompts(config, True)
+    return Run(config, Loaded(case("wan21_i2v").pipe), file.parent / "run"), *read_prompts(config, True)
 
 
 def by_hand(text: str, image, seed: int, **call) -> torch.Tensor:

@@ -56,7 +56,7 @@ def test_jobs_of_a_launcher_that_starts_all_at_once_have_their_threads(cpus, bef
         "_target_": "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
         "cpus_per_task": cpus,
     }
-    hydra = {"launcher": launcher, "sweep": {"dir": str(tmp_path / "runs")}}
+    hydra = {"launcher": launcher, "sweeper": {"_target_": "another"}, "sweep": {"dir": str(tmp_path / "runs")}}
     sweep.Board().on_multirun_start(OmegaConf.create({"output_dir": str(tmp_path), "hydra": hydra}))
     assert os.environ["OMP_NUM_THREADS"] == after
 

@@ -2,20 +2,18 @@
 Caching (Zheng et al., arXiv 2509.10312), as in the authors' code."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 from zlib import crc32
 
 import torch
 
-from baselines.search import with_full_steps
+from baselines.search import FullSteps
 from dpcache._diffusers import leave_uncompiled
-from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
 from dpcache.hooks import BranchHook, SessionHook, StreamHook
 from dpcache.method import Method
 from dpcache.models.family import block_of, feed_forwards_of
 from dpcache.predictors import Taylor
-from dpcache.schedules import EvenlySpaced, Schedule, check_budget
+from dpcache.schedules import Schedule, check_budget
 from dpcache.sites import Modules, transformer_blocks, unknown_block
 
 
@@ -43,40 +41,25 @@ def clusca(
         raise SettingError(
             f"clusters={clusters}, propagation={propagation}, order={order}: must be at least 1, from 0 to 1, 0 or 1"
         )
-    recipe = ClusCa(budget, num_inference_steps, clusters, propagation, order, warmup)
-    if interval is None:
-        return recipe
-    return recipe.with_steps(sorted({*range(warmup), *range(warmup - 1, num_inference_steps, interval)}))
+    recipe = ClusCa(budget, num_inference_steps, warmup, clusters, propagation, order)
+    return recipe if interval is None else recipe.with_steps(recipe.every(interval))
 
 
 @dataclass(frozen=True)
-class ClusCa:
-    """The recipe: of the full steps, evenly spaced after the warm-up, there are as many as spend the budget together
-    with what the other steps cost. It takes two or three runs of one calibration prompt."""
+class ClusCa(FullSteps):
+    """The recipe, see `FullSteps`."""
 
-    budget: int
-    num_inference_steps: int
     clusters: int
     propagation: float
     order: int
-    warmup: int
-    statistics: ClassVar[tuple] = ()
-
-    @property
-    def example(self) -> Method:
-        return self.make(self.budget)
 
     def make(self, full: int) -> Method:
-        """The method with so many full steps."""
-        return self.with_steps(EvenlySpaced(full, self.num_inference_steps, self.warmup).steps)
+        return self.with_steps(self.spaced(full))
 
     def with_steps(self, steps: list[int]) -> Method:
         site = Clusters(clusters=self.clusters, propagation=self.propagation)
         predictor = Taylor(self.order, max(self.warmup - 2, 0))
         return Method(Schedule(steps, self.num_inference_steps), site, predictor)
-
-    def build(self, pipe, calibration: Calibration) -> Method:
-        return with_full_steps(self.make, self.budget, self.num_inference_steps, self.warmup, pipe, calibration)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from baselines.fewer_steps import fewer_steps
 from baselines.full import full
 from baselines.search import with_decided
 from baselines.solver import OtherScheduler
+from baselines.trajectory import calling
 from dpcache._diffusers import with_gradients
 from dpcache.calibration import Calibration
 from dpcache.denoisers import denoisers
@@ -312,13 +313,5 @@ def student(pipe, steps: tuple, prompts: Sequence[str], seeds: Sequence[int], **
 def recomputed(pipe) -> Iterator[None]:
     """Within it a differentiated call of the pipeline's models keeps its inputs alone, and runs once more on the way
     back."""
-    before = {model: vars(model).get("forward") for model in denoisers(pipe).values()}
-    for model in before:
-        model.forward = wraps(model.forward)(partial(checkpoint, model.forward, use_reentrant=False))
-    try:
+    with calling(dict.fromkeys(denoisers(pipe).values(), partial(checkpoint, use_reentrant=False))):
         yield
-    finally:
-        for model, forward in before.items():
-            del model.forward
-            if forward is not None:
-                model.forward = forward

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from baselines.search import spent, with_decided
-from baselines.trajectory import answers, recorded, stepping
+from baselines.trajectory import answers, calling, recorded, stepping
 from dpcache._diffusers import with_gradients
 from dpcache.calibration import Calibration
 from dpcache.denoisers import denoiser
@@ -192,18 +192,9 @@ class Router:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        wrapped = [(self.model, self._model)]
-        wrapped += [(module, partial(self._module, place)) for place, module in enumerate(self.modules.values())]
-        before = [vars(module).get("forward") for module, _ in wrapped]
-        for module, run in wrapped:
-            module.forward = wraps(module.forward)(partial(run, module.forward))
-        try:
+        runs = {module: partial(self._module, place) for place, module in enumerate(self.modules.values())}
+        with calling({self.model: self._model} | runs):
             yield
-        finally:
-            for (module, _), forward in zip(wrapped, before):
-                del module.forward
-                if forward is not None:
-                    module.forward = forward
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Searches for what spends the budget: a setting, or a number of full steps beside others that cost something, too."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -10,6 +11,7 @@ import numpy as np
 
 from dpcache.calibration import Calibration
 from dpcache.method import Method, Runnable
+from dpcache.schedules import EvenlySpaced
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,36 @@ def with_full_steps(
     if abs(found[full] - budget) > 0.5:
         log.warning("budget=%s is out of reach: %s full steps spend %.1f", budget, full, found[full])
     return with_decided(make(full), {"full": full, "spent": found[full]})
+
+
+@dataclass(frozen=True)
+class FullSteps(ABC):
+    """Base of recipes: of the full steps, evenly spaced after the warm-up, there are as many as spend the budget
+    together with what the other steps cost, see `with_full_steps`."""
+
+    budget: int
+    num_inference_steps: int
+    warmup: int
+    statistics: ClassVar[tuple] = ()
+
+    @abstractmethod
+    def make(self, full: int) -> Method:
+        """The method with so many full steps."""
+
+    @property
+    def example(self) -> Method:
+        return self.make(self.budget)
+
+    def spaced(self, full: int) -> list[int]:
+        """So many steps."""
+        return EvenlySpaced(full, self.num_inference_steps, self.warmup).steps
+
+    def every(self, interval: int) -> list[int]:
+        """The authors' full steps: those of the warm-up, and one after every `interval` - 1 others."""
+        return sorted({*range(self.warmup), *range(self.warmup - 1, self.num_inference_steps, interval)})
+
+    def build(self, pipe, calibration: Calibration) -> Method:
+        return with_full_steps(self.make, self.budget, self.num_inference_steps, self.warmup, pipe, calibration)
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,15 @@ authors' code."""
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from baselines.search import with_full_steps
-from dpcache.calibration import Calibration
+from baselines.search import FullSteps
 from dpcache.errors import SettingError
 from dpcache.method import Method
 from dpcache.models.family import block_named
 from dpcache.predictors import Reuse
-from dpcache.schedules import EvenlySpaced, Schedule, check_budget
+from dpcache.schedules import Schedule, check_budget
 from dpcache.sites import Tokens
 
 # Factors of models with both kinds of blocks: much of a single-stream block, little of a double-stream one.
@@ -76,35 +74,21 @@ def spread_out(score: torch.Tensor, bonus: float = 0.6) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class ToCa:
-    """The recipe: of the full steps, evenly spaced after the warm-up, there are as many as spend the budget together
-    with what the other steps cost. The authors' code for DiT has intervals of its own, which shrink from 5 to 2, and
+class ToCa(FullSteps):
+    """The recipe, see `FullSteps`. The authors' code for DiT has intervals of its own, which shrink from 5 to 2, and
     one step or two at which the first layer alone is computed in full: here it is spaced like the others.
     """
 
-    budget: int
-    num_inference_steps: int
     fresh_ratio: float | None
     soft_fresh_weight: float
-    warmup: int
-    statistics: ClassVar[tuple] = ()
-
-    @property
-    def example(self) -> Method:
-        return self.make(self.budget)
 
     def make(self, full: int) -> Method:
-        """The method with so many full steps."""
-        steps = EvenlySpaced(full, self.num_inference_steps, self.warmup).steps
         interval = (self.num_inference_steps - self.warmup + 1) / (full - self.warmup + 1)
-        return self.with_steps(steps, interval)
+        return self.with_steps(self.spaced(full), interval)
 
     def with_steps(self, steps: list[int], interval: float) -> Method:
         scores = TokenScores(self.num_inference_steps, interval, self.fresh_ratio, self.soft_fresh_weight)
         return Method(Schedule(steps, self.num_inference_steps), Tokens(selector=scores), Reuse())
-
-    def build(self, pipe, calibration: Calibration) -> Method:
-        return with_full_steps(self.make, self.budget, self.num_inference_steps, self.warmup, pipe, calibration)
 
 
 def toca(
@@ -126,7 +110,5 @@ def toca(
         warmup: full steps to begin with.
     """
     check_budget(budget, num_inference_steps, warmup)
-    recipe = ToCa(budget, num_inference_steps, fresh_ratio, soft_fresh_weight, warmup)
-    if interval is None:
-        return recipe
-    return recipe.with_steps(sorted({*range(warmup), *range(warmup - 1, num_inference_steps, interval)}), interval)
+    recipe = ToCa(budget, num_inference_steps, warmup, fresh_ratio, soft_fresh_weight)
+    return recipe if interval is None else recipe.with_steps(recipe.every(interval), interval)

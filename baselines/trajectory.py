@@ -3,7 +3,7 @@
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -143,6 +143,21 @@ def _factors(scheduler, prediction: torch.Tensor, time, sample: torch.Tensor) ->
     of_state = _stepped(step(copy.deepcopy(scheduler), zero[1], time, one[0]))
     of_slope = _stepped(step(copy.deepcopy(scheduler), one[1], time, zero[0]))
     return float(of_state.flatten()[0]), float(of_slope.flatten()[0])
+
+
+@contextmanager
+def calling(runs: Mapping[torch.nn.Module, Callable]) -> Iterator[None]:
+    """Meanwhile `run(forward, *args, **kwargs)` stands for `forward` of each module, of `runs[module]`."""
+    before = {module: vars(module).get("forward") for module in runs}
+    for module, run in runs.items():
+        module.forward = functools.wraps(module.forward)(functools.partial(run, module.forward))
+    try:
+        yield
+    finally:
+        for module, forward in before.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
 @contextmanager

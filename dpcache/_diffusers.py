@@ -118,7 +118,7 @@ def add_hook(module: torch.nn.Module, hook: Hook) -> None:
                 f"this {kind.__name__} runs {other} instead of its own forward, which another library has left on it: "
                 "load the pipeline again"
             )
-        hook.had_registry, hook.instance_forward = hasattr(module, "_diffusers_hook"), vars(module).get("forward")
+        hook.had_registry, hook.instance_forward = hasattr(module, "_diffusers_hook"), forward
         HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _NAME)
 
 

@@ -128,6 +128,14 @@ class Calibration:
         self.made_from |= {"input": list(report.input_shape), "branches": list(report.computed)}
         return torch.cat(latents).numpy(), report
 
+    def errors(self, pipe, method: Runnable, limit: int | None = None, start: int = 0) -> np.ndarray:
+        """Relative distance of the prompts' final latents under `method` to the full-step ones, (n,). It takes a
+        statistic that has kept those."""
+        reference = self.latents[start:limit]
+        reference = reference.reshape(len(reference), -1)
+        moved = self.rerun(pipe, method, limit, start=start)[0].reshape(reference.shape) - reference
+        return np.linalg.norm(moved, axis=1) / np.linalg.norm(reference, axis=1)
+
     def count(self, report: Report, prompts: list[int]) -> None:
         """Add to `reran` what batches of so many prompts have taken under a method, mean over the guidance branches."""
         spent = np.mean([generations[-len(prompts) :] for generations in report.spent.values()], axis=0)

@@ -92,7 +92,7 @@ class LeastSquaresPlan:
         runs = list(dict.fromkeys((trial["predictor"], *trial["steps"]) for trial in trials))  # some coincide
 
         def errors(name, *steps, limit=None):
-            return _errors(pipe, calibration, self._method(steps, predictors[name]), limit)
+            return calibration.errors(pipe, self._method(steps, predictors[name]), limit)
 
         found = {}
         if len(runs) > FINALISTS and len(calibration.latents) > SCREENED:
@@ -161,20 +161,13 @@ def _predictor(name: str, gram: np.ndarray) -> Predictor:
     return short_names()[name]()
 
 
-def _errors(pipe, calibration, method: Method, limit: int | None = None) -> np.ndarray:
-    """Relative distance of each (of the first `limit`) calibration prompt's final latents to the full-step ones."""
-    reference = calibration.latents[:limit].reshape(len(calibration.latents[:limit]), -1)
-    moved = calibration.rerun(pipe, method, limit)[0].reshape(reference.shape) - reference
-    return np.linalg.norm(moved, axis=1) / np.linalg.norm(reference, axis=1)
-
-
 def _refit(pipe, calibration, method: Method, errors: np.ndarray) -> tuple[Method, dict[str, float]]:
     """`method` with weights fitted in closed loop if prompts left out of the fit end closer so, and their errors before
     and after. `errors`: of `method` on all calibration prompts."""
     split = max(1, int(0.7 * len(errors)))
     fitted, everything = fit_closed_loop(pipe, calibration, method, split)
     before = errors[split:].mean()
-    after = _errors(pipe, calibration, replace(method, predictor=fitted))[split:].mean()
+    after = calibration.errors(pipe, replace(method, predictor=fitted))[split:].mean()
     if after < before:
         method = replace(method, predictor=everything)
     return method, {"held_out_before": float(before), "held_out_after": float(after)}

@@ -96,13 +96,11 @@ class SimulatedPlan:
         methods = [make_method(simulator, trial["predictor"], trial["steps"]) for trial in trials[:finalists]]
 
         def errors(number: int, start: int, limit: int) -> np.ndarray:
-            wanted = calibration.latents[start:limit].reshape(limit - start, -1)
-            found = calibration.rerun(pipe, methods[number], limit, start=start)[0].reshape(wanted.shape)
-            return np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+            return calibration.errors(pipe, methods[number], limit, start)
 
         best, found = successive_halving(len(methods), errors, runs, len(calibration.latents))
         for trial, some in zip(trials, found):
-            trial |= {"confirmed": float(decibels(some.clip(1e-10))), "prompts": len(some)}
+            trial |= {"confirmed": float(decibels(some)), "prompts": len(some)}
         decided = {"steps": trials[best]["steps"], "predictor": trials[best]["predictor"], "trials": trials}
         return replace(methods[best], decided=decided)
 
@@ -142,7 +140,7 @@ def successive_halving(
             for number in alive:
                 found[number] = np.append(found[number], errors(number, seen, seen + more))
         runs, seen = runs - more * len(alive), seen + more
-        alive = sorted(alive, key=lambda number: -decibels(found[number].clip(1e-10)))[: (len(alive) + 1) // 2]
+        alive = sorted(alive, key=lambda number: -decibels(found[number]))[: (len(alive) + 1) // 2]
     return alive[0], found
 
 

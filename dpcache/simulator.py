@@ -460,5 +460,6 @@ class Simulator:
 
 
 def decibels(errors: np.ndarray) -> np.ndarray:
-    """Of relative errors (..., P), the mean over prompts of -20 log10: each prompt counts alike, as in a mean PSNR."""
-    return -20 * np.log10(errors).mean(-1)
+    """Of relative errors (..., P), the mean over prompts of -20 log10: each prompt counts alike, as in a mean PSNR. An
+    error counts as 1e-10 at least."""
+    return -20 * np.log10(np.maximum(errors, 1e-10)).mean(-1)

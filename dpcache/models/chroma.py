@@ -1,12 +1,13 @@
 """Chroma, which is FLUX.1 with one small network in place of all modulations, and real guidance."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from dpcache.arguments import argument
 from dpcache.models import flux
-from dpcache.models.family import Block, Family, Request, Streams
+from dpcache.models.family import Family, Request, Streams
 
 
 def inputs(request: Request) -> dict:
@@ -21,28 +22,20 @@ def modulated_input(block: torch.nn.Module, args: tuple, kwargs: Mapping) -> tor
     return block.norm1(argument(0, "hidden_states", args, kwargs), emb=modulation)[0]
 
 
+_DOUBLE, _SINGLE = flux.FAMILY.blocks
+
 FAMILY = Family(
     "ChromaTransformer2DModel",
     blocks=(
-        Block(
-            "ChromaTransformerBlock",
+        replace(
+            _DOUBLE,
+            kind="ChromaTransformerBlock",
             streams=Streams(image_index=1, other_index=0),
-            part="double",
-            kept=("attn", "ff", "ff_context"),
-            feed_forwards=(("norm2_context", "ff_context"), ("norm2", "ff")),
             modulated_input=modulated_input,
         ),
-        Block(
-            "ChromaSingleTransformerBlock",
-            streams=Streams(other=None),
-            text_first=True,
-            part="single",
-            kept=("proj_out",),  # of the attention and of the feed-forward's second layer in one
-            feeders=("attn", "proj_mlp"),
-            feed_forwards=(("norm", "proj_out"),),
-        ),
+        replace(_SINGLE, kind="ChromaSingleTransformerBlock", streams=Streams(other=None), text_first=True),
     ),
-    embedders=("x_embedder", "context_embedder", "pos_embed"),
+    embedders=flux.FAMILY.embedders,
     published={
         "lodestones/Chroma1-HD": {
             "in_channels": 64,

@@ -1,28 +1,15 @@
 """Chroma."""
 
-import diffusers
 import torch
 
-from helpers.families import image_vae
+from helpers import families
 from pipelines.parts import NEGATIVE, TEXT, flow, image, mask
 from pipelines.records import Case, assemble, pipeline
 
 
 def chroma(kind):
-    transformer = diffusers.ChromaTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        axes_dims_rope=(4, 6, 6),
-        approximator_hidden_dim=32,
-        approximator_layers=1,
-        approximator_num_channels=16,
-    )
-    return assemble(kind, scheduler=flow(), vae=image_vae(), transformer=transformer)
+    own = families.chroma()
+    return assemble(kind, scheduler=flow(), vae=own.vae, transformer=own.transformer)
 
 
 def inpaint(kind):

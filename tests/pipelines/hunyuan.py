@@ -118,35 +118,8 @@ pipeline(
 
 
 def hunyuan_image(kind):
-    transformer = diffusers.HunyuanImageTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=1,
-        num_single_layers=2,
-        num_refiner_layers=1,
-        patch_size=(1, 1),
-        guidance_embeds=False,
-        text_embed_dim=16,
-        text_embed_2_dim=16,
-        rope_axes_dim=(8, 8),
-    )
-    vae = diffusers.AutoencoderKLHunyuanImage(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        scaling_factor=0.5,
-        spatial_compression_ratio=2,
-        sample_size=16,
-        downsample_match_channel=False,
-        upsample_match_channel=False,
-    )
-    return assemble(
-        kind, scheduler=flow(), vae=vae, transformer=transformer, guider=diffusers.AdaptiveProjectedMixGuidance()
-    )
+    own = families.hunyuan_image()
+    return assemble(kind, scheduler=flow(), vae=own.vae, transformer=own.transformer, guider=own.guider)
 
 
 pipeline("HunyuanImagePipeline", hunyuan_image, guided=Case(_TWO_TEXTS | _TWO_NEGATIVES | _SIZE, 2))

@@ -49,6 +49,19 @@ class LinearSampler:
         """T."""
         return len(self.drive)
 
+    def predictions_between(self, states: np.ndarray, unmoved: np.ndarray) -> np.ndarray:
+        """The predictions (T, ...) that take the latents x_0 .. x_T, `states` (T+1, ...), from each to the next, if no
+        noise is added. A step that its prediction does not move is given that of `unmoved`, (T, ...)."""
+        found = np.zeros(unmoved.shape)
+        for step in range(self.steps):
+            rest = states[step + 1].astype(float)
+            for back in range(min(self.carry.shape[1], step + 1)):
+                rest = rest - self.carry[step, back] * states[step - back]
+                if back:
+                    rest = rest - self.drive[step, back] * found[step - back]
+            found[step] = rest / self.drive[step, 0] if self.drive[step, 0] else unmoved[step]
+        return found
+
 
 @torch.no_grad()
 def read_sampler(scheduler, calls: Sequence[dict]) -> LinearSampler:

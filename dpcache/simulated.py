@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
 from dpcache.calibration import Calibration
+from dpcache.closed_loop import ClosedLoopFit
 from dpcache.errors import SettingError
 from dpcache.lsq import LEAST_SQUARES, FittedWeights
 from dpcache.method import Method
@@ -22,15 +24,24 @@ PREDICTORS = ("closed2", "closed3", "closed4", "closed2x", "closed3x", "lsq2", "
 @dataclass(frozen=True)
 class SimulatedRuns(Rerun):
     """What the simulator needs: `Simulator.pack`. It takes every prompt once with all steps and `probes` accelerated
-    runs of two prompts each, about five full runs for twelve; the full-step latents come with it."""
+    runs of two prompts each, about five full runs for twelve. Without a target, the full-step latents come with it.
 
+    Args:
+        target: steps of the runs that accelerated ones are to end on; None: T.
+    """
+
+    version: ClassVar[int] = 2
     probes: int = 12
+    target: int | None = None
 
     def measure(self, pipe, calibration):
         T, call = calibration.num_inference_steps, calibration.made_from["call"]
         probes = random_probes(self.probes, T)
-        recorded, answers = record(pipe, calibration.batches(), T, probes, calibration.count, **call)
-        calibration.latents = recorded.latents
+        recorded, answers, latents = record(
+            pipe, calibration.batches(), T, probes, calibration.count, self.target, **call
+        )
+        if self.target is None:
+            calibration.latents = latents
         return Simulator(recorded, fit_response(answers, recorded)).pack()
 
 
@@ -53,8 +64,10 @@ class SimulatedPlan:
         trajectories: what these runs may cost together, in full-step trajectories of one sample. With large budgets
             there are fewer finalists, two at least.
         probes: see `SimulatedRuns`.
+        target: steps of the runs whose end is aimed at, more than T; None: T. The T-step run has an error of its own,
+            and what is aimed at is then nearer to the solution. It takes target / T trajectories of every prompt.
 
-    Raises SettingError for a budget out of range and for candidates that are not known.
+    Raises SettingError for a budget out of range, for candidates that are not known, and for a target below T.
     """
 
     budget: int
@@ -63,6 +76,7 @@ class SimulatedPlan:
     finalists: int = 6
     trajectories: float = 3.0
     probes: int = 12
+    target: int | None = None
 
     def __post_init__(self):
         check_budget(self.budget, self.num_inference_steps, 1)
@@ -75,34 +89,52 @@ class SimulatedPlan:
                 "2, above 0 and at least 1"
             )
 
+        if self.target is not None and self.target <= self.num_inference_steps:
+            raise SettingError(
+                f"target={self.target} must be above num_inference_steps={self.num_inference_steps}; null: that many"
+            )
+
     @property
     def statistics(self) -> tuple[SimulatedRuns]:
-        return (SimulatedRuns(self.probes),)
+        return (SimulatedRuns(self.probes, self.target),)
 
     @property
     def example(self) -> Method:
         T = self.num_inference_steps
         fixed = [short_names()[name]() for name in self.predictors if name in short_names()]
-        learnt = [LeastSquares(np.eye(T), _keys(name)) for name in self.predictors if name not in short_names()]
+        learnt = [LeastSquares(np.eye(T), *_sight(name)) for name in self.predictors if name not in short_names()]
         longest = max(fixed + learnt, key=lambda predictor: predictor.history)
         return Method(EvenlySpaced(self.budget, T), "output", longest)
 
     def build(self, pipe, calibration: Calibration) -> Method:
-        simulator, T = simulator_of(calibration, self.probes), self.num_inference_steps
+        simulator, T = simulator_of(calibration, self.probes, self.target), self.num_inference_steps
         searched, even = self.search(simulator)
         runs = int(self.trajectories * T / self.budget)
         finalists = min(self.finalists, max(runs // 2, 2))
         trials = [*searched[: finalists - 1], even[0], *searched[finalists - 1 :], *even[1:]]
         methods = [make_method(simulator, trial["predictor"], trial["steps"]) for trial in trials[:finalists]]
+        fits = {
+            number: ClosedLoopFit(simulator.recorded, method.schedule.steps, *_sight(trials[number]["predictor"]))
+            for number, method in enumerate(methods)
+            if trials[number]["predictor"] in CLOSED_LOOP
+        }
 
         def errors(number: int, start: int, limit: int) -> np.ndarray:
-            return calibration.errors(pipe, methods[number], limit, start)
+            if number in fits:
+                return fits[number].run(pipe, calibration, start, limit)
+            return simulator.recorded.errors(calibration.rerun(pipe, methods[number], limit, start=start)[0], start)
 
-        best, found = successive_halving(len(methods), errors, runs, len(calibration.latents))
+        prompts = len(simulator.recorded.states)
+        best, found = successive_halving(len(methods), errors, runs - runs // 3, prompts)
+        seen, method = len(found[best]), methods[best]
+        if best in fits:  # the weights learn from what runs are left
+            more = min(max(runs - sum(map(len, found)), 0), prompts - seen)
+            found[best] = np.append(found[best], errors(best, seen, seen + more) if more else [])
+            method = replace(method, predictor=fits[best].predictor)
         for trial, some in zip(trials, found):
             trial |= {"confirmed": float(decibels(some)), "prompts": len(some)}
         decided = {"steps": trials[best]["steps"], "predictor": trials[best]["predictor"], "trials": trials}
-        return replace(methods[best], decided=decided)
+        return replace(method, decided=decided)
 
     def search(self, simulator: Simulator) -> tuple[list[dict], list[dict]]:
         """Of every predictor the best plan and its promised decibels, best first; and the same with even spacing."""
@@ -148,22 +180,22 @@ def _sees_input(name: str) -> bool:
     return name in CLOSED_LOOP + LEAST_SQUARES and name.endswith("x")
 
 
-def _keys(name: str) -> int:
-    """How many keys "closed3x" or "lsq3" look at."""
-    return int(name.removesuffix("x")[-1])
+def _sight(name: str) -> tuple[int, bool]:
+    """How many keys "closed3x" or "lsq3" look at, and whether they see the input."""
+    return int(name.removesuffix("x")[-1]), name.endswith("x")
 
 
 def make_predictor(name: str, recorded: Recorded) -> Predictor:
     """Of a name that `SimulatedPlan` knows; in place of weights that are found in a run, those of least squares."""
     if name in short_names():
         return short_names()[name]()
-    return recorded.least_squares(_keys(name), _sees_input(name))
+    return recorded.least_squares(*_sight(name))
 
 
 def scorer(simulator: Simulator, name: str) -> Callable[[list[Plan]], np.ndarray]:
     """The function that gives simulated decibels (N,) of N plans with the predictor of that name."""
     if name in CLOSED_LOOP:
-        return lambda plans: decibels(simulator.closed_loop(plans, _keys(name), _sees_input(name))[0])
+        return lambda plans: decibels(simulator.closed_loop(plans, *_sight(name))[0])
     weights = Weights(make_predictor(name, simulator.recorded), simulator.recorded.steps)
     return lambda plans: decibels(simulator.errors(weights.fill(plans)))
 
@@ -172,14 +204,15 @@ def make_method(simulator: Simulator, name: str, steps: Sequence[int]) -> Method
     """With these steps and the predictor of that name."""
     predictor = make_predictor(name, simulator.recorded)
     if name in CLOSED_LOOP:
-        fill = simulator.closed_loop([steps], _keys(name), _sees_input(name))[1]
-        predictor = FittedWeights(_keys(name), fill.table(0), _sees_input(name))
+        history, sees_input = _sight(name)
+        fill = simulator.closed_loop([steps], history, sees_input)[1]
+        predictor = FittedWeights(history, fill.table(0), sees_input)
     return Method(Schedule(list(steps), simulator.recorded.steps), "output", predictor)
 
 
-def simulator_of(calibration: Calibration, probes: int = 12) -> Simulator:
-    """The simulator that a calibration holds. Raises SettingError if it has none that was made with so many probes."""
-    return Simulator.unpack(calibration[SimulatedRuns(probes)], calibration.latents)
+def simulator_of(calibration: Calibration, probes: int = 12, target: int | None = None) -> Simulator:
+    """The simulator that a calibration holds. Raises SettingError if it has none that was made with these settings."""
+    return Simulator.unpack(calibration[SimulatedRuns(probes, target)])
 
 
 def predict_error(calibration: Calibration, method: Method) -> float:

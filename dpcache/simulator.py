@@ -37,37 +37,37 @@ import torch
 
 from dpcache._diffusers import StepListener, copy_of_scheduler, watch_steps
 from dpcache.errors import SettingError
-from dpcache.gram import gram, weight_tables
+from dpcache.gram import weight_tables
 from dpcache.linear_sampler import LinearSampler, read_sampler
 from dpcache.method import Method
 from dpcache.predictors import AdamsBashforth, Lagrange, LeastSquares, Predictor, Reuse, Taylor
-from dpcache.sampler import sample
+from dpcache.sampler import Batch, sample
 from dpcache.schedules import EvenlySpaced, OnlineSchedule, Schedule
 from dpcache.session import Report
 
 KNOTS = 12  # values of the response curve
+ELEMENTS = 4096  # of the latents at most, by which runs are told; of FLUX.1-dev's at 1024 x 1024 one in 64
 Plan = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """What is kept of the full-step runs of P prompts.
+    """What is kept of the reference runs of P prompts: of E elements of the latents, the same of all prompts.
 
     Attributes:
-        gram: (P, T+1, T+1), mean products of v_0 .. v_{T-1} and x_0 over the elements, divided by those of the final
-            latents with themselves: errors come out relative, and loud prompts count no more than others.
-        remaining: (P, T), |x_s - x_T| / |x_T|.
-        latents: (P, ...), final, float32.
+        predictions: (P, T, E), m_0 .. m_{T-1}, what the model predicts at the latents below, float32.
+        states: (P, T+1, E), the latents x_0 .. x_T, float32.
         sampler: the scheduler's arithmetic.
         input_fits: whether the model's input has the shape of its prediction, which it has not where the prediction
             has a learned variance or the input a further image.
+        finer: whether the runs have more than T steps, of which these are the T that accelerated runs have.
     """
 
-    gram: np.ndarray
-    remaining: np.ndarray
-    latents: np.ndarray
+    predictions: np.ndarray
+    states: np.ndarray
     sampler: LinearSampler
     input_fits: bool = True
+    finer: bool = False
 
     @property
     def steps(self) -> int:
@@ -80,9 +80,34 @@ class Recorded:
         return self.input_fits and not self.sampler.noisy
 
     @cached_property
-    def inputs(self) -> np.ndarray:
-        """(T, T+1): the latents x_s in terms of v_0 .. v_{T-1}, x_0."""
-        return np.concatenate([self.sampler.response, self.sampler.start[:, None]], 1)[:-1]
+    def sizes(self) -> np.ndarray:
+        """(P,): |x_T|. In units of it errors are relative, and loud prompts count no more than others."""
+        return np.linalg.norm(self.states[:, -1].astype(float), axis=1)
+
+    @cached_property
+    def aims(self) -> np.ndarray:
+        """(P, T, E): v_0 .. v_{T-1}, the predictions that take the sampler from x_s to x_{s+1}."""
+        if not self.finer:
+            return self.predictions
+        states, unmoved = (part.swapaxes(0, 1) for part in (self.states, self.predictions))
+        return self.sampler.predictions_between(states, unmoved).swapaxes(0, 1)
+
+    @cached_property
+    def gram(self) -> np.ndarray:
+        """(P, 2T+1, 2T+1): products of m_0 .. m_{T-1} and x_0 .. x_T in units of |x_T|^2."""
+        rows = np.concatenate([self.predictions, self.states], 1).astype(float)
+        return rows @ rows.swapaxes(1, 2) / self.sizes[:, None, None] ** 2
+
+    @cached_property
+    def remaining(self) -> np.ndarray:
+        """(P, T): |x_s - x_T| / |x_T|."""
+        to_go = (self.states[:, :-1] - self.states[:, -1:]).astype(float)
+        return np.linalg.norm(to_go, axis=2) / self.sizes[:, None]
+
+    def errors(self, latents: np.ndarray, start: int = 0) -> np.ndarray:
+        """Relative distances (n,) of final latents (n, ...) to x_T, of the prompts from number `start` on."""
+        kept, these = kept_elements(torch.as_tensor(latents)), slice(start, start + len(latents))
+        return np.linalg.norm(kept - self.states[these, -1], axis=1) / self.sizes[these]
 
     def check_inputs(self) -> None:
         """Raises SettingError where predictors cannot see the input."""
@@ -92,11 +117,10 @@ class Recorded:
 
     def least_squares(self, history: int, sees_input: bool = False, ridge: float = 1e-6) -> LeastSquares:
         """The predictor with the smallest mean error on these trajectories."""
-        rows = np.eye(self.steps, self.steps + 1)
         if sees_input:
             self.check_inputs()
-            rows = np.concatenate([rows, self.inputs])
-        return LeastSquares(rows @ self.gram.mean(0) @ rows.T, history, ridge, sees_input)
+        rows = 2 * self.steps if sees_input else self.steps
+        return LeastSquares(self.gram.mean(0)[:rows, :rows], history, ridge, sees_input)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,14 +143,28 @@ class Answers:
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
 
 
+def elements_of(size: int) -> np.ndarray:
+    """Which elements of latents of `size` each are kept: all, or as many at random as bound the memory."""
+    return np.sort(np.random.default_rng(0).permutation(size)[:ELEMENTS])
+
+
+def kept_elements(latents: torch.Tensor, prompts: int | None = None) -> np.ndarray:
+    """The kept elements (B, E) of the latents of that many prompts, float32. Where guidance doubles the batch within
+    the sampler, both halves are the same."""
+    flat = latents[:prompts].flatten(1)
+    return flat[:, torch.as_tensor(elements_of(flat.shape[1]), device=flat.device)].float().cpu().numpy()
+
+
 class _Recorder(StepListener):
     """Keeps what the scheduler is given at every step of one batch, and a copy of it from before the first."""
 
-    def __init__(self, prompts: int):
-        self.prompts, self.scheduler = prompts, None
+    def __init__(self, scheduler, prompts: int):
+        self.watched, self.prompts, self.scheduler = scheduler, prompts, None
         self.calls, self.predictions, self.latents = [], [], []
 
     def given(self, scheduler, arguments):
+        if scheduler is not self.watched:  # a copy, with which some pipelines step something else beside the image
+            return
         if self.scheduler is None:
             self.scheduler = copy_of_scheduler(scheduler)
         prediction, latents = arguments["model_output"], arguments["sample"]
@@ -137,22 +175,27 @@ class _Recorder(StepListener):
             )
         rest = ("model_output", "sample", "return_dict")
         self.calls.append({name: value for name, value in arguments.items() if name not in rest})
-        # Where guidance doubles the batch within the sampler, both halves are the same.
-        self.predictions.append(prediction[: self.prompts].float().cpu())
-        self.latents.append(latents[: self.prompts].float().cpu())
+        self.predictions.append(kept_elements(prediction, self.prompts))
+        self.latents.append(kept_elements(latents, self.prompts))
+
+    @property
+    def times(self) -> np.ndarray:
+        """The timestep of each step, (T,)."""
+        return np.array([float(call["timestep"]) for call in self.calls])
 
 
 def _run(
     pipe, method: Method, prompts, seeds, call, observe: Callable | None = None
-) -> tuple[_Recorder, torch.Tensor, torch.Tensor, Report]:
-    """One batch: predictions (T, B, ...), latents (T+1, B, ...) and what the method did."""
-    recorder = _Recorder(len(prompts))
+) -> tuple[_Recorder, np.ndarray, np.ndarray, Batch]:
+    """One batch: predictions (B, T, E), latents (B, T+1, E), and what the pipeline returned."""
+    recorder = _Recorder(pipe.scheduler, len(prompts))
     unwatch = watch_steps(pipe.scheduler, recorder)
     try:
         batch = sample(pipe, method, prompts, seeds, decode=False, observe=observe, **call)
     finally:
         unwatch()
-    return recorder, torch.stack(recorder.predictions), torch.stack([*recorder.latents, batch.latents]), batch.report
+    states = [*recorder.latents, kept_elements(batch.latents, len(prompts))]
+    return recorder, np.stack(recorder.predictions, 1), np.stack(states, 1), batch
 
 
 def record(
@@ -161,58 +204,96 @@ def record(
     num_inference_steps: int,
     probes: Sequence[tuple[Plan, Predictor]],
     count: Callable[[Report, list[int]], None] = lambda report, prompts: None,
+    target: int | None = None,
     **call,
-) -> tuple[Recorded, Answers]:
+) -> tuple[Recorded, Answers, np.ndarray]:
     """Run prompts with every step computed, and some of them again with plans that are only to be learnt from.
-
-    Predictions and latents of one batch are held at a time.
 
     Args:
         batches: prompts and their seeds.
+        num_inference_steps: T.
         probes: plans and predictors, dealt out to the batches in turn, each to two of the batch's prompts.
         count: told of every run what it did, and of how many prompts.
+        target: steps of the runs that are recorded; None: T. Of more, those at the times of the T are kept.
         call: further arguments of the pipeline.
 
-    Raises SettingError for a scheduler whose step is not linear, and for a pipeline of two models.
+    Returns the recorded runs, the model's answers, and the final latents of the recorded runs, (P, ...).
+
+    Raises SettingError for a scheduler whose step is not linear, for one that adds noise if there is a target, and for
+    a pipeline of two models.
     """
-    T, grams, remaining, finals, answers, sampler = num_inference_steps, [], [], [], [], None
-    full, shapes = Method(EvenlySpaced(T, T), "output", Reuse()), {}
+    T, predictions, states, finals, answers, sampler = num_inference_steps, [], [], [], [], None
+    steps, shapes = target or T, {}
+    full = Method(EvenlySpaced(steps, steps), "output", Reuse())
 
     def observe(branch, step, name, tensor):
         shapes[name] = tuple(tensor.shape)
 
     for number, (prompts, seeds) in enumerate(batches):
-        recorder, v, x, report = _run(pipe, full, prompts, seeds, call, observe)
-        count(report, [len(prompts)])
-        if report.switches:
+        recorder, m, x, batch = _run(pipe, full, prompts, seeds, call, observe)
+        count(batch.report, [len(prompts)])
+        finals.append(batch.latents)
+        if batch.report.switches:
             raise SettingError("the simulator does not know pipelines in which a second model takes over")
-        sampler = sampler or read_sampler(recorder.scheduler, recorder.calls)
-        finals.append(x[-1])
-        for one in range(len(prompts)):
-            size = x[-1, one].double().square().mean().item()
-            grams.append(gram([v[:, one], x[:1, one]]) / size)
-            to_go = (x[:-1, one] - x[-1, one]).double().square().flatten(1).mean(1)
-            remaining.append((to_go / size).sqrt().numpy())
+        runs = []
         for turn, (plan, predictor) in enumerate(probes[number :: len(batches)]):
             some = sorted({(2 * turn + i) % len(prompts) for i in range(2)})
             method = Method(Schedule(plan, T), "output", predictor)
-            _, q, y, report = _run(pipe, method, [prompts[i] for i in some], [seeds[i] for i in some], call)
-            count(report, [len(some)])
-            answers.append(_answers(plan, v[:, some], x[:, some], q, y))
-    fits, latents = shapes["input"] == shapes["output"], torch.cat(finals).numpy()
-    return Recorded(np.stack(grams), np.stack(remaining), latents, sampler, fits), Answers.join(answers)
+            runs.append((plan, some, *_run(pipe, method, [prompts[i] for i in some], [seeds[i] for i in some], call)))
+            count(runs[-1][-1].report, [len(some)])
+        if sampler is None:
+            grid = runs[0][2] if runs else recorder
+            sampler = read_sampler(grid.scheduler, grid.calls)
+            if sampler.noisy and steps != T:
+                name = type(grid.scheduler).__name__
+                raise SettingError(f"target={steps}: {name} adds noise, so that runs of other steps end elsewhere")
+        if steps != T:
+            m, x = at_times(m, x, recorder.times, grid.times)
+        predictions.append(m)
+        states.append(x)
+        answers += [_answers(plan, m[some], x[some], q, y) for plan, some, _, q, y, _ in runs]
+    recorded = Recorded(
+        np.concatenate(predictions),
+        np.concatenate(states),
+        sampler,
+        input_fits=shapes["input"] == shapes["output"],
+        finer=steps != T,
+    )
+    return recorded, Answers.join(answers), torch.cat(finals).numpy()
 
 
-def _answers(plan: Plan, v: torch.Tensor, x: torch.Tensor, q: torch.Tensor, y: torch.Tensor) -> Answers:
-    """From predictions and latents of the full-step run (v, x) and of a plan's (q, y), (T, B, ...) each. Where nothing
+def at_times(
+    predictions: np.ndarray, states: np.ndarray, times: np.ndarray, wanted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Predictions and latents of a run of more steps at T of its `times`, or on the line between two of them. The first
+    and the last latents stay as they are.
+
+    Args:
+        predictions, states: (B, T', E) and (B, T'+1, E).
+        times, wanted: (T',) and (T,), falling.
+
+    Returns (B, T, E) and (B, T+1, E).
+    """
+    place = np.interp(-wanted, -times, np.arange(len(times)))
+    low = np.minimum(place.astype(int), len(times) - 2)
+    part = (place - low)[:, None].astype(np.float32)
+
+    def between(values: np.ndarray) -> np.ndarray:
+        return (1 - part) * values[:, low] + part * values[:, low + 1]
+
+    inner = between(states[:, :-1])[:, 1:]
+    return between(predictions), np.concatenate([states[:, :1], inner, states[:, -1:]], 1)
+
+
+def _answers(plan: Plan, v: np.ndarray, x: np.ndarray, q: np.ndarray, y: np.ndarray) -> Answers:
+    """From predictions and latents of the full-step run (v, x) and of a plan's (q, y), (B, T, E) each. Where nothing
     was skipped before, there is no error to answer."""
-    skipped = next((step for step in range(len(v)) if step not in plan), len(v))
+    skipped = next((step for step in range(v.shape[1]) if step not in plan), v.shape[1])
     keys = [step for step in plan if step > skipped]
-    size = x[-1].double().square().flatten(1).sum(1)
-    dx = (y[keys] - x[keys]).double().flatten(2)
-    dv = (q[keys] - v[keys]).double().flatten(2)
-    products = [(a * b).sum(2) / size for a, b in ((dx, dx), (dx, dv), (dv, dv))]
-    return Answers(np.repeat(keys, len(size)).astype(int), *(part.flatten().numpy() for part in products))
+    size = np.square(x[:, -1:].astype(float)).sum(2)
+    dx, dv = (y[:, keys] - x[:, keys]).astype(float), (q[:, keys] - v[:, keys]).astype(float)
+    products = [((a * b).sum(2) / size).ravel() for a, b in ((dx, dx), (dx, dv), (dv, dv))]
+    return Answers(np.tile(keys, len(size)).astype(int), *products)
 
 
 def random_probes(number: int, num_inference_steps: int, seed: int = 0) -> list[tuple[Plan, Predictor]]:
@@ -349,7 +430,7 @@ class Simulator:
     """Accelerated runs of the recorded prompts, simulated.
 
     Attributes:
-        recorded: the full-step runs.
+        recorded: the reference runs.
         response: (T,), lambda.
     """
 
@@ -373,35 +454,39 @@ class Simulator:
         return float(10 ** (-decibels(errors)[0] / 20))
 
     def pack(self) -> np.ndarray:
-        """All but the latents as one array, for a calibration's file."""
+        """As one array, for a calibration's file."""
         known, sampler = self.recorded, self.recorded.sampler
-        head = [known.steps, len(known.gram), sampler.drive.shape[1], sampler.noisy, known.input_fits]
-        parts = (known.gram, known.remaining, sampler.response, sampler.start, sampler.carry, sampler.drive)
+        flags = [sampler.noisy, known.input_fits, known.finer]
+        head = [known.steps, *known.states.shape[::2], sampler.drive.shape[1], *flags]
+        parts = (known.predictions, known.states, sampler.response, sampler.start, sampler.carry, sampler.drive)
         return np.concatenate([head, *(part.ravel() for part in parts), self.response])
 
     @classmethod
-    def unpack(cls, packed: np.ndarray, latents: np.ndarray) -> "Simulator":
-        """Of what `pack` made, and the full-step runs' final latents (P, ...)."""
-        T, P, memory, noisy, fits = packed[:5].astype(int)
-        shapes = [(P, T + 1, T + 1), (P, T), (T + 1, T), (T + 1,), (T, memory), (T, memory), (T,)]
+    def unpack(cls, packed: np.ndarray) -> "Simulator":
+        """Of what `pack` made."""
+        T, P, E, memory, noisy, fits, finer = packed[:7].astype(int)
+        shapes = [(P, T, E), (P, T + 1, E), (T + 1, T), (T + 1,), (T, memory), (T, memory), (T,)]
         ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-        parts = [part.reshape(shape) for part, shape in zip(np.split(packed[5:], ends), shapes)]
+        parts = [part.reshape(shape) for part, shape in zip(np.split(packed[7:], ends), shapes)]
         sampler = LinearSampler(*parts[2:6], bool(noisy))
-        return cls(Recorded(*parts[:2], latents, sampler, bool(fits)), parts[6])
+        paths = (part.astype(np.float32) for part in parts[:2])
+        return cls(Recorded(*paths, sampler, bool(fits), bool(finer)), parts[6])
 
     @cached_property
-    def _space(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Coordinates of v_0 .. v_{T-1} and of x_0 .. x_{T-1}, (T, r), and every prompt's Gram matrix of the r axes,
-        whose mean over prompts is the identity.
+    def _space(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Coordinates of m_0 .. m_{T-1}, of v_0 .. v_{T-1} and of x_0 .. x_T, (T, r) and (T+1, r), and every prompt's
+        Gram matrix of the r axes, whose mean over prompts is the identity.
 
-        Recorded are smooth, so that r < T + 1 directions hold all but 1e-10 of their squared length.
+        Trajectories are smooth, so that few directions hold all but 1e-10 of their squared length.
         """
         each, T = self.recorded.gram, self.recorded.steps
         values, vectors = np.linalg.eigh(each.mean(0))
         held = values.clip(0).cumsum() > 1e-10 * values.sum()
         vectors, lengths = vectors[:, held], np.sqrt(values[held])
         axes, dual = vectors * lengths, vectors / lengths
-        return axes[:T], self.recorded.inputs @ axes, dual.T @ each @ dual
+        m, x = axes[:T], axes[T:]
+        v = self.recorded.sampler.predictions_between(x, m) if self.recorded.finer else m
+        return m, v, x, dual.T @ each @ dual
 
     def errors(self, fill: Fill) -> np.ndarray:
         """Relative errors of the final latents, (N, P)."""
@@ -426,7 +511,7 @@ class Simulator:
 
     def _simulate(self, fill: Fill, ridge: float | None = None) -> np.ndarray:
         """Relative errors of the final latents, (N, P). With a ridge, the weights are found and written into `fill`."""
-        sampler, (v, x, metrics) = self.recorded.sampler, self._space
+        sampler, (m, v, x, metrics) = self.recorded.sampler, self._space
         T, shape = self.recorded.steps, (len(fill.computed), v.shape[1])
         q, dx = np.zeros((T, *shape)), np.zeros((T + 1, *shape))
         for s in range(T):
@@ -436,7 +521,7 @@ class Simulator:
                     dx[s + 1] += sampler.drive[s, back] * (q[s - back] - v[s - back])
             drive = sampler.drive[s, 0]
             run, skip = np.flatnonzero(fill.computed[:, s]), np.flatnonzero(~fill.computed[:, s])
-            q[s, run] = v[s] + self.response[s] * dx[s, run]
+            q[s, run] = m[s] + self.response[s] * dx[s, run]
             if len(skip):
                 sources = fill.sources[skip, s]
                 seen = q[sources, skip[:, None]] * (sources >= 0)[..., None]  # (n, h, r)

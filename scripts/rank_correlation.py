@@ -89,7 +89,7 @@ def main():
         pipe.set_progress_bar_config(disable=True)
         real = RealRuns(model, pipe, args.prompts, args.folder)
         batches = [([lines(model)[i] for i in CALIBRATION], CALIBRATION)]
-        recorded, answers = record(pipe, batches, T, random_probes(args.probes, T), **CALLS[model])
+        recorded, answers, _ = record(pipe, batches, T, random_probes(args.probes, T), **CALLS[model])
         simulator = Simulator(recorded, fit_response(answers, recorded))
         predictors = {"taylor1": Taylor(1), "lagrange2": Lagrange(2), "ab2": AdamsBashforth(2)}
         predictors["lsq3"] = recorded.least_squares(3)

@@ -3,6 +3,7 @@ and the host waits for the device only where a method decides. `scripts/fake_cud
 
 import contextlib
 import functools
+import math
 import re
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from dpcache.predictors import Reuse, Taylor
 from dpcache.sampler import generate, sample
 from dpcache.schedules import EvenlySpaced
 from dpcache.simulated import SimulatedRuns
-from dpcache.simulator import Recorded, Simulator
+from dpcache.simulator import Recorded, Simulator, elements_of
 from dpcache.statistics import Gain, Gram, InputChange, L1Cost, OutputChange, relative_change
 from helpers.fake_cuda import DTYPE, FAMILIES, Host, make
 
@@ -130,9 +131,8 @@ def simulated(shape: tuple[int, ...]) -> np.ndarray:
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(T)
     sampler = read_sampler(scheduler, [{"timestep": t} for t in scheduler.timesteps])
-    points = np.random.default_rng(0).normal(size=(1, T + 1, T + 1)).cumsum(1)
-    remaining = np.linspace(1, 0.1, T)[None]
-    recorded = Recorded(points @ points.swapaxes(1, 2), remaining, np.ones(shape, np.float32), sampler)
+    points = np.random.default_rng(0).normal(size=(1, 2 * T + 1, len(elements_of(math.prod(shape))))).cumsum(1)
+    recorded = Recorded(points[:, :T], points[:, T:], sampler)
     return Simulator(recorded, np.full(T, 0.1)).pack()
 
 

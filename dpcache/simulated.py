@@ -1,4 +1,5 @@
-"""Beyond the paper: steps and predictor searched in a simulated closed loop, the best few confirmed in a real one."""
+"""Beyond the paper: steps and predictor searched in a simulated closed loop, the best few run in a real one, in which
+their weights are learnt."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,23 +25,23 @@ PREDICTORS = ("closed2", "closed3", "closed4", "closed2x", "closed3x", "lsq2", "
 @dataclass(frozen=True)
 class SimulatedRuns(Rerun):
     """What the simulator needs: `Simulator.pack`. It takes every prompt once with all steps and `probes` accelerated
-    runs of two prompts each, about five full runs for twelve. Without a target, the full-step latents come with it.
+    runs of two prompts each, about five full runs for twelve. Where `finer` is 1, the full-step latents come with it.
 
     Args:
-        target: steps of the runs that accelerated ones are to end on; None: T.
+        finer: accelerated runs are to end on those of so many times T steps.
     """
 
     version: ClassVar[int] = 2
     probes: int = 12
-    target: int | None = None
+    finer: int = 1
 
     def measure(self, pipe, calibration):
         T, call = calibration.num_inference_steps, calibration.made_from["call"]
         probes = random_probes(self.probes, T)
         recorded, answers, latents = record(
-            pipe, calibration.batches(), T, probes, calibration.count, self.target, **call
+            pipe, calibration.batches(), T, probes, calibration.count, self.finer, **call
         )
-        if self.target is None:
+        if self.finer == 1:
             calibration.latents = latents
         return Simulator(recorded, fit_response(answers, recorded)).pack()
 
@@ -52,22 +53,23 @@ class SimulatedPlan:
     Step 0 alone is fixed. The simulator finds the best plan of every predictor. It is too hopeful, and about some
     predictors more than about others, as it knows no answers that are not proportional to their errors. So the best
     few plans, and an evenly spaced one, are run: all of them on one calibration prompt or more, the better half on
-    further prompts, and so on (successive halving).
+    further prompts, and so on (successive halving). In these runs the weights of "closed" predictors are learnt
+    (`dpcache.closed_loop`), and the best plan's from further prompts, as far as the runs last.
 
     Args:
         budget, num_inference_steps: K and T, see `dpcache.schedules`.
         predictors: candidates: "closed1" to "closed4", weights of so many keys that take back the errors of the run
-            itself, see `Simulator.closed_loop`; "lsq1" to "lsq4", least squares over so many keys; either with "x" at
+            itself, see `dpcache.closed_loop`; "lsq1" to "lsq4", least squares over so many keys; either with "x" at
             the end, over the current latents as well (left out where the scheduler adds noise); and the short names of
             `dpcache.predictors`.
         finalists: how many are run, an evenly spaced one among them.
-        trajectories: what these runs may cost together, in full-step trajectories of one sample. With large budgets
-            there are fewer finalists, two at least.
+        trajectories: what these runs may cost together, in full-step trajectories of one sample; a third is for the
+            best plan's weights. With large budgets there are fewer finalists, two at least.
         probes: see `SimulatedRuns`.
-        target: steps of the runs whose end is aimed at, more than T; None: T. The T-step run has an error of its own,
-            and what is aimed at is then nearer to the solution. It takes target / T trajectories of every prompt.
+        finer: the end of runs of so many times T steps is aimed at. The T-step run has an error of its own, and theirs
+            is smaller. Each calibration prompt then takes so many trajectories.
 
-    Raises SettingError for a budget out of range, for candidates that are not known, and for a target below T.
+    Raises SettingError for a budget out of range, for candidates that are not known, and for `finer` below 1.
     """
 
     budget: int
@@ -76,7 +78,7 @@ class SimulatedPlan:
     finalists: int = 6
     trajectories: float = 3.0
     probes: int = 12
-    target: int | None = None
+    finer: int = 1
 
     def __post_init__(self):
         check_budget(self.budget, self.num_inference_steps, 1)
@@ -89,14 +91,12 @@ class SimulatedPlan:
                 "2, above 0 and at least 1"
             )
 
-        if self.target is not None and self.target <= self.num_inference_steps:
-            raise SettingError(
-                f"target={self.target} must be above num_inference_steps={self.num_inference_steps}; null: that many"
-            )
+        if self.finer < 1:
+            raise SettingError(f"finer={self.finer} must be at least 1")
 
     @property
     def statistics(self) -> tuple[SimulatedRuns]:
-        return (SimulatedRuns(self.probes, self.target),)
+        return (SimulatedRuns(self.probes, self.finer),)
 
     @property
     def example(self) -> Method:
@@ -107,7 +107,7 @@ class SimulatedPlan:
         return Method(EvenlySpaced(self.budget, T), "output", longest)
 
     def build(self, pipe, calibration: Calibration) -> Method:
-        simulator, T = simulator_of(calibration, self.probes, self.target), self.num_inference_steps
+        simulator, T = simulator_of(calibration, self.probes, self.finer), self.num_inference_steps
         searched, even = self.search(simulator)
         runs = int(self.trajectories * T / self.budget)
         finalists = min(self.finalists, max(runs // 2, 2))
@@ -210,9 +210,9 @@ def make_method(simulator: Simulator, name: str, steps: Sequence[int]) -> Method
     return Method(Schedule(list(steps), simulator.recorded.steps), "output", predictor)
 
 
-def simulator_of(calibration: Calibration, probes: int = 12, target: int | None = None) -> Simulator:
+def simulator_of(calibration: Calibration, probes: int = 12, finer: int = 1) -> Simulator:
     """The simulator that a calibration holds. Raises SettingError if it has none that was made with these settings."""
-    return Simulator.unpack(calibration[SimulatedRuns(probes, target)])
+    return Simulator.unpack(calibration[SimulatedRuns(probes, finer)])
 
 
 def predict_error(calibration: Calibration, method: Method) -> float:

@@ -1,20 +1,24 @@
 """How far a plan's accelerated run will end from the full-step one, without running the model.
 
-Full-step runs are recorded once: the predictions v_0 .. v_{T-1} that the scheduler is given (after guidance), the first
-latents x_0, and how far the latents x_s still are from their end. An accelerated run is then simulated:
+Full-step runs are recorded once: the latents x_0 .. x_T and the predictions m_0 .. m_{T-1} that the scheduler is given
+(after guidance). An accelerated run is then simulated:
 
-    computed step   q_s = v_s + lambda_s dx_s                  the model answers an error of its latents with another
+    computed step   q_s = m_s + lambda_s dx_s                  the model answers an error of its latents with another
     skipped step    q_s = sum_a w_a q_a + u (x_s + dx_s)       the predictor's weights of earlier keys a (and the input)
     the sampler     dx_{s+1} = sum_j carry[s, j] dx_{s-j} + drive[s, j] (q_{s-j} - v_{s-j})       (`linear_sampler`)
 
-from dx_0 = 0 to dx_T, the error of the final latents. All q, v, x and dx are combinations of v_0 .. v_{T-1} and x_0, so
-they are vectors of T + 1 coefficients c, and the length of what they stand for is sqrt(c' G c), with G the Gram matrix
-of v_0 .. v_{T-1}, x_0. The model is only run to learn G and lambda.
+from dx_0 = 0 to dx_T, the error of the final latents. Here v_s is the prediction that takes the sampler from x_s to
+x_{s+1}, which is m_s. All q, m, x and dx are combinations of the recorded predictions and latents, so they are vectors
+of coefficients c, and the length of what they stand for is sqrt(c' G c), with G the Gram matrix of all of these. The
+model is only run to learn G and lambda.
 
 The weights may also be found in the simulation itself (`Simulator.closed_loop`). A predictor that knows the full-step
 trajectories alone aims at v_s. In an accelerated run it is better to aim at the prediction that brings the latents
 back to the full-step ones, dx_{s+1} = 0. So errors that earlier steps have left, as far as they are alike for all
 prompts, are taken back by later skipped steps.
+
+The recorded runs may also be those of a finer grid, at the times of the T steps. Then v_s is not m_s: it holds what one
+step of the T misses of several finer ones, and skipped steps make up for it.
 
 The response lambda_s is measured where accelerated runs compute a step: there both dx_s and the model's answer
 q_s - v_s are known. In units of 1 / distance to the end it is a smooth curve, about 1 where the latents are noise to
@@ -204,7 +208,7 @@ def record(
     num_inference_steps: int,
     probes: Sequence[tuple[Plan, Predictor]],
     count: Callable[[Report, list[int]], None] = lambda report, prompts: None,
-    target: int | None = None,
+    finer: int = 1,
     **call,
 ) -> tuple[Recorded, Answers, np.ndarray]:
     """Run prompts with every step computed, and some of them again with plans that are only to be learnt from.
@@ -214,16 +218,16 @@ def record(
         num_inference_steps: T.
         probes: plans and predictors, dealt out to the batches in turn, each to two of the batch's prompts.
         count: told of every run what it did, and of how many prompts.
-        target: steps of the runs that are recorded; None: T. Of more, those at the times of the T are kept.
+        finer: the recorded runs have so many times T steps, of which those at the times of the T are kept.
         call: further arguments of the pipeline.
 
     Returns the recorded runs, the model's answers, and the final latents of the recorded runs, (P, ...).
 
-    Raises SettingError for a scheduler whose step is not linear, for one that adds noise if there is a target, and for
+    Raises SettingError for a scheduler whose step is not linear, for one that adds noise if `finer` is above 1, and for
     a pipeline of two models.
     """
     T, predictions, states, finals, answers, sampler = num_inference_steps, [], [], [], [], None
-    steps, shapes = target or T, {}
+    steps, shapes = finer * T, {}
     full = Method(EvenlySpaced(steps, steps), "output", Reuse())
 
     def observe(branch, step, name, tensor):
@@ -246,7 +250,7 @@ def record(
             sampler = read_sampler(grid.scheduler, grid.calls)
             if sampler.noisy and steps != T:
                 name = type(grid.scheduler).__name__
-                raise SettingError(f"target={steps}: {name} adds noise, so that runs of other steps end elsewhere")
+                raise SettingError(f"finer={finer}: {name} adds noise, so that runs of more steps end elsewhere")
         if steps != T:
             m, x = at_times(m, x, recorder.times, grid.times)
         predictions.append(m)

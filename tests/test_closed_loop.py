@@ -12,6 +12,7 @@ from dpcache.sampler import generate, sample
 from dpcache.schedules import Schedule
 from dpcache.simulated import SimulatedRuns, make_method, simulator_of
 from dpcache.simulator import kept_elements
+from helpers.cases import case
 
 T, CALL, PLAN = 10, {"height": 64, "width": 64, "max_sequence_length": 12}, [0, 3, 6, 8]
 PROMPTS, SEEDS = ["dog", "car", "tree"], [0, 1, 2]
@@ -19,13 +20,13 @@ PROMPTS, SEEDS = ["dog", "car", "tree"], [0, 1, 2]
 
 @pytest.fixture(scope="module")
 def calibration(pipe):
-    statistics = (SimulatedRuns(4), SimulatedRuns(4, 40))
+    statistics = (SimulatedRuns(4), SimulatedRuns(4, 4))
     return dpcache.calibrate(pipe, PROMPTS, T, statistics, seeds=SEEDS, batch_size=3, **CALL)
 
 
-def learnt(pipe, calibration, history=2, sees_input=False, target=None):
+def learnt(pipe, calibration, history=2, sees_input=False, finer=1):
     """The fit after all prompts, what it has counted, and the errors in its runs."""
-    fit = ClosedLoopFit(simulator_of(calibration, 4, target).recorded, PLAN, history, sees_input)
+    fit = ClosedLoopFit(simulator_of(calibration, 4, finer).recorded, PLAN, history, sees_input)
     before = calibration.reran
     errors = fit.run(pipe, calibration, 0, len(PROMPTS))
     return fit, calibration.reran - before, errors
@@ -84,9 +85,9 @@ def test_weights_that_are_learnt_in_the_run_beat_simulated_ones(pipe, calibratio
     assert errors.mean() < calibration.errors(pipe, simulated).mean()
 
 
-def test_a_finer_target_is_ended_on_more_closely_than_by_all_steps(pipe, calibration):
+def test_a_finer_run_is_ended_on_more_closely_than_by_all_steps(pipe, calibration):
     """Nine of ten steps, and the skipped one takes back what ten steps miss of forty."""
-    fit = ClosedLoopFit(simulator_of(calibration, 4, 40).recorded, [*range(8), 9], 3, True)
+    fit = ClosedLoopFit(simulator_of(calibration, 4, 4).recorded, [*range(8), 9], 3, True)
     fit.run(pipe, calibration, 0, 3)
     finer = generate(pipe, PROMPTS, SEEDS, 40, decode=False, **CALL).latents
     assert fit.recorded.errors(finer.numpy()).max() <= 1e-5
@@ -100,6 +101,12 @@ def test_a_finer_target_is_ended_on_more_closely_than_by_all_steps(pipe, calibra
     assert off(nine) < off(all_ten)
 
 
-def test_a_target_below_all_steps_is_refused():
-    with pytest.raises(dpcache.SettingError, match="target=50 must be above num_inference_steps=50"):
-        dpcache.recipe("dpcache_sim", 9, 50, target=50)
+def test_a_coarser_target_is_refused():
+    with pytest.raises(dpcache.SettingError, match="finer=0 must be at least 1"):
+        dpcache.recipe("dpcache_sim", 9, 50, finer=0)
+
+
+def test_a_finer_target_of_a_scheduler_that_adds_noise_is_refused(calibration):
+    pipe = case("dit_ddpm").pipe
+    with pytest.raises(dpcache.SettingError, match="finer=2: DDPMScheduler adds noise"):
+        dpcache.calibrate(pipe, ["7"], 4, (SimulatedRuns(1, 2),))

@@ -126,13 +126,13 @@ def case(name: str, deep: bool = False):
 
 
 @functools.cache
-def simulated(shape: tuple[int, ...]) -> np.ndarray:
+def simulated(shape: tuple[int, ...], input_fits: bool, finer: bool) -> np.ndarray:
     """What a simulator has learnt of a made-up trajectory."""
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(T)
     sampler = read_sampler(scheduler, [{"timestep": t} for t in scheduler.timesteps])
     points = np.random.default_rng(0).normal(size=(1, 2 * T + 1, len(elements_of(math.prod(shape))))).cumsum(1)
-    recorded = Recorded(points[:, :T], points[:, T:], sampler)
+    recorded = Recorded(points[:, :T], points[:, T:], sampler, input_fits, finer)
     return Simulator(recorded, np.full(T, 0.1)).pack()
 
 
@@ -150,7 +150,8 @@ def calibration(case) -> Calibration:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(T, 64, generator=generator).cumsum(0)
     changes = np.full((1, T), 0.5)
-    output = gram([features, features.flip(0)] if case.family.input_like_output else features)
+    fits = case.family.input_like_output
+    output = gram([features, features.flip(0)] if fits else features)
     (router,), count = HarmoniCa(K, T).statistics, len(modules_of(case.pipe.transformer))
     known = {
         router: np.linspace(0, 1, T * count).reshape(T, count)[::-1],
@@ -162,7 +163,8 @@ def calibration(case) -> Calibration:
         Gram("output"): output,
         Gain("stack"): np.ones(T),
         Gain("output"): np.ones(T),
-        SimulatedRuns(): simulated(case.latents),
+        SimulatedRuns(): simulated(case.latents, fits, False),
+        SimulatedRuns(finer=4): simulated(case.latents, fits, True),
         MeanErrors((1, 2, 3, 4, 5, 6)): np.ones((6, T, T)),
         Sensitivities(4): np.ones((3, T)),
         Times(): np.linspace(1, 0, T + 1),

@@ -15,11 +15,21 @@ from dpcache.method import Method
 from dpcache.plan_search import search_plans, starting_plans
 from dpcache.predictors import LeastSquares, Predictor, short_names
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
-from dpcache.simulator import Plan, Recorded, Simulator, Weights, decibels, fit_response, random_probes, record
+from dpcache.simulator import (
+    Plan,
+    Recorded,
+    Simulator,
+    Weights,
+    decibels,
+    fit_mixing,
+    fit_response,
+    random_probes,
+    record,
+)
 from dpcache.statistics import Rerun
 
 CLOSED_LOOP = [f"closed{keys}{seen}" for seen in ("", "x") for keys in range(1, 5)]
-PREDICTORS = ("closed2", "closed3", "closed4", "closed2x", "closed3x", "lsq2", "lsq3", "lsq2x", "lagrange2", "ab2")
+PREDICTORS = ("closed2", "closed3", "closed4", "closed2x", "closed3x", "closed4x")
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,8 @@ class SimulatedRuns(Rerun):
         )
         if self.finer == 1:
             calibration.latents = latents
-        return Simulator(recorded, fit_response(answers, recorded)).pack()
+        response = fit_response(answers, recorded)
+        return Simulator(recorded, response, fit_mixing(answers, recorded, response)).pack()
 
 
 @dataclass(frozen=True)

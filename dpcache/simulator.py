@@ -108,6 +108,31 @@ class Recorded:
         to_go = (self.states[:, :-1] - self.states[:, -1:]).astype(float)
         return np.linalg.norm(to_go, axis=2) / self.sizes[:, None]
 
+    @cached_property
+    def directions(self) -> np.ndarray:
+        """(2T+1, r): directions as sums of the recorded predictions and latents, by falling length of what lies along
+        them from the last. Mean over prompts, they are of length 1 and at right angles. Trajectories are smooth, so
+        that few directions hold all but 1e-10 of their squared length."""
+        values, vectors = np.linalg.eigh(self.gram.mean(0))
+        held = values.clip(0).cumsum() > 1e-10 * values.sum()
+        return vectors[:, held] / np.sqrt(values[held])
+
+    @cached_property
+    def leading(self) -> int:
+        """How many of the directions hold all but 1e-6."""
+        lengths = np.square(self.gram.mean(0) @ self.directions).sum(0)
+        return int((lengths.cumsum() > 1e-6 * lengths.sum()).sum())
+
+    def along(self, values: np.ndarray, prompt: np.ndarray) -> np.ndarray:
+        """Coordinates (n, r) of values (n, E), each of the prompt with that number, in the leading directions: of the
+        nearest sum of these."""
+        found, last = np.zeros((len(values), self.leading)), self.directions[:, -self.leading :]
+        for number in np.unique(prompt):
+            rows = np.concatenate([self.predictions[number], self.states[number]]) / self.sizes[number]
+            axes, these = last.T @ rows, prompt == number
+            found[these] = np.linalg.solve(axes @ axes.T, axes @ values[these].T).T
+        return found
+
     def errors(self, latents: np.ndarray, start: int = 0) -> np.ndarray:
         """Relative distances (n,) of final latents (n, ...) to x_T, of the prompts from number `start` on."""
         kept, these = kept_elements(torch.as_tensor(latents)), slice(start, start + len(latents))
@@ -132,19 +157,25 @@ class Answers:
     """How the model answered errors of its latents where accelerated runs computed a step, n observations.
 
     Attributes:
-        step: (n,), which step.
-        error, product, answer: (n,), <dx, dx>, <dx, dv> and <dv, dv>, in units of |x_T|^2.
+        step, prompt: (n,), which step of which prompt.
+        error, answer: (n, E), dx and dv = q - m there, in units of |x_T|.
     """
 
     step: np.ndarray
+    prompt: np.ndarray
     error: np.ndarray
-    product: np.ndarray
     answer: np.ndarray
 
     @classmethod
     def join(cls, parts: Sequence["Answers"]) -> "Answers":
         """All of their observations."""
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
+
+    @property
+    def heard(self) -> "Answers":
+        """Those to an error."""
+        some = ((self.error**2).sum(1) > 1e-12) & ((self.answer**2).sum(1) > 0)
+        return type(self)(*(getattr(self, name)[some] for name in self.__dataclass_fields__))
 
 
 def elements_of(size: int) -> np.ndarray:
@@ -226,7 +257,7 @@ def record(
     Raises SettingError for a scheduler whose step is not linear, for one that adds noise if `finer` is above 1, and for
     a pipeline of two models.
     """
-    T, predictions, states, finals, answers, sampler = num_inference_steps, [], [], [], [], None
+    T, predictions, states, finals, probed, sampler = num_inference_steps, [], [], [], [], None
     steps, shapes = finer * T, {}
     full = Method(EvenlySpaced(steps, steps), "output", Reuse())
 
@@ -253,9 +284,10 @@ def record(
                 raise SettingError(f"finer={finer}: {name} adds noise, so that runs of more steps end elsewhere")
         if steps != T:
             m, x = at_times(m, x, recorder.times, grid.times)
+        first = sum(map(len, states))
+        probed += [(plan, [first + i for i in some], q, y) for plan, some, _, q, y, _ in runs]
         predictions.append(m)
         states.append(x)
-        answers += [_answers(plan, m[some], x[some], q, y) for plan, some, _, q, y, _ in runs]
     recorded = Recorded(
         np.concatenate(predictions),
         np.concatenate(states),
@@ -263,6 +295,7 @@ def record(
         input_fits=shapes["input"] == shapes["output"],
         finer=steps != T,
     )
+    answers = [_answers(plan, some, recorded, q, y) for plan, some, q, y in probed]
     return recorded, Answers.join(answers), torch.cat(finals).numpy()
 
 
@@ -289,15 +322,16 @@ def at_times(
     return between(predictions), np.concatenate([states[:, :1], inner, states[:, -1:]], 1)
 
 
-def _answers(plan: Plan, v: np.ndarray, x: np.ndarray, q: np.ndarray, y: np.ndarray) -> Answers:
-    """From predictions and latents of the full-step run (v, x) and of a plan's (q, y), (B, T, E) each. Where nothing
-    was skipped before, there is no error to answer."""
-    skipped = next((step for step in range(v.shape[1]) if step not in plan), v.shape[1])
-    keys = [step for step in plan if step > skipped]
-    size = np.square(x[:, -1:].astype(float)).sum(2)
-    dx, dv = (y[:, keys] - x[:, keys]).astype(float), (q[:, keys] - v[:, keys]).astype(float)
-    products = [((a * b).sum(2) / size).ravel() for a, b in ((dx, dx), (dx, dv), (dv, dv))]
-    return Answers(np.tile(keys, len(size)).astype(int), *products)
+def _answers(plan: Plan, prompts: Sequence[int], recorded: Recorded, q: np.ndarray, y: np.ndarray) -> Answers:
+    """From predictions and latents of a plan's runs of these prompts, (B, T, E) and (B, T+1, E). Where nothing was
+    skipped before, there is no error to answer."""
+    T, prompts = recorded.steps, np.array(prompts)
+    skipped = next((step for step in range(T) if step not in plan), T)
+    keys = np.array([step for step in plan if step > skipped], int)
+    these, size = np.ix_(prompts, keys), recorded.sizes[prompts, None, None]
+    moved = [(y[:, keys] - recorded.states[these]) / size, (q[:, keys] - recorded.predictions[these]) / size]
+    each = np.tile(keys, len(prompts)), np.repeat(prompts, len(keys))
+    return Answers(*each, *(part.reshape(-1, part.shape[2]) for part in moved))
 
 
 def random_probes(number: int, num_inference_steps: int, seed: int = 0) -> list[tuple[Plan, Predictor]]:
@@ -322,16 +356,42 @@ def fit_response(answers: Answers, recorded: Recorded, knots: int = KNOTS, smoot
         knots: how many values the curve has.
         smooth: the weight of the curve's squared second differences, against one observation's.
     """
-    T, remaining = recorded.steps, recorded.remaining.mean(0)
-    at = np.linspace(0, knots - 1, T)[:, None]
-    hats = np.maximum(1 - np.abs(at - np.arange(knots)), 0)  # (T, knots)
-    heard = (answers.error > 1e-12) & (answers.answer > 0)
-    step, error, product, answer = (getattr(answers, name)[heard] for name in Answers.__dataclass_fields__)
-    each, unit = hats[step], remaining[step]
+    heard, remaining, hats = answers.heard, recorded.remaining.mean(0), _hats(recorded.steps, knots)
+    pairs = ((heard.error, heard.error), (heard.error, heard.answer), (heard.answer, heard.answer))
+    error, product, answer = ((a * b).sum(1) for a, b in pairs)
+    each, unit = hats[heard.step], remaining[heard.step]
     normal = each.T @ (each * (np.sqrt(error / answer) / unit)[:, None])
     bend = np.diff(np.eye(knots), 2, axis=0)
     right = each.T @ (product / np.sqrt(error * answer))
-    return hats @ np.linalg.solve(normal + smooth * len(step) * bend.T @ bend, right) / remaining
+    return hats @ np.linalg.solve(normal + smooth * len(error) * bend.T @ bend, right) / remaining
+
+
+def fit_mixing(
+    answers: Answers, recorded: Recorded, response: np.ndarray, knots: int = 6, ridge: float = 1e-3
+) -> np.ndarray:
+    """What an answer has beside lambda dx, (T, r, r): an error c in the r leading directions of the recorded runs is
+    answered with c @ mixing[s] in these as well. In units of 1 / remaining it is linear between evenly spaced steps,
+    and fitted by least squares, every observation in units of its error.
+
+    Args:
+        response: lambda.
+        knots: at how many steps it is fitted.
+        ridge: in units of the number of observations.
+    """
+    heard, remaining, hats = answers.heard, recorded.remaining.mean(0), _hats(recorded.steps, knots)
+    error, answer = (recorded.along(part, heard.prompt) for part in (heard.error, heard.answer))
+    size = np.linalg.norm(heard.error, axis=1)[:, None]
+    left = (answer - response[heard.step, None] * error) * remaining[heard.step, None] / size
+    seen = (hats[heard.step, :, None] * (error / size)[:, None]).reshape(len(size), -1)  # (n, knots r)
+    among = seen.T @ seen + ridge * max(len(size), 1) * np.eye(seen.shape[1])
+    found = np.linalg.solve(among, seen.T @ left).reshape(knots, error.shape[1], -1)
+    return np.tensordot(hats / remaining[:, None], found, 1)
+
+
+def _hats(steps: int, knots: int) -> np.ndarray:
+    """(T, knots): the weights of values at evenly spaced steps in a line from each to the next."""
+    at = np.linspace(0, knots - 1, steps)[:, None]
+    return np.maximum(1 - np.abs(at - np.arange(knots)), 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -436,10 +496,12 @@ class Simulator:
     Attributes:
         recorded: the reference runs.
         response: (T,), lambda.
+        mixing: (T, r, r), what else an answer holds, see `fit_mixing`; None: nothing.
     """
 
     recorded: Recorded
     response: np.ndarray
+    mixing: np.ndarray | None = None
 
     def predict_error(self, method: Method) -> float:
         """The relative error that `method` will leave in the final latents, |x - full-step x| / |full-step x|: the
@@ -459,36 +521,33 @@ class Simulator:
 
     def pack(self) -> np.ndarray:
         """As one array, for a calibration's file."""
-        known, sampler = self.recorded, self.recorded.sampler
-        flags = [sampler.noisy, known.input_fits, known.finer]
-        head = [known.steps, *known.states.shape[::2], sampler.drive.shape[1], *flags]
-        parts = (known.predictions, known.states, sampler.response, sampler.start, sampler.carry, sampler.drive)
-        return np.concatenate([head, *(part.ravel() for part in parts), self.response])
+        known, sampler, T = self.recorded, self.recorded.sampler, self.recorded.steps
+        mixing = np.zeros((T, 0, 0)) if self.mixing is None else self.mixing
+        sizes = [known.directions.shape[1], mixing.shape[1], sampler.drive.shape[1]]
+        head = [T, *known.states.shape[::2], *sizes, sampler.noisy, known.input_fits, known.finer]
+        parts = [known.predictions, known.states, known.directions, self.response, mixing]
+        parts += [sampler.response, sampler.start, sampler.carry, sampler.drive]
+        return np.concatenate([head, *(part.ravel() for part in parts)])
 
     @classmethod
     def unpack(cls, packed: np.ndarray) -> "Simulator":
         """Of what `pack` made."""
-        T, P, E, memory, noisy, fits, finer = packed[:7].astype(int)
-        shapes = [(P, T, E), (P, T + 1, E), (T + 1, T), (T + 1,), (T, memory), (T, memory), (T,)]
+        T, P, E, r, mixed, memory, noisy, fits, finer = packed[:9].astype(int)
+        shapes = [(P, T, E), (P, T + 1, E), (2 * T + 1, r), (T,), (T, mixed, mixed)]
+        shapes += [(T + 1, T), (T + 1,), (T, memory), (T, memory)]
         ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-        parts = [part.reshape(shape) for part, shape in zip(np.split(packed[7:], ends), shapes)]
-        sampler = LinearSampler(*parts[2:6], bool(noisy))
+        parts = [part.reshape(shape) for part, shape in zip(np.split(packed[9:], ends), shapes)]
         paths = (part.astype(np.float32) for part in parts[:2])
-        return cls(Recorded(*paths, sampler, bool(fits), bool(finer)), parts[6])
+        recorded = Recorded(*paths, LinearSampler(*parts[5:], bool(noisy)), bool(fits), bool(finer))
+        vars(recorded)["directions"] = parts[2]  # another machine might find them with other signs
+        return cls(recorded, parts[3], parts[4])
 
     @cached_property
     def _space(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Coordinates of m_0 .. m_{T-1}, of v_0 .. v_{T-1} and of x_0 .. x_T, (T, r) and (T+1, r), and every prompt's
-        Gram matrix of the r axes, whose mean over prompts is the identity.
-
-        Trajectories are smooth, so that few directions hold all but 1e-10 of their squared length.
-        """
-        each, T = self.recorded.gram, self.recorded.steps
-        values, vectors = np.linalg.eigh(each.mean(0))
-        held = values.clip(0).cumsum() > 1e-10 * values.sum()
-        vectors, lengths = vectors[:, held], np.sqrt(values[held])
-        axes, dual = vectors * lengths, vectors / lengths
-        m, x = axes[:T], axes[T:]
+        Gram matrix of the r axes, whose mean over prompts is the identity."""
+        each, dual, T = self.recorded.gram, self.recorded.directions, self.recorded.steps
+        m, x = np.split(each.mean(0) @ dual, [T])
         v = self.recorded.sampler.predictions_between(x, m) if self.recorded.finer else m
         return m, v, x, dual.T @ each @ dual
 
@@ -517,6 +576,7 @@ class Simulator:
         """Relative errors of the final latents, (N, P). With a ridge, the weights are found and written into `fill`."""
         sampler, (m, v, x, metrics) = self.recorded.sampler, self._space
         T, shape = self.recorded.steps, (len(fill.computed), v.shape[1])
+        mixed = 0 if self.mixing is None else self.mixing.shape[1]
         q, dx = np.zeros((T, *shape)), np.zeros((T + 1, *shape))
         for s in range(T):
             for back in range(min(sampler.carry.shape[1], s + 1)):  # what earlier steps have left
@@ -526,6 +586,8 @@ class Simulator:
             drive = sampler.drive[s, 0]
             run, skip = np.flatnonzero(fill.computed[:, s]), np.flatnonzero(~fill.computed[:, s])
             q[s, run] = m[s] + self.response[s] * dx[s, run]
+            if mixed:
+                q[s, run, -mixed:] += dx[s, run, -mixed:] @ self.mixing[s]
             if len(skip):
                 sources = fill.sources[skip, s]
                 seen = q[sources, skip[:, None]] * (sources >= 0)[..., None]  # (n, h, r)

@@ -19,7 +19,7 @@ from dpcache.models.pretrained import load
 from dpcache.predictors import AdamsBashforth, Lagrange, Taylor
 from dpcache.sampler import generate, sample
 from dpcache.schedules import Schedule
-from dpcache.simulator import Fill, Simulator, Weights, decibels, fit_response, random_probes, record
+from dpcache.simulator import Fill, Simulator, Weights, decibels, fit_mixing, fit_response, random_probes, record
 
 CALLS = {
     "tiny_dit": {"guidance_scale": 2.0},
@@ -90,7 +90,8 @@ def main():
         real = RealRuns(model, pipe, args.prompts, args.folder)
         batches = [([lines(model)[i] for i in CALIBRATION], CALIBRATION)]
         recorded, answers, _ = record(pipe, batches, T, random_probes(args.probes, T), **CALLS[model])
-        simulator = Simulator(recorded, fit_response(answers, recorded))
+        response = fit_response(answers, recorded)
+        simulator = Simulator(recorded, response, fit_mixing(answers, recorded, response))
         predictors = {"taylor1": Taylor(1), "lagrange2": Lagrange(2), "ab2": AdamsBashforth(2)}
         predictors["lsq3"] = recorded.least_squares(3)
         weights = {name: Weights(predictor, T) for name, predictor in predictors.items()}

@@ -41,7 +41,7 @@ class SimulatedRuns(Rerun):
         finer: accelerated runs are to end on those of so many times T steps.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     probes: int = 12
     finer: int = 1
 

@@ -23,11 +23,12 @@ step of the T misses of several finer ones, and skipped steps make up for it.
 The response lambda_s is measured where accelerated runs compute a step: there both dx_s and the model's answer
 q_s - v_s are known. In units of 1 / distance to the end it is a smooth curve, about 1 where the latents are noise to
 the model, which it takes out again (a perfect denoiser of one image has lambda = 1 / sigma), and 0 where it takes an
-error for a part of the image.
+error for a part of the image. With guidance an answer also points elsewhere than its error. As far as both lie in the
+recorded directions, a matrix for each step says where (`fit_mixing`).
 
-What is left out: the part of an answer that does not point along its error. Real runs then end further off than
-simulated ones, most of all with strong guidance and large errors. And only predictions are simulated (site=output): at
-site=stack a skipped step still runs the output layers, which change with time, and plans rank otherwise.
+What is left out: answers outside of these directions, and answers that do not grow in proportion to their errors. Real
+runs then end further off than simulated ones, most of all with strong guidance. And only predictions are simulated
+(site=output): at site=stack a skipped step still runs the output layers, which change with time, and plans rank otherwise.
 """
 
 import math

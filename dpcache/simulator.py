@@ -28,7 +28,8 @@ recorded directions, a matrix for each step says where (`fit_mixing`).
 
 What is left out: answers outside of these directions, and answers that do not grow in proportion to their errors. Real
 runs then end further off than simulated ones, most of all with strong guidance. And only predictions are simulated
-(site=output): at site=stack a skipped step still runs the output layers, which change with time, and plans rank otherwise.
+(site=output): at site=stack a skipped step still runs the output layers, which change with time, and plans rank
+otherwise.
 """
 
 import math

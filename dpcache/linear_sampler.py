@@ -54,9 +54,9 @@ class LinearSampler:
         noise is added. A step that its prediction does not move is given that of `unmoved`, (T, ...)."""
         found = np.zeros(unmoved.shape)
         for step in range(self.steps):
-            rest = states[step + 1].astype(float)
-            for back in range(min(self.carry.shape[1], step + 1)):
-                rest = rest - self.carry[step, back] * states[step - back]
+            rest = states[step + 1] - self.start[step + 1] * states[0].astype(float)
+            for back in range(min(self.carry.shape[1], step + 1)):  # the recurrence is of what the start does not do
+                rest = rest - self.carry[step, back] * (states[step - back] - self.start[step - back] * states[0])
                 if back:
                     rest = rest - self.drive[step, back] * found[step - back]
             found[step] = rest / self.drive[step, 0] if self.drive[step, 0] else unmoved[step]

@@ -25,7 +25,9 @@ from dpcache.simulator import (
     Recorded,
     Simulator,
     Weights,
+    at_times,
     decibels,
+    fit_mixing,
     fit_response,
     random_probes,
     record,
@@ -285,6 +287,49 @@ def test_the_response_of_a_linear_model_is_found_from_its_answers():
     response = fit_response(Answers.join(parts), recorded, knots=10, smooth=1e-6)
     units = recorded.remaining[0]
     np.testing.assert_allclose(response[2:-1] * units[2:-1], (toy.rates * units)[2:-1], atol=0.03)
+
+
+def test_answers_that_point_elsewhere_than_their_errors_are_learnt():
+    recorded, random = ToyRun("DDIM", rates(12)).recorded(), np.random.default_rng(0)
+    r, n, remaining = recorded.leading, 600, recorded.remaining[0]
+    rows = np.concatenate([recorded.predictions[0], recorded.states[0]]) / recorded.sizes[0]
+    axes = recorded.directions[:, -r:].T @ rows
+    turned, step, errors = random.normal(size=(r, r)), random.integers(0, 12, n), random.normal(size=(n, r))
+    answers = rates(12)[step, None] * errors + errors @ turned / remaining[step, None]
+    heard = Answers(step, np.zeros(n, int), errors @ axes, answers @ axes)
+    mixing = fit_mixing(heard, recorded, rates(12), knots=3, ridge=1e-9)
+    np.testing.assert_allclose(mixing * remaining[:, None, None], np.broadcast_to(turned, mixing.shape), atol=1e-3)
+
+
+def test_a_mixing_that_only_stretches_is_a_response():
+    toy = ToyRun("Euler, flow", rates(12))
+    recorded, more = toy.recorded(), np.linspace(0.3, -0.2, 12)
+    mixing = more[:, None, None] * np.eye(recorded.directions.shape[1])
+    fill = Weights(Taylor(1), 12).fill([[0, 3, 4, 8], [0, 2, 5, 10]])
+    stretched = Simulator(recorded, toy.rates, mixing)
+    expected = Simulator(recorded, toy.rates + more)
+    np.testing.assert_allclose(stretched.errors(fill), expected.errors(fill), rtol=1e-9)
+    again = Simulator.unpack(stretched.pack())
+    np.testing.assert_allclose(again.errors(fill), stretched.errors(fill), rtol=1e-6)  # kept in float32
+
+
+def test_predictions_between_latents_are_those_of_the_run():
+    for name in ("Euler, flow", "DDIM", "DPM-Solver++, flow", "UniPC, flow"):
+        toy = ToyRun(name, rates(12))
+        v, x = toy()
+        np.testing.assert_allclose(toy.sampler.predictions_between(x, v), v, rtol=1e-3, atol=1e-3 * np.abs(v).max())
+
+
+def test_a_finer_run_is_taken_at_the_times_that_are_wanted():
+    fine, coarse = np.linspace(1000, 2, 40), np.linspace(1000, 50, 8)
+    path = np.stack([fine, fine**2], 1)  # two elements, one of them curved
+    states = np.concatenate([path, [[0.0, 0.0]]])[None]
+    predictions, states = at_times(path[None], states, fine, coarse)
+    assert predictions.shape == (1, 8, 2) and states.shape == (1, 9, 2)
+    np.testing.assert_allclose(predictions[0, :, 0], coarse, rtol=1e-6)
+    np.testing.assert_allclose(predictions[0, :, 1], coarse**2, rtol=1e-2, atol=200)
+    np.testing.assert_array_equal(states[0, 1:-1], predictions[0, 1:])
+    np.testing.assert_array_equal(states[0, [0, -1]], [[1000, 1000**2], [0, 0]])
 
 
 def test_the_best_of_all_plans_is_found():

@@ -10,11 +10,12 @@ latents themselves, if the predictor sees them) against the prediction that take
 where v_s is the full-step run's prediction and dx'_{s+1} the error that would be left if v_s were predicted
 (`linear_sampler`: sum_j carry[s, j] dx_{s-j} + sum_{j>0} drive[s, j] (q_{s-j} - v_{s-j}), q what was predicted).
 
-The simulator fits such weights, too (`Simulator.closed_loop`), but has to guess the model's answers.
+The simulator fits such weights, too (`Simulator.closed_loop`), but has to guess the model's answers. A few prompts leave
+the weights uncertain, so simulated ones count as if some more prompts had asked for them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +27,8 @@ from dpcache.predictors import Predictor, ridge_regression
 from dpcache.schedules import Schedule
 from dpcache.simulator import Recorded, kept_elements
 
+TRUST = 1.0  # for how many prompts simulated weights count
+
 
 class ClosedLoopFit:
     """The weights of one plan, learnt run by run.
@@ -34,30 +37,31 @@ class ClosedLoopFit:
     taught.
 
     Args:
-        recorded: the full-step runs of the calibration's prompts.
+        recorded: the reference runs of the calibration's prompts.
         plan: the computed steps, beginning with step 0.
-        history: how many of the latest computed predictions a skipped step is predicted from.
-        sees_input: whether also from the latents.
+        simulated: the weights to begin with, which also say how many of the latest computed predictions are weighed,
+            and whether the latents are.
+        trust: for how many prompts they count.
         ridge: see `dpcache.predictors.LeastSquares`.
-
-    Raises SettingError as `Recorded.check_inputs` does, for weights of the input.
     """
 
     def __init__(
-        self, recorded: Recorded, plan: Sequence[int], history: int, sees_input: bool = False, ridge: float = 1e-6
+        self,
+        recorded: Recorded,
+        plan: Sequence[int],
+        simulated: FittedWeights,
+        trust: float = TRUST,
+        ridge: float = 1e-6,
     ):
-        if sees_input:
-            recorded.check_inputs()
-        self.recorded, self.plan, self.ridge = recorded, list(plan), ridge
-        self.history, self.sees_input = history, sees_input
-        self.among: dict[int, np.ndarray] = {}  # of every skipped step the sums of products, (h, h),
+        self.recorded, self.plan, self.simulated, self.trust, self.ridge = recorded, list(plan), simulated, trust, ridge
+        self.prompts: dict[int, int] = {}  # of every skipped step how many it has learnt from,
+        self.among: dict[int, np.ndarray] = {}  # the sums of products, (h, h),
         self.towards: dict[int, np.ndarray] = {}  # and of products with the aim, (h,)
 
     @property
     def predictor(self) -> FittedWeights:
         """With the weights as they are by now."""
-        table = {step: tuple(self._solve(step).tolist()) for step in self.among}
-        return FittedWeights(self.history, table, self.sees_input)
+        return replace(self.simulated, table={step: self._solve(step) for step in self.simulated.table})
 
     def run(self, pipe, calibration: Calibration, start: int, limit: int) -> np.ndarray:
         """Learn from the calibration's prompts from `start` to before `limit`. Returns the relative errors of their
@@ -78,13 +82,18 @@ class ClosedLoopFit:
     def add(self, step: int, seen: np.ndarray, aim: np.ndarray) -> tuple[float, ...]:
         """Of one batch what there is to predict from, (B, h, E), and what to aim at, (B, E). Returns the weights with
         which this batch goes on."""
+        self.prompts[step] = self.prompts.get(step, 0) + len(aim)
         among, towards = np.einsum("bhe,bke->hk", seen, seen), np.einsum("bhe,be->h", seen, aim)
         self.among[step] = self.among.get(step, 0) + among
         self.towards[step] = self.towards.get(step, 0) + towards
-        return tuple(self._solve(step).tolist())
+        return self._solve(step)
 
-    def _solve(self, step: int) -> np.ndarray:
-        return ridge_regression(self.among[step], self.towards[step], self.ridge)
+    def _solve(self, step: int) -> tuple[float, ...]:
+        if step not in self.prompts:
+            return self.simulated.table[step]
+        learnt = ridge_regression(self.among[step], self.towards[step], self.ridge)
+        part = self.trust / (self.trust + self.prompts[step])
+        return tuple(((1 - part) * learnt + part * np.array(self.simulated.table[step])).tolist())
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +118,7 @@ class _Learner(StepListener):
         self.q: list[np.ndarray] = []  # what was predicted so far, (B, E) each
         self.y: list[np.ndarray] = []  # the latents so far
         self.found: dict[int, tuple[float, ...]] = {}
-        self.predictor = _Learning(fit.history, self, fit.sees_input)
+        self.predictor = _Learning(fit.simulated.history, self, fit.simulated.sees_input)
 
     def given(self, scheduler, arguments):
         if scheduler is not self.scheduler:
@@ -138,6 +147,6 @@ class _Learner(StepListener):
                 error += drive[back] * (self.q[step - back] - self.v[:, step - back])
         aim = self.v[:, step] - (error / drive[0] if drive[0] else 0)
         seen = [self.q[key] for key in keys]
-        if self.fit.sees_input:
+        if self.predictor.sees_input:
             seen.append(self.y[step])
         return self.fit.add(step, np.stack(seen, 1) / self.sizes[..., None], aim / self.sizes)

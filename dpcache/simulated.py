@@ -125,7 +125,7 @@ class SimulatedPlan:
         trials = [*searched[: finalists - 1], even[0], *searched[finalists - 1 :], *even[1:]]
         methods = [make_method(simulator, trial["predictor"], trial["steps"]) for trial in trials[:finalists]]
         fits = {
-            number: ClosedLoopFit(simulator.recorded, method.schedule.steps, *_sight(trials[number]["predictor"]))
+            number: ClosedLoopFit(simulator.recorded, method.schedule.steps, method.predictor)
             for number, method in enumerate(methods)
             if trials[number]["predictor"] in CLOSED_LOOP
         }

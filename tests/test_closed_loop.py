@@ -1,5 +1,6 @@
 """Weights that are learnt while prompts run, against the runs that have them and against others."""
 
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -24,9 +25,16 @@ def calibration(pipe):
     return dpcache.calibrate(pipe, PROMPTS, T, statistics, seeds=SEEDS, batch_size=3, **CALL)
 
 
+def fit_of(calibration, plan, history=2, sees_input=False, finer=1):
+    """Before its first run; what the runs teach counts alone."""
+    simulator = simulator_of(calibration, 4, finer)
+    simulated = make_method(simulator, f"closed{history}{'x' * sees_input}", plan).predictor
+    return ClosedLoopFit(simulator.recorded, plan, simulated, trust=0)
+
+
 def learnt(pipe, calibration, history=2, sees_input=False, finer=1):
     """The fit after all prompts, what it has counted, and the errors in its runs."""
-    fit = ClosedLoopFit(simulator_of(calibration, 4, finer).recorded, PLAN, history, sees_input)
+    fit = fit_of(calibration, PLAN, history, sees_input, finer)
     before = calibration.reran
     errors = fit.run(pipe, calibration, 0, len(PROMPTS))
     return fit, calibration.reran - before, errors
@@ -66,13 +74,13 @@ def test_no_other_weights_end_a_skipped_step_closer_to_the_full_run(pipe, calibr
 
 
 def test_prompts_that_come_later_are_learnt_from_too(pipe, calibration):
-    fit = ClosedLoopFit(simulator_of(calibration, 4).recorded, PLAN, 2)
+    fit = fit_of(calibration, PLAN)
     calibration.made_from["batch_size"] = 2
     try:
         errors = fit.run(pipe, calibration, 0, 3)
     finally:
         calibration.made_from["batch_size"] = 3
-    alone = ClosedLoopFit(fit.recorded, PLAN, 2)
+    alone = fit_of(calibration, PLAN)
     alone.run(pipe, calibration, 0, 2)
     assert len(errors) == 3 and fit.predictor.table != alone.predictor.table
     method = Method(Schedule(PLAN, T), "output", fit.predictor)
@@ -85,9 +93,25 @@ def test_weights_that_are_learnt_in_the_run_beat_simulated_ones(pipe, calibratio
     assert errors.mean() < calibration.errors(pipe, simulated).mean()
 
 
+def test_simulated_weights_count_for_some_prompts(pipe, calibration):
+    fit = fit_of(calibration, PLAN)
+    assert fit.predictor.table == fit.simulated.table
+    fit.run(pipe, calibration, 0, 3)
+    half = replace_trust(fit, 3.0)
+    for step, simulated in fit.simulated.table.items():
+        mean = (np.array(simulated) + fit.predictor.table[step]) / 2
+        np.testing.assert_allclose(half.predictor.table[step], mean)
+
+
+def replace_trust(fit, trust):
+    other = copy(fit)
+    other.trust = trust
+    return other
+
+
 def test_a_finer_run_is_ended_on_more_closely_than_by_all_steps(pipe, calibration):
     """Nine of ten steps, and the skipped one takes back what ten steps miss of forty."""
-    fit = ClosedLoopFit(simulator_of(calibration, 4, 4).recorded, [*range(8), 9], 3, True)
+    fit = fit_of(calibration, [*range(8), 9], 3, True, finer=4)
     fit.run(pipe, calibration, 0, 3)
     finer = generate(pipe, PROMPTS, SEEDS, 40, decode=False, **CALL).latents
     assert fit.recorded.errors(finer.numpy()).max() <= 1e-5

@@ -203,6 +203,14 @@ def record(
     return Recorded(np.stack(grams), np.stack(remaining), latents, sampler, fits), Answers.join(answers)
 
 
+def read_steps(pipe, prompt, seed: int, num_inference_steps: int, **call) -> tuple[np.ndarray, LinearSampler]:
+    """The scheduler's times (T,) and arithmetic in a run of T steps, of which only the first runs the model."""
+    once = Method(EvenlySpaced(1, num_inference_steps), "output", Reuse())
+    recorder, *_ = _run(pipe, once, [prompt], [seed], call)
+    times = np.array([float(arguments["timestep"]) for arguments in recorder.calls])
+    return times, read_sampler(recorder.scheduler, recorder.calls)
+
+
 def _answers(plan: Plan, v: torch.Tensor, x: torch.Tensor, q: torch.Tensor, y: torch.Tensor) -> Answers:
     """From predictions and latents of the full-step run (v, x) and of a plan's (q, y), (T, B, ...) each. Where nothing
     was skipped before, there is no error to answer."""

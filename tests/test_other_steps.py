@@ -18,7 +18,7 @@ PROMPTS, RUNS = ["dog", "car", "red apple"], SimulatedRuns(4)
 
 @pytest.fixture(scope="module")
 def calibration(pipe):
-    return dpcache.calibrate(pipe, PROMPTS, 14, (RUNS,), batch_size=3, **CALL)
+    return dpcache.calibrate(pipe, PROMPTS, 20, (RUNS,), batch_size=3, **CALL)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -39,16 +39,16 @@ def test_times_that_turn_back_are_refused():
 
 def test_a_carried_calibration_foretells_runs_of_another_number_of_steps(calibration, pipe, caplog):
     carried = carry(pipe, calibration, 10, (RUNS,), prompts=2)
-    assert "calibration of 14 steps is carried to 10" in caplog.text
+    assert "calibration of 20 steps is carried to 10" in caplog.text
     assert carried.num_inference_steps == 10 and carried.made_from["prompts"] == PROMPTS[:2]
     np.testing.assert_allclose(carried.latents[0], run_once(pipe, 10)[0].numpy(), atol=1e-4)
-    assert carried.took((RUNS,)) == pytest.approx(2 + 1 / 14 + 1 / 10) and carried.reran == 0
+    assert carried.took((RUNS,)) == pytest.approx(2 + 1 / 20 + 1 / 10) and carried.reran == 0
     method = Method(Schedule([0, 3, 6, 8], 10), "output", Taylor(1))
     latents = sample(pipe, method, PROMPTS[:2], [0, 1], decode=False, **CALL).latents.numpy()
     real = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(latents, carried.latents)]
     foretold = simulator_of(carried, probes=4).predict_error(method)
-    assert foretold == pytest.approx(np.exp(np.log(real).mean()), rel=0.15)
-    assert calibration.num_inference_steps == 14 and len(calibration.latents) == 3
+    assert foretold == pytest.approx(np.exp(np.log(real).mean()), rel=0.2)
+    assert calibration.num_inference_steps == 20 and len(calibration.latents) == 3
 
 
 def test_a_method_is_planned_on_a_carried_calibration(calibration, pipe):
@@ -67,8 +67,8 @@ def run_once_with(pipe, method):
 
 
 def test_what_cannot_be_carried_is_refused(calibration, pipe):
-    with pytest.raises(dpcache.SettingError, match=r"made for 14, and Gram\.1 site=output cannot be carried"):
+    with pytest.raises(dpcache.SettingError, match=r"made for 20, and Gram\.1 site=output cannot be carried"):
         carry(pipe, calibration, 10, (Gram("output"),))
-    other = dpcache.calibrate(pipe, PROMPTS[:1], 14, (), **CALL)
+    other = dpcache.calibrate(pipe, PROMPTS[:1], 20, (), **CALL)
     with pytest.raises(dpcache.SettingError, match="does not hold SimulatedRuns"):
         carry(pipe, other, 10, (RUNS,))

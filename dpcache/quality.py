@@ -114,7 +114,11 @@ def find_budget(pipe, make: Callable[[int], Recipe], calibration: Calibration, q
 
     @cache
     def promised(budget: int) -> float:
-        return make(budget).promised(calibration)
+        try:
+            recipe = make(budget)
+        except SettingError:
+            return -np.inf
+        return recipe.promised(calibration)
 
     def predict(budget: int) -> float:
         """What the simulator promises of the final latents, plus how far the images of other budgets were from that."""
@@ -144,6 +148,7 @@ def find_budget(pipe, make: Callable[[int], Recipe], calibration: Calibration, q
     if simulated:
         shown = np.unique(np.geomspace(1, T, 12).round().astype(int)).tolist()
         predicted = {budget: predict(budget) for budget in sorted({*shown, *tried}) if {*tried} - {budget}}
+        predicted = {budget: decibels for budget, decibels in predicted.items() if np.isfinite(decibels)}
     return Found(methods[high], high, dict(sorted(tried.items())), predicted)
 
 

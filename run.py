@@ -136,8 +136,8 @@ def build(config: DictConfig, pipe, recipe, calibration) -> tuple:
     if config.quality is None:
         return recipe.build(pipe, calibration), config.budget, None
     found = find_budget(pipe, partial(recipe_for, config), calibration, config.quality)
-    print(*(f"  budget={budget}: {decibels:.2f} dB" for budget, decibels in found.tried.items()), sep="\n")
-    return found.method, found.budget, {"wanted": config.quality, "tried": found.tried}
+    print(*(f"  {line}" for line in found.lines()), sep="\n")
+    return found.method, found.budget, {"wanted": config.quality, "tried": found.tried, "predicted": found.predicted}
 
 
 def run(config: DictConfig, folder: Path) -> dict:

@@ -43,4 +43,4 @@ def first_block_cache(
     """
     check_budget(budget, num_inference_steps)
     make = partial(FirstBlockCache, num_inference_steps)
-    return Search(make, budget, num_inference_steps, first=0.05) if threshold is None else make(threshold)
+    return Search(make, budget, num_inference_steps, first=0.05, alone=True) if threshold is None else make(threshold)

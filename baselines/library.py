@@ -161,7 +161,7 @@ def every_nth(
     check_budget(budget, num_inference_steps)
     if skip_range is not None:
         return make(skip_range)
-    return Search(make, budget, num_inference_steps, first=2, setting="skip_range", whole=True)
+    return Search(make, budget, num_inference_steps, first=2, setting="skip_range", whole=True, alone=True)
 
 
 class LibrarySession(Session):

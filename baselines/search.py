@@ -106,6 +106,7 @@ class Search:
         setting: what it is called, for the record.
         whole: whole numbers only.
         alike: whether the steps are the same for all prompts, so that one prompt will do; None: those of whole numbers.
+        alone: whether nothing else in `make` depends on the budget, so that a quality is searched by this setting.
     """
 
     make: Callable[[float], Runnable]
@@ -115,12 +116,17 @@ class Search:
     setting: str = "threshold"
     whole: bool = False
     alike: bool | None = None
+    alone: bool = False
     statistics: ClassVar[tuple] = ()
 
     @property
     def example(self) -> Method | None:
         made = self.make(self.first)
         return made if isinstance(made, Method) else None
+
+    def knob(self, calibration: Calibration) -> "Search | None":
+        """Itself, for a search by quality, see `dpcache.quality.find_budget`; None where budgets are to be tried."""
+        return self if self.alone else None
 
     def build(self, pipe, calibration: Calibration) -> Runnable:
         """The method, with the value and what it "spent" among what was decided."""

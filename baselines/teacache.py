@@ -1,14 +1,14 @@
 """TeaCache: Timestep Embedding Tells (Liu et al., arXiv 2411.19108)."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
-from baselines.search import Search, with_decided
+from baselines.search import Search
 from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
 from dpcache.method import Method
@@ -116,11 +116,28 @@ class TeaCache:
     def example(self) -> Method:
         return self.make(0.0, (0.0,))
 
-    def make(self, threshold: float, polynomial: Sequence[float]) -> Method:
+    def make(self, threshold: float, polynomial: Sequence[float], fitted: Mapping[str, float] | None = None) -> Method:
+        """`fitted`: how well the polynomial fits, for the record."""
         schedule = AccumulatedChange(self.num_inference_steps, threshold, polynomial, self.warmup)
-        return Method(schedule, "residual", Reuse(), {"threshold": threshold, "polynomial": list(polynomial)})
+        decided = {"threshold": threshold, "polynomial": list(polynomial), **(fitted or {})}
+        return Method(schedule, "residual", Reuse(), decided)
 
     def build(self, pipe, calibration: Calibration) -> Method:
+        if self.threshold is not None:
+            return self.make(self.threshold, *self._fitted(calibration))
+        return self.knob(calibration).build(pipe, calibration)
+
+    def knob(self, calibration: Calibration) -> Search:
+        """The search for the threshold. Raises SettingError if it is given."""
+        if self.threshold is not None:
+            raise SettingError(f"threshold={self.threshold} is given, which leaves nothing to search for")
+        polynomial, fitted = self._fitted(calibration)
+        first = find_threshold(calibration[InputChange()], polynomial, self.budget, self.warmup)
+        make = partial(self.make, polynomial=polynomial, fitted=fitted)
+        return Search(make, self.budget, self.num_inference_steps, first)
+
+    def _fitted(self, calibration: Calibration) -> tuple[Sequence[float], dict[str, float]]:
+        """The polynomial, and how well it fits if it was not given."""
         changes, polynomial, fitted = calibration[InputChange()], self.polynomial, {}
         if not len(changes):
             raise SettingError("teacache: the calibration holds no modulated inputs: this model's are not known")
@@ -134,12 +151,7 @@ class TeaCache:
                     "better a method that does not guess them from the input's",
                     100 * max(share, 0),
                 )
-        if self.threshold is not None:
-            return with_decided(self.make(self.threshold, polynomial), fitted)
-        first = find_threshold(changes, polynomial, self.budget, self.warmup)
-        make = partial(self.make, polynomial=polynomial)
-        method = Search(make, self.budget, self.num_inference_steps, first).build(pipe, calibration)
-        return with_decided(method, fitted)
+        return polynomial, fitted
 
 
 def teacache(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from ast import literal_eval
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -71,9 +72,13 @@ def check_use(pipe, made_for: Mapping[str, str]) -> None:
         )
 
 
-def warn_of_other_use(made_for: Mapping[str, str], input_shape: Sequence[int], branches: Sequence[str]) -> None:
-    """Warn where a method runs at another resolution or with other guidance branches than it was made for."""
-    for what, now in (("input", list(input_shape)), ("branches", list(branches))):
+def warn_of_other_use(pipe, made_for: Mapping[str, str], input_shape: Sequence[int], branches: Sequence[str]) -> None:
+    """Warn where a method runs at another resolution, with other guidance branches, or at another guidance scale than
+    it was made for. Scales are those that the pipeline tells; some tell none."""
+    made = literal_eval(made_for.get("guidance", "{}"))
+    told = {name: getattr(pipe, name, None) for name in made}
+    guidance = {name: value if told[name] in (None, value) else told[name] for name, value in made.items()}
+    for what, now in (("input", list(input_shape)), ("branches", list(branches)), ("guidance", guidance)):
         if made_for.get(what, str(now)) != str(now):
             log.warning(
                 "this method was made for the model's %s %s, this run has %s: its quality may differ",

@@ -10,8 +10,8 @@ latents themselves, if the predictor sees them) against the prediction that take
 where v_s is the full-step run's prediction and dx'_{s+1} the error that would be left if v_s were predicted
 (`linear_sampler`: sum_j carry[s, j] dx_{s-j} + sum_{j>0} drive[s, j] (q_{s-j} - v_{s-j}), q what was predicted).
 
-The simulator fits such weights, too (`Simulator.closed_loop`), but has to guess the model's answers. A few prompts leave
-the weights uncertain, so simulated ones count as if some more prompts had asked for them.
+The simulator fits such weights, too (`Simulator.closed_loop`), but has to guess the model's answers. Where few prompts
+have taught, its weights count as if one more had.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,10 @@
-"""The smallest budget that reaches a quality, found on the calibration prompts."""
+"""The fewest computed steps that reach a quality, found on the calibration prompts."""
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Protocol
 
 import numpy as np
 
@@ -11,11 +13,13 @@ from dpcache.errors import SettingError
 from dpcache.method import Method, Recipe, Runnable, cached
 from dpcache.predictors import Reuse
 from dpcache.sampler import generate
-from dpcache.schedules import EvenlySpaced
+from dpcache.schedules import EvenlySpaced, OnlineSchedule
+from dpcache.session import Report
 
 log = logging.getLogger(__name__)
 
 HIGHEST = 100.0  # dB of identical images, whose PSNR would be infinite
+TRIES = 10  # values of an online method's setting
 
 
 @dataclass(frozen=True)
@@ -23,13 +27,42 @@ class Found:
     """A method that reaches the quality.
 
     Attributes:
-        method, budget: with so many computed steps.
-        tried: of every budget that was tried, the quality in dB of PSNR, mean over the calibration prompts.
+        method, budget: with so many computed steps; of an online method, the mean over the prompts, rounded.
+        tried: of so many computed steps (of an online method, in the mean), the quality in dB of PSNR that was
+            confirmed, mean over the calibration prompts.
+        predicted: of budgets, the quality that the simulator and the *other* budgets that were run foretell; empty
+            where the method has no simulator.
     """
 
     method: Runnable
     budget: int
-    tried: dict[int, float]
+    tried: dict[float, float]
+    predicted: dict[int, float] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """The curve, a line for each number of computed steps."""
+        lines = []
+        for steps in sorted({*self.tried, *self.predicted}):
+            known = [f"{self.tried[steps]:.2f} dB"] if steps in self.tried else []
+            known += [f"{self.predicted[steps]:.2f} dB predicted"] if steps in self.predicted else []
+            lines.append(f"budget={steps:g}: {', '.join(known)}")
+        return lines
+
+
+class Knob(Protocol):
+    """The one setting of a method that decides online.
+
+    Attributes:
+        make: the method with the setting at a value; the larger the value, the fewer steps are computed.
+        first: the value to begin with.
+        setting: what it is called.
+        whole: whole numbers only.
+    """
+
+    make: Callable[[float], Runnable]
+    first: float
+    setting: str
+    whole: bool
 
 
 def psnr(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -43,48 +76,123 @@ def psnr(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 def find_budget(pipe, make: Callable[[int], Recipe], calibration: Calibration, quality: float) -> Found:
     """The smallest budget with which the images of the calibration prompts come as close to the full-step ones as
-    `quality` says, by bisection: quality is taken to grow with the budget. About log2(T) budgets are tried, each on all
-    calibration prompts; a budget that the method does not take counts as too small.
+    `quality` says. Quality is taken to grow with the budget; a budget that the method does not take counts as too
+    small. Every budget that is tried is run on all calibration prompts:
+
+    - of a recipe with a simulator (`promised`), the smallest one that is predicted to do, until one reaches the
+      quality and the one below does not;
+    - of an online method with one setting (`knob`), values of that setting;
+    - of others about log2(T), by bisection.
 
     Args:
         make: the recipe for a budget.
         quality: dB of PSNR, mean over the prompts.
 
-    Raises SettingError for a quality that is not above 0 and at most 100, and as the recipes do where no budget is
-    taken.
+    Raises SettingError for a quality that is not above 0 and at most 100, where it is not reached, for an online
+    method whose setting is given, and as the recipes do where no budget is taken.
     """
     if not 0 < quality <= HIGHEST:
         raise SettingError(f"quality={quality} must be above 0 and at most {HIGHEST:g} dB")
-    T, tried, methods = calibration.num_inference_steps, {}, {}
-    reference = _images(pipe, Method(EvenlySpaced(T, T), "output", Reuse()), calibration)
+    T = calibration.num_inference_steps
+    widest = make(T)
+    if isinstance(widest, Method) and isinstance(widest.schedule, OnlineSchedule):
+        raise SettingError(f"quality={quality}: this method's threshold is given, which leaves nothing to search for")
+    calibration.measure(pipe, widest.statistics or ())
+    reference, _ = _images(pipe, Method(EvenlySpaced(T, T), "output", Reuse()), calibration)
+
+    def confirm(method: Runnable) -> tuple[float, float]:
+        """Its quality on the calibration prompts, and the mean of the computed steps."""
+        images, report = _images(pipe, method, calibration)
+        reached, spent = float(psnr(images, reference).mean()), float(np.mean([*report.spent.values()]))
+        log.info("%.4g computed steps reach %.2f dB on the calibration prompts", spent, reached)
+        return reached, spent
+
+    knob = make((T + 1) // 2).knob(calibration) if hasattr(widest, "knob") else None
+    if knob is not None:
+        return _by_setting(confirm, knob, quality)
+    methods, tried = {}, {}
+
+    @cache
+    def promised(budget: int) -> float:
+        try:
+            recipe = make(budget)
+        except SettingError:
+            return -np.inf
+        return recipe.promised(calibration)
+
+    def predict(budget: int) -> float:
+        """What the simulator promises of the final latents, plus how far the images of other budgets were from that."""
+        others = [other for other in sorted(tried) if other != budget]
+        off = np.interp(budget, others, [tried[other] - promised(other) for other in others]) if others else 0.0
+        return float(min(promised(budget) + off, HIGHEST))
 
     def reaches(budget: int) -> bool:
         try:
             recipe = make(budget)
             calibration.measure(pipe, recipe.statistics or ())
             methods[budget] = recipe.build(pipe, calibration)
-            images = _images(pipe, methods[budget], calibration)
+            tried[budget], _ = confirm(methods[budget])
         except SettingError:
             if budget == T:
                 raise
             return False
-        tried[budget] = float(psnr(images, reference).mean())
-        log.info("budget=%s reaches %.2f dB on the calibration prompts", budget, tried[budget])
         return tried[budget] >= quality
 
-    if not reaches(T):
-        raise SettingError(f"quality={quality} is not reached: with all {T} steps this method is at {tried[T]:.2f} dB")
-    low, high = 0, T
+    simulated, low, high = hasattr(widest, "promised"), 0, T + 1
     while high - low > 1:
+        budget = _smallest(lambda budget: predict(budget) >= quality, low, high) if simulated else (low + high) // 2
+        low, high = (low, budget) if reaches(budget) else (budget, high)
+    if high > T:
+        raise SettingError(f"quality={quality} is not reached: with all {T} steps this method is at {tried[T]:.2f} dB")
+    predicted = {}
+    if simulated:
+        shown = np.unique(np.geomspace(1, T, 12).round().astype(int)).tolist()
+        predicted = {budget: predict(budget) for budget in sorted({*shown, *tried}) if {*tried} - {budget}}
+        predicted = {budget: decibels for budget, decibels in predicted.items() if np.isfinite(decibels)}
+    return Found(methods[high], high, dict(sorted(tried.items())), predicted)
+
+
+def _smallest(enough: Callable[[int], bool], low: int, high: int) -> int:
+    """The smallest number between `low` and `high`, both excluded, that is enough; the largest if none is."""
+    while high - low > 2:
         middle = (low + high) // 2
-        low, high = (low, middle) if reaches(middle) else (middle, high)
-    return Found(methods[high], high, dict(sorted(tried.items())))
+        low, high = (low, middle + 1) if enough(middle) else (middle, high)
+    return high - 1
 
 
-def _images(pipe, method: Runnable, calibration: Calibration) -> np.ndarray:
-    """Of all calibration prompts, uint8 (N, ...). What it takes is counted in `calibration.reran`."""
+def _by_setting(confirm: Callable[[Runnable], tuple[float, float]], knob: Knob, quality: float) -> Found:
+    """The largest value of the setting that reaches the quality: from the first one on doubled or halved until one does
+    and one does not, then their geometric mean, until their computed steps differ by half a step or less."""
+    enough, short, value, known, tried = None, None, knob.first, {}, {}
+    for _ in range(TRIES):
+        value = max(round(value), 1) if knob.whole else value
+        if value in known:
+            break
+        known[value] = reached, spent = confirm(knob.make(value))
+        tried[round(spent, 2)] = reached
+        enough, short = (value, short) if reached >= quality else (enough, value)
+        if enough is None or short is None:
+            value = 2 * enough if enough is not None else short / 2
+            continue
+        if abs(known[enough][1] - known[short][1]) <= 0.5:
+            break
+        value = (enough * short) ** 0.5
+    if enough is None:
+        best = max(reached for reached, _ in known.values())
+        raise SettingError(
+            f"quality={quality} is not reached: with {knob.setting}={min(known):.3g} it is {best:.2f} dB"
+        )
+    method, spent = knob.make(enough), known[enough][1]
+    method = replace(method, decided={**method.decided, knob.setting: enough, "spent": spent})
+    return Found(method, max(round(spent), 1), dict(sorted(tried.items())))
+
+
+def _images(pipe, method: Runnable, calibration: Calibration) -> tuple[np.ndarray, Report]:
+    """Of all calibration prompts, uint8 (N, ...), and what the method did. What it takes is counted in
+    `calibration.reran`."""
     call, batches = calibration.made_from["call"], calibration.batches()
     with cached(pipe, method) as session:
         made = [generate(pipe, *batch, method.num_inference_steps, **call).images for batch in batches]
-    calibration.count(session.report(), [len(prompts) for prompts, _ in batches])
-    return np.concatenate(made)
+    report = session.report()
+    calibration.count(report, [len(prompts) for prompts, _ in batches])
+    return np.concatenate(made), report

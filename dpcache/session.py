@@ -415,7 +415,7 @@ class Session:
             )
         if self.step == 0 and not self.compared:
             self.compared = True
-            warn_of_other_use(self.method.made_for, self.input_shape, self.order)
+            warn_of_other_use(self.pipe(), self.method.made_for, self.input_shape, self.order)
         self.calls = []
 
     def open(self, part: Part, name: str, args: tuple, kwargs: dict) -> Branch:

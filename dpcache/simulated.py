@@ -147,6 +147,15 @@ class SimulatedPlan:
         decided = {"steps": trials[best]["steps"], "predictor": trials[best]["predictor"], "trials": trials}
         return replace(method, decided=decided)
 
+    def promised(self, calibration: Calibration) -> float:
+        """Simulated decibels of the final latents with this budget, of a short search with one predictor. They grow
+        with the budget as the quality of the images does, see `dpcache.quality.find_budget`."""
+        simulator = simulator_of(calibration, self.probes, self.finer)
+        known = (name for name in self.predictors if simulator.recorded.inputs_known or not _sees_input(name))
+        spaced = EvenlySpaced(self.budget, self.num_inference_steps).steps
+        ((promised, _),) = search_plans(scorer(simulator, next(known)), self.num_inference_steps, [spaced])
+        return promised
+
     def search(self, simulator: Simulator) -> tuple[list[dict], list[dict]]:
         """Of every predictor the best plan and its promised decibels, best first; and the same with even spacing."""
         recorded, searched, spaced = simulator.recorded, [], []

@@ -243,7 +243,7 @@ def record(
     count: Callable[[Report, list[int]], None] = lambda report, prompts: None,
     finer: int = 1,
     **call,
-) -> tuple[Recorded, Answers, np.ndarray]:
+) -> tuple[Recorded, Answers | None, np.ndarray]:
     """Run prompts with every step computed, and some of them again with plans that are only to be learnt from.
 
     Args:
@@ -254,7 +254,7 @@ def record(
         finer: the recorded runs have so many times T steps, of which those at the times of the T are kept.
         call: further arguments of the pipeline.
 
-    Returns the recorded runs, the model's answers, and the final latents of the recorded runs, (P, ...).
+    Returns the recorded runs, the model's answers (None without probes), and the runs' final latents, (P, ...).
 
     Raises SettingError for a scheduler whose step is not linear, for one that adds noise if `finer` is above 1, and for
     a pipeline of two models.
@@ -298,7 +298,8 @@ def record(
         finer=steps != T,
     )
     answers = [_answers(plan, some, recorded, q, y) for plan, some, q, y in probed]
-    return recorded, Answers.join(answers), torch.cat(finals).numpy()
+    answers = Answers.join(answers) if answers else None
+    return recorded, answers, torch.cat(finals).numpy()
 
 
 def at_times(

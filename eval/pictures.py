@@ -1,7 +1,7 @@
 """Pictures of results for papers and run folders, in the format that the file suffix names, without a display."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -125,6 +125,26 @@ def timeline(path: str | Path, steps: Sequence[int], num_inference_steps: int, t
         handleheight=1,
         borderaxespad=0.3,
     )
+    return save(figure, path)
+
+
+@matplotlib.rc_context(STYLE)
+def quality_curve(
+    path: str | Path, wanted: float, tried: Mapping[float, float], predicted: Mapping[int, float]
+) -> Path:
+    """Quality over computed steps, see `dpcache.quality.Found`: what was predicted as a line, what was confirmed as
+    points, what was wanted as a level."""
+    figure = Figure(figsize=(4, 2.8), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(wanted, color=PATH, lw=0.8, label=f"wanted: {wanted:g} dB")
+    if predicted:
+        axes.plot(list(predicted), list(predicted.values()), color=COMPUTED, lw=1, label="predicted")
+    axes.plot(list(tried), list(tried.values()), "o", color=COMPUTED, markersize=4, label="on the calibration prompts")
+    axes.set(xscale="log", xlabel="computed steps", ylabel="PSNR in dB")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.legend(loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
     return save(figure, path)
 
 

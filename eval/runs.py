@@ -26,6 +26,7 @@ from dpcache.denoisers import denoisers
 from dpcache.errors import SettingError
 from dpcache.method import Recipe, Runnable
 from dpcache.models.pretrained import default_device
+from dpcache.other_steps import carry
 from dpcache.planned import Planned
 from dpcache.prompts import identity
 from dpcache.sampler import Batch, sample
@@ -269,7 +270,10 @@ class Run:
         """
         c = self.config
         if path := c.calibration.path:
-            calibration = Calibration.load(path).check(self.circumstances)
+            calibration = Calibration.load(path)
+            if calibration.num_inference_steps != c.num_inference_steps and statistics:
+                calibration = carry(self.pipe, calibration, c.num_inference_steps, statistics)
+            calibration.check(self.circumstances)
             if missing := calibration.missing(statistics):
                 names = ", ".join(statistic.name for statistic in missing)
                 raise SettingError(f"calibration.path={path} does not hold {names}, which this method needs")
@@ -426,7 +430,8 @@ class Run:
     def pictures(
         self, recipe: Recipe, calibration: Calibration | None, samples: Samples, reference: Samples, result: dict
     ) -> dict[str, Path]:
-        """The side-by-side grid, the schedule and, where there is one, the cost tensor. Returns their paths."""
+        """The side-by-side grid, the schedule and, where there are any, the cost tensor and the curve of the search
+        for a quality. Returns their paths."""
         T, name, steps = result["num_inference_steps"], result["method"], result["schedules"][0]
         rows = {
             f"full, {T} steps": reference.images.numpy(),
@@ -440,6 +445,8 @@ class Run:
         }
         if isinstance(recipe, Planned):
             made["cost"] = pictures.cost_heatmap(self.folder / "cost.png", recipe.costs(calibration), steps)
+        if curve := result["quality"]:
+            made["quality"] = pictures.quality_curve(self.folder / "quality.png", **curve)
         return made
 
     def rows(self, samples: Samples, reference: Samples, result: dict):

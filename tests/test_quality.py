@@ -1,6 +1,7 @@
 """The smallest budget that reaches a quality."""
 
 import logging
+from functools import partial
 
 import numpy as np
 import pytest
@@ -32,11 +33,57 @@ def test_the_smallest_budget_that_reaches_it_is_found(pipe, caplog):
         found = find_budget(pipe, lambda budget: taylorseer(budget, T, lite=True), calibration, 30.0)
     method = taylorseer(found.budget, T, lite=True)
     assert found.method.schedule.steps == method.schedule.steps and 3 < found.budget < T
-    assert decibels(pipe, method) == pytest.approx(found.tried[found.budget], abs=0.01) and found.tried[T] == 100
+    assert decibels(pipe, method) == pytest.approx(found.tried[found.budget], abs=0.01)
     assert found.tried[found.budget] >= 30 > decibels(pipe, taylorseer(found.budget - 1, T, lite=True))
     runs = [T, *found.tried]  # the full-step images, and every budget that was tried
-    assert calibration.reran == pytest.approx(len(PROMPTS) * sum(runs) / T)
-    assert f"budget={found.budget} reaches" in caplog.text
+    assert calibration.reran == pytest.approx(len(PROMPTS) * sum(runs) / T) and len(found.tried) <= 4
+    assert f"{found.budget} computed steps reach" in caplog.text
+    assert f"budget={found.budget}: {found.tried[found.budget]:.2f} dB" in found.lines() and not found.predicted
+
+
+class Promising:
+    """A recipe with a simulator whose decibels are those of the images, but `off`."""
+
+    def __init__(self, budget, off, known):
+        self.method, self.budget, self.off, self.known = taylorseer(budget, T, lite=True), budget, off, known
+
+    statistics = ()
+
+    def build(self, pipe, calibration):
+        self.known["built"].append(self.budget)
+        return self.method
+
+    def promised(self, calibration):
+        return self.known[self.budget] + self.off
+
+
+def test_a_simulator_leaves_little_to_run(pipe):
+    calibration = dpcache.calibrate(pipe, PROMPTS, T, (), batch_size=2, **CALL)
+    known = {budget: decibels(pipe, taylorseer(budget, T, lite=True)) for budget in range(3, T + 1)} | {"built": []}
+    found = find_budget(pipe, lambda budget: Promising(budget, 0.0, known), calibration, 30.0)
+    smallest = min(budget for budget in range(3, T + 1) if known[budget] >= 30)
+    assert found.budget == smallest and known["built"] == [smallest, smallest - 1]
+    known["built"].clear()
+    shifted = find_budget(pipe, lambda budget: Promising(budget, -15.0, known), calibration, 30.0)
+    assert shifted.budget == smallest and smallest < known["built"][0]  # too careful at first, then told better
+    for budget, predicted in shifted.predicted.items():
+        assert predicted == pytest.approx(known[budget], abs=0.1) or budget == T
+    assert set(shifted.tried) <= set(shifted.predicted)
+
+
+def test_an_online_method_is_searched_by_its_threshold(pipe):
+    recipe = partial(dpcache.recipe, "teacache", num_inference_steps=T)
+    calibration = dpcache.calibrate(pipe, PROMPTS, T, recipe(T).statistics, batch_size=2, **CALL)
+    found = find_budget(pipe, recipe, calibration, 45.0)
+    threshold, spent = found.method.decided["threshold"], found.method.decided["spent"]
+    assert found.tried[round(spent, 2)] >= 45 and found.budget == round(spent) and not found.predicted
+    assert decibels(pipe, found.method) == pytest.approx(found.tried[round(spent, 2)], abs=0.01)
+    fewer = [reached for steps, reached in found.tried.items() if steps < spent]
+    assert fewer and max(fewer) < 45 and found.method.schedule.threshold == threshold
+    for given, message in ((recipe, "threshold=0.1"), (partial(dpcache.recipe, "dicache"), "threshold is given")):
+        with pytest.raises(dpcache.SettingError, match=message):
+            given = partial(given, num_inference_steps=T, threshold=0.1)
+            find_budget(pipe, given, calibration, 30.0)
 
 
 def test_qualities_that_cannot_be_are_named(pipe):

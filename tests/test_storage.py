@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -135,6 +135,12 @@ def test_another_use_than_it_was_made_for_is_named(pipe, calibration, caplog):
         caplog.clear()
         sample(pipe, method, ["cat"], [3], decode=False, negative_prompt="", true_cfg_scale=2.0, **CALL)
         assert "branches ['cond'], this run has ['cond', 'uncond']" in caplog.text
+        caplog.clear()
+        guided = replace(method, made_for=method.made_for | {"guidance": "{'guidance_scale': 2.0}"})
+        sample(pipe, guided, ["cat"], [3], decode=False, guidance_scale=2, **CALL)
+        assert not caplog.records
+        sample(pipe, guided, ["cat"], [3], decode=False, guidance_scale=5.0, **CALL)
+        assert "guidance {'guidance_scale': 2.0}, this run has {'guidance_scale': 5.0}" in caplog.text
         caplog.clear()
         with torch.no_grad():
             pipe.transformer.proj_out.bias[0] += 1

@@ -1,0 +1,80 @@
+"""A calibration of T steps, carried to another number of steps.
+
+A simulator knows full-step runs and how the model answers errors. The runs are made anew, of a few prompts. The answers
+take many accelerated runs to learn, but they are a property of the model: in units of 1 / distance to the end, the
+response is a curve over that distance, whatever the steps. So it is interpolated. Steps and weights are then found in
+the new simulator, and the weights learnt in real runs, as ever.
+
+What is lost: the part of an answer that does not point along its error (`dpcache.simulator.fit_mixing`), and what more
+prompts would know. The table "What is a calibration good for?" in notebooks/README.md has what both cost.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from dpcache.calibration import Calibration
+from dpcache.circumstances import describe
+from dpcache.errors import SettingError
+from dpcache.simulated import SimulatedRuns, simulator_of
+from dpcache.simulator import Recorded, Simulator, record
+from dpcache.statistics import Statistic
+
+log = logging.getLogger(__name__)
+
+
+def carried_response(simulator: Simulator, recorded: Recorded) -> np.ndarray:
+    """lambda, (T',), of a simulator of T steps at the T' steps of other recorded runs."""
+    known, wanted = (runs.remaining.mean(0) for runs in (simulator.recorded, recorded))
+    order = np.argsort(known)
+    return np.interp(wanted, known[order], (simulator.response * known)[order]) / wanted
+
+
+def carry(
+    pipe, calibration: Calibration, num_inference_steps: int, statistics: Sequence[Statistic], prompts: int = 3
+) -> Calibration:
+    """A calibration for another number of steps, in place of one that was made with it.
+
+    It runs `prompts` of the calibration's prompts with all of the new steps, where a calibration of its own runs all of
+    them, and accelerated runs besides.
+
+    Args:
+        statistics: what the recipe needs: `SimulatedRuns`.
+        prompts: how many; with these alone finalists are then run.
+
+    Raises SettingError for other statistics, which cannot be carried, and where the calibration was made for another
+    model or call than this pipeline's.
+    """
+    T, call = calibration.num_inference_steps, calibration.made_from["call"]
+    if others := [statistic.name for statistic in statistics if not isinstance(statistic, SimulatedRuns)]:
+        raise SettingError(
+            f"num_inference_steps={num_inference_steps}: this calibration was made for {T}, and {', '.join(others)} "
+            "cannot be carried to another number of steps: calibrate for it"
+        )
+    simulators = [simulator_of(calibration, statistic.probes, statistic.finer) for statistic in statistics]
+    calibration.check(describe(pipe, T, **call))
+    log.warning(
+        "the calibration of %s steps is carried to %s: see notebooks/README.md for what that may cost",
+        *(T, num_inference_steps),
+    )
+    made = replace(
+        calibration,
+        made_for=calibration.made_for | {"num_inference_steps": str(num_inference_steps)},
+        made_from=calibration.made_from
+        | {name: calibration.made_from[name][:prompts] for name in ("prompts", "seeds")},
+        arrays={},
+        latents=np.zeros(0),
+        trajectories={},
+        reran=0.0,
+    )
+    for statistic, simulator in zip(statistics, simulators):
+        recorded, _, latents = record(
+            pipe, made.batches(), num_inference_steps, (), made.count, statistic.finer, **call
+        )
+        if statistic.finer == 1:
+            made.latents = latents
+        made.arrays[statistic.name] = Simulator(recorded, carried_response(simulator, recorded)).pack()
+        made.trajectories[statistic.name], made.reran = made.reran, 0.0
+    return made

@@ -171,7 +171,7 @@ class StepListener:
         """`sample`: the latents that the step starts from; `kwargs` may be changed."""
 
     def given(self, scheduler, arguments: dict) -> None:
-        """`arguments`: what this step is given, by name; not to be changed."""
+        """`arguments`: what this step is given, by name; may be changed."""
 
     def after_step(self, scheduler, output) -> None:
         """`output`: what the scheduler's `step` returned."""
@@ -193,7 +193,9 @@ class _WatchedStep:
             listener.before_step(self.scheduler, sample, kwargs)
         for listener in list(self.listeners):
             if type(listener).given is not StepListener.given:  # binding the arguments takes time
-                listener.given(self.scheduler, self.__signature__.bind(*args, **kwargs).arguments)
+                bound = self.__signature__.bind(*args, **kwargs)
+                listener.given(self.scheduler, bound.arguments)
+                args, kwargs = bound.args, bound.kwargs
         output = self.original(*args, **kwargs)
         for listener in list(self.listeners):
             listener.after_step(self.scheduler, output)

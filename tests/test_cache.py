@@ -17,6 +17,7 @@ from baselines.solver import solver
 from baselines.taylorseer import taylorseer
 from baselines.teacache import teacache
 from baselines.uniform_skip import uniform_skip
+from dpcache._diffusers import foreign_forward
 from dpcache.errors import SettingError
 from dpcache.models.family import Family, family_of
 from dpcache.predictors import Reuse, Taylor
@@ -237,6 +238,26 @@ def test_teacache_computes_the_warmup_and_the_last_step_and_all_at_threshold_zer
         with dpcache.cached(rollout.model, method):
             rollout()
             assert dpcache.report(rollout.model).computed["default"] == expected
+
+
+def test_a_class_that_has_a_forward_of_somebody_elses_is_refused(rollout, monkeypatch):
+    kind = type(rollout.model)
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda model, *args, **kwargs: own(model, *args, **kwargs))
+    with pytest.raises(SettingError, match=f"the class {kind.__name__} has .*<lambda> in place of its own forward"):
+        dpcache.enable(rollout.model, full(10))
+    monkeypatch.undo()
+    with dpcache.cached(rollout.model, full(10)):
+        rollout()
+
+
+def test_no_class_of_diffusers_seems_to_have_somebody_elses_forward():
+    kinds, found = [torch.nn.Module], set()
+    while kinds:
+        found.add(kind := kinds.pop())
+        kinds += set(kind.__subclasses__()) - found
+    libraries = [kind for kind in found if kind.__module__.startswith(("diffusers.", "transformers.", "torch.nn."))]
+    assert len(libraries) > 200 and not [kind for kind in libraries if foreign_forward(kind)]
 
 
 def test_mistakes_are_named(pipe, rollout):

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from baselines.search import spent, with_decided
-from baselines.trajectory import answers, calling, recorded, stepping
+from baselines.trajectory import Steps, answers, calling, recorded
 from dpcache._diffusers import with_gradients
 from dpcache.calibration import Calibration
 from dpcache.denoisers import denoiser
@@ -257,7 +257,7 @@ def image_errors(pipe, routed: Callable, scores: torch.Tensor, batch: tuple, cal
     for step in range(1, T):
         before, some = latents, torch.cat([scores[: step + 1], torch.ones_like(scores[step + 1 :])])
         router = routed(scores=some)
-        with router.at_work(), at_each_step(pipe, router.end_step):
+        with router.at_work(), EndOfSteps(pipe.scheduler, router.end_step).told():
             latents = generate(pipe, *batch, T, decode=False, **call).latents
         proxies[step] = (latents - before).square().mean()
     return proxies
@@ -269,34 +269,39 @@ def gradient(
     """Of lambda_t |prediction - model|^2 with respect to the scores, (T, M), along the trajectory that they lead to."""
     T, (prompts, seeds) = len(scores), batch
     router = routed(scores=scores)
-    with router.at_work(), at_each_step(pipe, router.end_step):
+    with router.at_work(), EndOfSteps(pipe.scheduler, router.end_step).told():
         states = recorded(pipe, prompts, seeds, T, **call).states
     wanted = answers(pipe, states[:-1], prompts, seeds, **call)
     leaf = scores.clone().requires_grad_()
     router = routed(scores=leaf)
-
-    def compare(scheduler, original, prediction, time, sample, kwargs):
-        step = router.step
-        if step:
-            own = prediction[: len(seeds), : sample.shape[1]].float()
-            error = (own - wanted[step].to(own.device)).square().mean()
-            (proxies[step].item() * error).backward()
-        router.end_step()
-        return original(prediction.detach(), time, sample, **kwargs)
-
-    with with_gradients(pipe), router.at_work(), stepping(pipe.scheduler, compare):
+    with with_gradients(pipe), router.at_work(), _Compare(pipe.scheduler, router, wanted, proxies).told():
         generate(pipe, prompts, seeds, T, decode=False, **call)
     return leaf.grad
 
 
-@contextmanager
-def at_each_step(pipe, end_step: Callable[[], None]) -> Iterator[None]:
-    """Meanwhile `end_step` is called at the end of each step."""
+class EndOfSteps(Steps):
+    """Calls `end_step` at the end of each step."""
 
-    def counted(scheduler, original, prediction, time, sample, kwargs):
-        output = original(prediction, time, sample, **kwargs)
-        end_step()
-        return output
+    def __init__(self, scheduler, end_step: Callable[[], None]):
+        super().__init__(scheduler)
+        self.end_step = end_step
 
-    with stepping(pipe.scheduler, counted):
-        yield
+    def end(self, stepped):
+        self.end_step()
+
+
+class _Compare(EndOfSteps):
+    """Differentiates every step's prediction by itself, and hands it to the scheduler without its graph."""
+
+    def __init__(self, scheduler, router, wanted: torch.Tensor, proxies: torch.Tensor):
+        super().__init__(scheduler, router.end_step)
+        self.router, self.wanted, self.proxies = router, wanted, proxies
+
+    def begin(self, arguments, prediction, time, sample):
+        step = self.router.step
+        if step:
+            wanted = self.wanted[step]
+            own = arguments[prediction][: len(wanted), : arguments[sample].shape[1]].float()
+            error = (own - wanted.to(own.device)).square().mean()
+            (self.proxies[step].item() * error).backward()
+        arguments[prediction] = arguments[prediction].detach()

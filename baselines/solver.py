@@ -49,11 +49,24 @@ class Solver(OtherScheduler):
     settings: Mapping[str, object] = field(kw_only=True)
 
     def scheduler_for(self, own):
-        settings = dict(self.settings)
+        """Raises SettingError for schedulers that are neither of flow matching nor such as `self.scheduler`."""
+        kind, settings = getattr(diffusers, self.scheduler), dict(self.settings)
         if type(own).__name__.startswith("FlowMatch"):
+            kind = type(kind.__name__, (_ForFlowMatch, kind), {})
             settings |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
             settings |= {"flow_shift": own.config.shift, "use_dynamic_shifting": own.config.use_dynamic_shifting}
-        return getattr(diffusers, self.scheduler).from_config(own.config, **settings)
+        elif kind not in own.compatibles:
+            raise SettingError(f"{kind.__name__} cannot take the place of this model's {type(own).__name__}")
+        return kind.from_config(own.config, **settings)
+
+
+class _ForFlowMatch:
+    """Stands before the class of a scheduler that takes the place of one of flow matching."""
+
+    def scale_noise(self, sample, timestep, noise):
+        """What pipelines that start from an image, or keep a part of one, ask schedulers of flow matching for:
+        (1 - sigma) sample + sigma noise, where sigma is the noise level of this time."""
+        return self.add_noise(sample, noise, timestep)
 
 
 def solver(budget: int, num_inference_steps: int, scheduler: str, order: int = 2) -> Method:

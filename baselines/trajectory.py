@@ -1,14 +1,13 @@
 """The sampler's own trajectory, for planners of plain grids: states, predictions, and the model's answers elsewhere."""
 
-import copy
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from dpcache._diffusers import StepListener, copy_of_scheduler, watch_steps
 from dpcache.errors import SettingError
 from dpcache.sampler import generate
 from dpcache.statistics import Rerun
@@ -54,22 +53,81 @@ class Run:
     scheduler: str
 
 
+class Steps(StepListener):
+    """Is told of the steps of one scheduler; not of its copies, with which some pipelines step other latents."""
+
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+
+    def given(self, scheduler, arguments):
+        if scheduler is self.scheduler:
+            self.begin(arguments, *list(arguments)[:3])
+
+    def after_step(self, scheduler, output):
+        if scheduler is self.scheduler:
+            self.end(_stepped(output))
+
+    def begin(self, arguments: dict, prediction: str, time: str, sample: str) -> None:
+        """A step begins.
+
+        Args:
+            arguments: what it is given, by name; may be changed.
+            prediction, time, sample: names of three of them.
+        """
+
+    def end(self, stepped: torch.Tensor) -> None:
+        """A step ends with these latents, which may be changed in place."""
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Within it."""
+        unwatch = watch_steps(self.scheduler, self)
+        try:
+            yield
+        finally:
+            unwatch()
+
+
+class _Record(Steps):
+    """Keeps what the steps are given, of the first `count` samples: guidance may double the batch."""
+
+    def __init__(self, scheduler, count: int):
+        super().__init__(scheduler)
+        self.count, self.states, self.slopes, self.timesteps, self.factors = count, [], [], [], []
+
+    def begin(self, arguments, prediction, time, sample):
+        prediction, time, sample = arguments[prediction], arguments[time], arguments[sample]
+        self.timesteps.append(float(time))
+        self.factors.append(_factors(self.scheduler, prediction, time, sample))
+        self.states.append(sample[: self.count].float().cpu())
+        self.slopes.append(prediction[: self.count, : sample.shape[1]].float().cpu())
+
+
+class _Answers(Steps):
+    """Keeps the predictions, and lets every step end at the next of `wanted`, (T, B, ...)."""
+
+    def __init__(self, scheduler, wanted: torch.Tensor):
+        super().__init__(scheduler)
+        self.wanted, self.slopes = wanted, []
+
+    def begin(self, arguments, prediction, time, sample):
+        channels = arguments[sample].shape[1]
+        self.slopes.append(arguments[prediction][: self.wanted.shape[1], :channels].float().cpu())
+
+    def end(self, stepped):
+        if len(self.slopes) < len(self.wanted):
+            wanted = self.wanted[len(self.slopes)]
+            stepped.copy_(torch.cat([wanted] * (len(stepped) // len(wanted))))  # guidance may double the batch
+
+
 @torch.no_grad()
 def recorded(pipe, prompts: Sequence[str], seeds: Sequence[int], num_inference_steps: int, **call) -> Run:
     """Sample without a cache and record."""
-    states, slopes, timesteps, factors = [], [], [], []
-
-    def record(scheduler, original, prediction, time, sample, kwargs):
-        timesteps.append(float(time))
-        factors.append(_factors(scheduler, prediction, time, sample))
-        states.append(sample[: len(seeds)].float().cpu())
-        slopes.append(prediction[: len(seeds), : sample.shape[1]].float().cpu())
-        return original(prediction, time, sample, **kwargs)
-
-    with stepping(pipe.scheduler, record):
+    record = _Record(pipe.scheduler, len(seeds))
+    with record.told():
         last = generate(pipe, prompts, seeds, num_inference_steps, decode=False, **call).latents
     name = type(pipe.scheduler).__name__
-    return Run(torch.stack([*states, last]), torch.stack(slopes), timesteps, factors, name)
+    return Run(torch.stack([*record.states, last]), torch.stack(record.slopes), record.timesteps, record.factors, name)
 
 
 def follow(pipe, prompts: Sequence[str], seeds: Sequence[int], num_inference_steps: int, **call) -> Trajectory:
@@ -111,23 +169,10 @@ def answers(pipe, states: torch.Tensor, prompts: Sequence[str], seeds: Sequence[
     Args:
         states: the first is not looked at: it is the pipeline's own.
     """
-    slopes = []
-
-    def replace(scheduler, original, prediction, time, sample, kwargs):
-        slopes.append(prediction[: len(seeds), : sample.shape[1]].float().cpu())
-        output = original(prediction, time, sample, **kwargs)
-        if len(slopes) == len(states):
-            return output
-        stepped, given = _stepped(output), states[len(slopes)]
-        given = torch.cat([given] * (len(stepped) // len(given))).to(stepped)  # guidance may double the batch
-        if isinstance(output, tuple):
-            return given, *output[1:]
-        output.prev_sample = given
-        return output
-
-    with stepping(pipe.scheduler, replace):
+    steps = _Answers(pipe.scheduler, states)
+    with steps.told():
         generate(pipe, prompts, seeds, len(states), decode=False, **call)
-    return torch.stack(slopes)
+    return torch.stack(steps.slopes)
 
 
 def _stepped(output) -> torch.Tensor:
@@ -139,9 +184,8 @@ def _factors(scheduler, prediction: torch.Tensor, time, sample: torch.Tensor) ->
     and 1."""
     sample, prediction = sample[:1].float(), prediction[:1].float()
     one, zero = (torch.ones_like(sample), torch.ones_like(prediction)), (sample * 0, prediction * 0)
-    step = type(scheduler).step
-    of_state = _stepped(step(copy.deepcopy(scheduler), zero[1], time, one[0]))
-    of_slope = _stepped(step(copy.deepcopy(scheduler), one[1], time, zero[0]))
+    of_state = _stepped(copy_of_scheduler(scheduler).step(zero[1], time, one[0]))
+    of_slope = _stepped(copy_of_scheduler(scheduler).step(one[1], time, zero[0]))
     return float(of_state.flatten()[0]), float(of_slope.flatten()[0])
 
 
@@ -158,23 +202,3 @@ def calling(runs: Mapping[torch.nn.Module, Callable]) -> Iterator[None]:
             del module.forward
             if forward is not None:
                 module.forward = forward
-
-
-@contextmanager
-def stepping(scheduler, step: Callable) -> Iterator[None]:
-    """Meanwhile `step(scheduler, original, prediction, time, sample, other arguments)` stands for `scheduler.step`."""
-    replaced, original = vars(scheduler).get("step"), scheduler.step
-    names = list(inspect.signature(original).parameters)[:3]
-
-    @functools.wraps(original)
-    def instead(*args, **kwargs):
-        kwargs = dict(zip(names, args)) | kwargs
-        return step(scheduler, original, *(kwargs.pop(name) for name in names), kwargs)
-
-    scheduler.step = instead
-    try:
-        yield
-    finally:
-        del scheduler.step
-        if replaced is not None:
-            scheduler.step = replaced

@@ -33,6 +33,7 @@ __all__ = [
     "add_hook",
     "block_metadata",
     "copy_of_scheduler",
+    "foreign_forward",
     "forget_children",
     "hook_on",
     "leave_uncompiled",
@@ -104,12 +105,26 @@ def hook_on(module: torch.nn.Module, name: str = _NAME) -> ModelHook | None:
     return None if registry is None else registry.get_hook(name)
 
 
+def foreign_forward(kind: type) -> Callable | None:
+    """The `forward` of a class of modules, if it was defined in another file than the class: somebody has put it in the
+    place of the class's own, as scripts of other caches do. Decorators that use `functools.wraps` are not seen."""
+    owner = next(base for base in kind.__mro__ if "forward" in vars(base))
+    forward = vars(owner)["forward"]
+    return None if getattr(forward, "__module__", owner.__module__) == owner.__module__ else forward
+
+
 def add_hook(module: torch.nn.Module, hook: Hook) -> None:
     """Put `hook` on `module`, outside of the hooks that are there. Raises SettingError if one of ours is there, and if
-    another library has given the module another forward, as cache-dit does, which its `disable_cache` leaves."""
+    another library has given the module another forward, as cache-dit does, which its `disable_cache` leaves, or has
+    given one to the module's class."""
     kind = type(module)
     if hook_on(module) is not None:
         raise SettingError(f"a caching method is already enabled on this {kind.__name__}")
+    if foreign := foreign_forward(kind):
+        raise SettingError(
+            f"the class {kind.__name__} has {foreign.__module__}.{foreign.__qualname__} in place of its own forward: "
+            "undo this, or start Python again"
+        )
     with without_offload(module):
         forward = vars(module).get("forward")
         if isinstance(forward, types.MethodType) and forward.__func__ is not kind.forward:
@@ -171,7 +186,7 @@ class StepListener:
         """`sample`: the latents that the step starts from; `kwargs` may be changed."""
 
     def given(self, scheduler, arguments: dict) -> None:
-        """`arguments`: what this step is given, by name; not to be changed."""
+        """`arguments`: what this step is given, by name; may be changed."""
 
     def after_step(self, scheduler, output) -> None:
         """`output`: what the scheduler's `step` returned."""
@@ -193,7 +208,9 @@ class _WatchedStep:
             listener.before_step(self.scheduler, sample, kwargs)
         for listener in list(self.listeners):
             if type(listener).given is not StepListener.given:  # binding the arguments takes time
-                listener.given(self.scheduler, self.__signature__.bind(*args, **kwargs).arguments)
+                bound = self.__signature__.bind(*args, **kwargs)
+                listener.given(self.scheduler, bound.arguments)
+                args, kwargs = bound.args, bound.kwargs
         output = self.original(*args, **kwargs)
         for listener in list(self.listeners):
             listener.after_step(self.scheduler, output)

@@ -1,4 +1,4 @@
-"""What a method will keep in memory, known before there are any weights: a few dry steps on the device "meta"."""
+"""What a method will keep in memory, known before there are any weights: a dry step on the device "meta"."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -44,17 +44,20 @@ def history_bytes(
 ) -> int:
     """Bytes that `method` keeps on the device while sampling, all guidance branches together.
 
+    One computed step shows what a fixed schedule keeps of each. What an online one keeps besides may grow until its
+    history is full, so it takes as many steps.
+
     Args:
         transformer: `architecture.build()`, on the device "meta".
         call: the pipeline's arguments.
 
     Raises ValueError for a model that does not offer the site, or whose arguments are not known.
     """
-    steps = method.predictor.history
-    online = isinstance(method.schedule, OnlineSchedule)
-    schedule = method.schedule
-    schedule = _Computing(schedule.num_inference_steps, schedule) if online else EvenlySpaced(steps, steps)
-    dry = Method(schedule, method.site, _Keeping(steps))
+    history, schedule = method.predictor.history, method.schedule
+    online = isinstance(schedule, OnlineSchedule)
+    steps = history if online else 1
+    schedule = _Computing(schedule.num_inference_steps, schedule) if online else EvenlySpaced(1, 1)
+    dry = Method(schedule, method.site, _Keeping(history))
     branches = architecture.branches(call)
     inputs = [architecture.inputs(call, batch_size, dtype=transformer.dtype, branch=branch) for branch in branches]
     loop = Loop(transformer, dry.num_inference_steps)
@@ -63,4 +66,6 @@ def history_bytes(
             for arguments in inputs:  # unnamed calls of a step have a history each
                 transformer(**arguments)
             loop.step()
-        return session.report().history_bytes
+        histories = [h for branch in session.branches.values() for kept in branch.histories.values() for h in kept]
+        missing = sum((history - steps) * kept.buffers[kept.newest].nbytes for kept in histories)
+        return session.report().history_bytes + missing

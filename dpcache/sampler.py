@@ -64,9 +64,11 @@ def generate(
             **call,
         )
     except (ValueError, TypeError, AssertionError) as error:
-        if traceback.extract_tb(error.__traceback__)[-1].name not in _CHECKS:
+        place = traceback.extract_tb(error.__traceback__)[-1].name
+        if place not in _CHECKS:
             raise
-        raise SettingError(f"{type(pipe).__name__} does not take these arguments: {error}") from error
+        reason = str(error) or f"{type(error).__name__} in {place}"
+        raise SettingError(f"{type(pipe).__name__} does not take these arguments: {reason}") from error
     finally:
         unwatch()
     if listener.latents is None:

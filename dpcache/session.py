@@ -66,6 +66,21 @@ class Report:
         """What counts against the budget, of every generation."""
         return self.equivalents or self.computed_counts
 
+    def __str__(self):
+        """A line for every branch, and one for the memory."""
+        lines = []
+        for name, steps in self.computed.items():
+            computed, predicted = sum(self.computed_counts[name]), sum(self.predicted_counts[name])
+            each = [(self.seconds_computed[name], computed), (self.seconds_predicted[name], predicted)]
+            took = ", a predicted one ".join(f"{1000 * sec / n:.1f} ms" if n else "none" for sec, n in each)
+            total = self.computed_counts[name][-1] + self.predicted_counts[name][-1] if steps else 0
+            work = f", {self.equivalents[name][-1]:.1f} full steps by FLOPs" if self.equivalents.get(name) else ""
+            lines.append(
+                f"{name}: {len(steps)} of {total} steps computed{work} {steps}; in the transformer a computed step "
+                f"took {took}"
+            )
+        return "\n".join([*lines, f"kept features: {self.history_bytes / 2**20:.2f} MiB"])
+
 
 class History:
     """The last `length` features as they came, in buffers that are allocated once and reused across generations."""

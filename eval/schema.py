@@ -81,7 +81,8 @@ class About:
     """What the board says of a method: its title, the address of its paper, the paper's year, and its group.
     own_grid: its steps are not among the T steps of the others. reference: it computes every step, and the others are
     compared with its samples; one method says so. trial: settings with which a method that is trained for minutes takes
-    seconds, to see that it works."""
+    seconds, to see that it works. later: settings that came after the first results, with the values at which they
+    change nothing."""
 
     title: str = ""
     paper: str | None = None
@@ -90,6 +91,7 @@ class About:
     own_grid: bool = False
     reference: bool = False
     trial: dict[str, Any] = field(default_factory=dict)
+    later: dict[str, Any] = field(default_factory=dict)
 
 
 class Stage(Enum):
@@ -136,9 +138,7 @@ ConfigStore.instance().store(name="schema", node=RunConfig)
 LATER = {"quality": None, "reference": {"num_inference_steps": None}}
 """Settings that were added after the first results, as they are where nobody sets them."""
 LATER_OF_MODELS = {"images": []}
-"""The same of models."""
-LATER_OF_METHODS = {"baselines.teacache.teacache": {"warmup": 1}}
-"""The same of methods, by what makes them."""
+"""The same of models. Those of methods stand in their records, see `About`."""
 
 
 def config_hash(config: DictConfig) -> str:
@@ -149,7 +149,7 @@ def config_hash(config: DictConfig) -> str:
     content = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
     content = {key: value for key, value in content.items() if value != LATER.get(key, ())}
     content["model"] = {key: value for key, value in content["model"].items() if value != LATER_OF_MODELS.get(key, ())}
-    later = LATER_OF_METHODS.get(content["method"]["_target_"], {})
+    later = config.about.later
     content["method"] = {key: value for key, value in content["method"].items() if value != later.get(key, ())}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -47,9 +47,9 @@ class Board(Callback):
 
     Before them it makes the folders. Hydra's own sweeper gives way to one that orders the jobs by model. Submitit's
     local launcher starts all jobs at once, so there each job gets one thread, unless OMP_NUM_THREADS is set; joblib and
-    Ray share the cores among their jobs themselves. After a sweep it prints the tables of the main metric, writes the
-    board into the sweep's folder (`leaderboard.csv`, `.md`, `.png` and `report.html`), prints the errors of failed jobs
-    and, if there are any, ends the command with status 1.
+    Ray share the cores among their jobs themselves. After a sweep it prints ranks and tables of the main metric, writes
+    the board into the sweep's folder (`leaderboard.csv`, `.md`, `.png` and `report.html`), prints the errors of failed
+    jobs and, if there are any, ends the command with status 1.
 
     Args:
         against: a row of the board; the paired differences of the others to it are printed too.
@@ -81,6 +81,8 @@ class Board(Callback):
         if metrics.MAIN in frame:
             for metric in (metrics.MAIN, metrics.fine_name(metrics.MAIN)):
                 if metric in frame:
+                    if ranking := tables.ranking(frame, metric):
+                        print(ranking, end="\n\n")
                     print(tables.table(frame, metric), end="\n\n")
                     if self.against in set(frame["label"]):
                         print(tables.paired_table(frame, self.against, metric), end="\n\n")

@@ -213,19 +213,20 @@ def main() -> None:
     benched = [name for name in BENCHED if name in args.methods]
     size = (args.config, args.call) if args.config else ("", "") if device.type == "cuda" else SMALL["flux"]
     half = [name for name in ("dpcache", "taylorseer", "teacache") if name in args.methods]
-    parts = [
-        part(f"The same as on the CPU, {T} steps", lambda: same_as_on_the_cpu(device, args.methods, args.families)),
-        part("Waits and allocations", lambda: waits_and_allocations(device, benched, SMALL["flux"])),
-        part("Offloading and half precision", lambda: offload_and_half_precision(device, half, args.families[0])),
-        part("FLUX.1-dev", lambda: speed(device, "flux", benched, size, False, args.steps)),
-        part("FLUX.1-dev, blocks compiled", lambda: speed(device, "flux", benched[:4], size, True, args.steps)),
-    ]
-    if args.full:
-        for model in ("wan21_t2v_14b", "hunyuan_video"):
-            published = ("", "") if device.type == "cuda" else SMALL[model]
-            parts.append(part(model, lambda m=model, p=published: speed(device, m, benched, p, False, args.steps)))
-    page = "\n".join([f"# {machine(device)}\n", *parts])
-    args.out.write_text(page)
+    parts = {
+        f"The same as on the CPU, {T} steps": lambda: same_as_on_the_cpu(device, args.methods, args.families),
+        "Waits and allocations": lambda: waits_and_allocations(device, benched, SMALL["flux"]),
+        "Offloading and half precision": lambda: offload_and_half_precision(device, half, args.families[0]),
+        "FLUX.1-dev": lambda: speed(device, "flux", benched, size, False, args.steps),
+        "FLUX.1-dev, blocks compiled": lambda: speed(device, "flux", benched[:4], size, True, args.steps),
+    }
+    for model in ("wan21_t2v_14b", "hunyuan_video") if args.full else ():
+        published = ("", "") if device.type == "cuda" else SMALL[model]
+        parts[model] = lambda m=model, p=published: speed(device, m, benched, p, False, args.steps)
+    page = f"# {machine(device)}\n"
+    for title, make in parts.items():
+        page += "\n" + part(title, make)
+        args.out.write_text(page)  # a run that is cut off leaves what it has found
     failed = page.count("FAILED") + page.count(" FAR")
     print(page, f"{args.out}: {failed} cells or parts failed", sep="\n")
     sys.exit(failed > 0)

@@ -1,10 +1,12 @@
 """The step cache on real diffusers transformers and on the embedded pipeline."""
 
+import re
 from operator import attrgetter
 
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from torch._dynamo.utils import counters
 
 import dpcache
@@ -15,11 +17,14 @@ from baselines.solver import solver
 from baselines.taylorseer import taylorseer
 from baselines.teacache import teacache
 from baselines.uniform_skip import uniform_skip
+from dpcache._diffusers import foreign_forward
+from dpcache.errors import SettingError
 from dpcache.models.family import Family, family_of
 from dpcache.predictors import Reuse, Taylor
 from dpcache.sampler import generate, sample
 from dpcache.schedules import EvenlySpaced, Schedule
 from dpcache.sites import SITES, transformer_blocks
+from helpers.cases import case
 from helpers.embedded import CALL
 from helpers.rollout import STEPS, Rollout
 from helpers.tracing import count_calls, state_of
@@ -203,6 +208,17 @@ def test_features_are_freed_and_the_report_stays(rollout):
     assert session.report().history_bytes == 3 * 2 * 9 * 32 * 4  # keys x batch x tokens x width x float32
 
 
+def test_a_report_can_be_read(rollout):
+    method = uniform_skip(3, 10)
+    with dpcache.cached(rollout.model, method) as session:
+        rollout()
+    said = str(session.report()).splitlines()
+    assert len(said) == 2 and said[0].startswith(f"default: 3 of 10 steps computed {method.schedule.steps}; ")
+    assert re.search(r"a computed step took \d+\.\d ms, a predicted one \d+\.\d ms$", said[0])
+    assert said[1] == f"kept features: {session.report().history_bytes / 2**20:.2f} MiB"
+    assert str(dpcache.session.Report()) == "kept features: 0.00 MiB"
+
+
 def test_a_sample_has_uint8_images_and_float32_latents(pipe):
     batch = sample(pipe, full(4), ["dog"], [0], **CALL)
     assert (
@@ -222,6 +238,26 @@ def test_teacache_computes_the_warmup_and_the_last_step_and_all_at_threshold_zer
         with dpcache.cached(rollout.model, method):
             rollout()
             assert dpcache.report(rollout.model).computed["default"] == expected
+
+
+def test_a_class_that_has_a_forward_of_somebody_elses_is_refused(rollout, monkeypatch):
+    kind = type(rollout.model)
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda model, *args, **kwargs: own(model, *args, **kwargs))
+    with pytest.raises(SettingError, match=f"the class {kind.__name__} has .*<lambda> in place of its own forward"):
+        dpcache.enable(rollout.model, full(10))
+    monkeypatch.undo()
+    with dpcache.cached(rollout.model, full(10)):
+        rollout()
+
+
+def test_no_class_of_diffusers_seems_to_have_somebody_elses_forward():
+    kinds, found = [torch.nn.Module], set()
+    while kinds:
+        found.add(kind := kinds.pop())
+        kinds += set(kind.__subclasses__()) - found
+    libraries = [kind for kind in found if kind.__module__.startswith(("diffusers.", "transformers.", "torch.nn."))]
+    assert len(libraries) > 200 and not [kind for kind in libraries if foreign_forward(kind)]
 
 
 def test_mistakes_are_named(pipe, rollout):
@@ -255,6 +291,28 @@ def test_solvers_take_the_schedulers_place_for_as_long_as_they_are_attached(pipe
         assert made.report.computed == {"cond": list(range(20))} and pipe.scheduler is own
         errors[name] = (made.latents - exact).norm()
     assert errors["solver"] < errors["euler"]
+
+
+@pytest.mark.parametrize("scheduler", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_solvers_start_from_an_image_at_the_noise_level_of_the_first_step(scheduler):
+    """Flow matching: (1 - sigma) image + sigma noise, and the timestep is 1000 sigma, cut off to an integer."""
+    twin = solver(4, 8, scheduler).scheduler_for(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    twin.set_timesteps(10)
+    twin.set_begin_index(6)
+    image, noise, time = torch.randn(2, 5, 4), torch.randn(2, 5, 4), twin.timesteps[6:7]
+    sigma = float(time) / 1000
+    assert 0.4 < sigma < 0.8
+    assert torch.allclose(twin.scale_noise(image, time, noise), (1 - sigma) * image + sigma * noise, atol=1e-2)
+
+
+def test_a_solver_fills_in_a_picture():
+    filling = case("flux_fill")
+    latents, report = filling.run(solver(4, 8, "UniPCMultistepScheduler"))
+    assert latents.isfinite().all() and report.computed == {"default": [0, 1, 2, 3]}
+    with pytest.raises(SettingError, match="does not support custom sigmas"):
+        filling.run(solver(4, 8, "DPMSolverMultistepScheduler"))
+    with pytest.raises(SettingError, match="UniPCMultistepScheduler cannot take the place of this model's EDMEuler"):
+        solver(4, 8, "UniPCMultistepScheduler").scheduler_for(EDMEulerScheduler())
 
 
 def test_a_reused_prediction_is_the_callers_own(rollout):

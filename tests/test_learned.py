@@ -10,7 +10,7 @@ import torch
 import dpcache
 from baselines.dyweight import DyWeight, WeightedSteps, dyweight, student
 from baselines.fewer_steps import fewer_steps
-from baselines.harmonica import HarmoniCa, Router, at_each_step, gradient, harmonica, highest, image_errors, modules_of
+from baselines.harmonica import EndOfSteps, HarmoniCa, Router, gradient, harmonica, highest, image_errors, modules_of
 from baselines.trajectory import answers, recorded
 from dpcache._diffusers import with_gradients
 from dpcache.errors import SettingError
@@ -171,7 +171,7 @@ def router(one, scores: torch.Tensor, threshold: float = 0.5) -> Router:
 def routed(one, scores: torch.Tensor):
     """States and predictions of one sample with outputs that are mixed."""
     mixing = router(one, scores)
-    with mixing.at_work(), at_each_step(one.pipe, mixing.end_step):
+    with mixing.at_work(), EndOfSteps(one.pipe.scheduler, mixing.end_step).told():
         return recorded(one.pipe, one.family.prompts[:1], [0], len(scores), **one.family.call)
 
 

@@ -12,12 +12,11 @@ from pkgutil import iter_modules
 from dpcache.errors import SettingError
 from eval.kept import Kept
 from eval.metrics.base import Column, Metric, Samples, Scorer, Settings, Unavailable
-from eval.metrics.fidelity import MAX_PSNR, latent_error, psnr, ssim
+from eval.metrics.fidelity import latent_error, psnr, ssim
 
 __all__ = [
     "FINE",
     "MAIN",
-    "MAX_PSNR",
     "METRICS",
     "Column",
     "Metric",

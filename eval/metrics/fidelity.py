@@ -9,18 +9,18 @@ from torch import Tensor
 from dpcache.errors import SettingError
 from eval.metrics.base import Metric, Samples, pairs
 
-MAX_PSNR = 100.0
-"""Cap in dB. Identical images have infinite PSNR, which would make every mean infinite. For scale: a 64 x 64 RGB image
-that differs by one grey level in one single value has 89 dB, and rounding every value by half a level gives 54 dB."""
-
 
 def psnr(sample: Samples, reference: Samples) -> Tensor:
-    """Peak signal-to-noise ratio in dB per image, shape (N,), capped at `MAX_PSNR`."""
+    """Peak signal-to-noise ratio in dB per image, shape (N,), at most `dpcache.quality.HIGHEST`, because that of
+    identical images is infinite. For scale: a 64 x 64 RGB image that differs by one grey level in one single value has
+    89 dB, and rounding every value by half a level gives 54 dB."""
     from torchmetrics.functional.image import peak_signal_noise_ratio  # imported here: it takes seconds
+
+    from dpcache.quality import HIGHEST
 
     options = {"data_range": 255.0, "reduction": "none", "dim": (1, 2, 3)}
     values = [peak_signal_noise_ratio(x, ref, **options) for x, ref in pairs(sample, reference)]
-    return torch.stack([frames.clamp(max=MAX_PSNR).mean() for frames in values])
+    return torch.stack([frames.clamp(max=HIGHEST).mean() for frames in values])
 
 
 def ssim(sample: Samples, reference: Samples) -> Tensor:

@@ -1,8 +1,9 @@
 """Every model family as a whole pipeline of diffusers: the real classes, tiny, with random weights.
 
 Nothing can be downloaded for tests, so text and image encoders, VAEs and transformers are made from small configs and
-the tokenizers from a list of words. What a family's config in `conf/model` sets (guidance, scheduler, learned variance,
-starting image) is the same here.
+the tokenizers from a list of words. Pipelines are imported where they are made, so that one which the installed
+transformers is too old for fails alone. What a family's config in `conf/model` sets (guidance, scheduler, learned
+variance, starting image) is the same here.
 """
 
 import functools
@@ -10,68 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import (
-    AdaptiveProjectedMixGuidance,
-    AutoencoderKL,
-    AutoencoderKLCogVideoX,
-    AutoencoderKLFlux2,
-    AutoencoderKLHunyuanImage,
-    AutoencoderKLHunyuanVideo,
-    AutoencoderKLHunyuanVideo15,
-    AutoencoderKLLTX2Audio,
-    AutoencoderKLLTX2Video,
-    AutoencoderKLMochi,
-    AutoencoderKLQwenImage,
-    AutoencoderKLWan,
-    ChromaPipeline,
-    ChromaTransformer2DModel,
-    ClassifierFreeGuidance,
-    CogVideoXDPMScheduler,
-    CogVideoXPipeline,
-    CogVideoXTransformer3DModel,
-    DDIMScheduler,
-    DDPMScheduler,
-    DiffusionPipeline,
-    DiTPipeline,
-    DiTTransformer2DModel,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    Flux2KleinPipeline,
-    Flux2Pipeline,
-    Flux2Transformer2DModel,
-    FluxFillPipeline,
-    FluxKontextPipeline,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    HiDreamImagePipeline,
-    HiDreamImageTransformer2DModel,
-    HunyuanImagePipeline,
-    HunyuanImageTransformer2DModel,
-    HunyuanVideo15Pipeline,
-    HunyuanVideo15Transformer3DModel,
-    HunyuanVideoPipeline,
-    HunyuanVideoTransformer3DModel,
-    LTX2Pipeline,
-    LTX2VideoTransformer3DModel,
-    Lumina2Pipeline,
-    Lumina2Transformer2DModel,
-    MochiPipeline,
-    MochiTransformer3DModel,
-    PixArtSigmaPipeline,
-    PixArtTransformer2DModel,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    UniPCMultistepScheduler,
-    WanImageToVideoPipeline,
-    WanPipeline,
-    WanTransformer3DModel,
-    ZImagePipeline,
-    ZImageTransformer2DModel,
-)
-from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from diffusers.utils import load_image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -142,9 +83,9 @@ def t5(kind=T5EncoderModel, config=T5Config, width: int = WIDTH):
     )
 
 
-def image_vae(channels: int = 4) -> AutoencoderKL:
+def image_vae(channels: int = 4) -> diffusers.AutoencoderKL:
     """Halves the resolution."""
-    return AutoencoderKL(
+    return diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(4, 4),
@@ -156,19 +97,21 @@ def image_vae(channels: int = 4) -> AutoencoderKL:
     )
 
 
-def wan_vae() -> AutoencoderKLWan:
-    return AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+def wan_vae() -> diffusers.AutoencoderKLWan:
+    return diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
 
 
-def flux(kind=FluxPipeline, guidance_embeds: bool = True, in_channels: int = 16) -> FluxPipeline:
-    return kind(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+def flux(
+    kind: str = "FluxPipeline", guidance_embeds: bool = True, in_channels: int = 16
+) -> diffusers.DiffusionPipeline:
+    return getattr(diffusers, kind)(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=image_vae(),
         text_encoder=clip_text(),
         tokenizer=tokenizer(12),
         text_encoder_2=t5(),
         tokenizer_2=tokenizer(12),
-        transformer=FluxTransformer2DModel(
+        transformer=diffusers.FluxTransformer2DModel(
             in_channels=in_channels,
             out_channels=16,
             num_layers=1,
@@ -197,11 +140,11 @@ def qwen3() -> Qwen3ForCausalLM:
     )
 
 
-def flux2(kind=Flux2KleinPipeline) -> Flux2Pipeline | Flux2KleinPipeline:
+def flux2(kind: str = "Flux2KleinPipeline", **sizes) -> diffusers.DiffusionPipeline:
     """FLUX.2-dev's text encoder is another one, which is not needed for its transformer."""
-    return kind(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=AutoencoderKLFlux2(
+    return getattr(diffusers, kind)(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=diffusers.AutoencoderKLFlux2(
             down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2,
             block_out_channels=(4, 4),
@@ -210,29 +153,32 @@ def flux2(kind=Flux2KleinPipeline) -> Flux2Pipeline | Flux2KleinPipeline:
             sample_size=16,
         ),
         text_encoder=qwen3(),
-        tokenizer=tokenizer(12, chat_template=CHAT if kind is Flux2KleinPipeline else CHAT_OF_PARTS),
-        transformer=Flux2Transformer2DModel(
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=2,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=2 * WIDTH,
-            timestep_guidance_channels=32,
-            axes_dims_rope=(4, 4, 4, 4),
-            guidance_embeds=kind is Flux2Pipeline,
+        tokenizer=tokenizer(12, chat_template=CHAT if kind == "Flux2KleinPipeline" else CHAT_OF_PARTS),
+        transformer=diffusers.Flux2Transformer2DModel(
+            **{
+                "in_channels": 16,
+                "num_layers": 1,
+                "num_single_layers": 2,
+                "attention_head_dim": 16,
+                "num_attention_heads": 2,
+                "joint_attention_dim": 2 * WIDTH,
+                "timestep_guidance_channels": 32,
+                "axes_dims_rope": (4, 4, 4, 4),
+                "guidance_embeds": kind == "Flux2Pipeline",
+            }
+            | sizes
         ),
     )
 
 
-def z_image() -> ZImagePipeline:
-    return ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=image_vae(),
+def z_image(channels: int = 4) -> diffusers.DiffusionPipeline:
+    return diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=image_vae(channels),
         text_encoder=qwen3(),
         tokenizer=tokenizer(12, chat_template=CHAT),
-        transformer=ZImageTransformer2DModel(
-            in_channels=4,
+        transformer=diffusers.ZImageTransformer2DModel(
+            in_channels=channels,
             dim=32,
             n_layers=2,
             n_refiner_layers=1,
@@ -245,13 +191,13 @@ def z_image() -> ZImagePipeline:
     )
 
 
-def pixart_sigma() -> PixArtSigmaPipeline:
-    return PixArtSigmaPipeline(
+def pixart_sigma() -> diffusers.DiffusionPipeline:
+    return diffusers.PixArtSigmaPipeline(
         tokenizer=tokenizer(300),
         text_encoder=t5(),
         vae=image_vae(),
-        scheduler=DPMSolverMultistepScheduler(),
-        transformer=PixArtTransformer2DModel(
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+        transformer=diffusers.PixArtTransformer2DModel(
             num_attention_heads=2,
             attention_head_dim=16,
             in_channels=4,
@@ -265,13 +211,13 @@ def pixart_sigma() -> PixArtSigmaPipeline:
     )
 
 
-def chroma() -> ChromaPipeline:
-    return ChromaPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+def chroma() -> diffusers.DiffusionPipeline:
+    return diffusers.ChromaPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=image_vae(),
         text_encoder=t5(),
         tokenizer=tokenizer(12),
-        transformer=ChromaTransformer2DModel(
+        transformer=diffusers.ChromaTransformer2DModel(
             in_channels=16,
             num_layers=1,
             num_single_layers=2,
@@ -286,10 +232,10 @@ def chroma() -> ChromaPipeline:
     )
 
 
-def hunyuan_image() -> HunyuanImagePipeline:
-    pipe = HunyuanImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
-        vae=AutoencoderKLHunyuanImage(
+def hunyuan_image() -> diffusers.DiffusionPipeline:
+    pipe = diffusers.HunyuanImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=diffusers.AutoencoderKLHunyuanImage(
             in_channels=3,
             out_channels=3,
             latent_channels=4,
@@ -303,7 +249,7 @@ def hunyuan_image() -> HunyuanImagePipeline:
         tokenizer=tokenizer(64),
         text_encoder_2=t5(),
         tokenizer_2=tokenizer(12),
-        transformer=HunyuanImageTransformer2DModel(
+        transformer=diffusers.HunyuanImageTransformer2DModel(
             in_channels=4,
             out_channels=4,
             num_attention_heads=2,
@@ -315,14 +261,14 @@ def hunyuan_image() -> HunyuanImagePipeline:
             text_embed_2_dim=WIDTH,
             rope_axes_dim=(8, 8),
         ),
-        guider=AdaptiveProjectedMixGuidance(),
+        guider=diffusers.AdaptiveProjectedMixGuidance(),
     )
     pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = TEMPLATE, TEMPLATE_TOKENS
     pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 12, 4
     return pipe
 
 
-def lumina2() -> Lumina2Pipeline:
+def lumina2() -> diffusers.DiffusionPipeline:
     text = Gemma2Config(
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
@@ -332,12 +278,12 @@ def lumina2() -> Lumina2Pipeline:
         head_dim=8,
         **_VOCABULARY,
     )
-    return Lumina2Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+    return diffusers.Lumina2Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
         vae=image_vae(),
         text_encoder=Gemma2Model(text),
         tokenizer=tokenizer(64),
-        transformer=Lumina2Transformer2DModel(
+        transformer=diffusers.Lumina2Transformer2DModel(
             sample_size=4,
             in_channels=4,
             hidden_size=24,
@@ -353,7 +299,7 @@ def lumina2() -> Lumina2Pipeline:
     )
 
 
-def hidream() -> HiDreamImagePipeline:
+def hidream(text_emb_dim: int = 2 * WIDTH) -> diffusers.DiffusionPipeline:
     """Every token goes to both experts."""
     llama = LlamaConfig(
         hidden_size=WIDTH,
@@ -363,8 +309,8 @@ def hidream() -> HiDreamImagePipeline:
         attn_implementation="eager",
         **_VOCABULARY,
     )
-    pipe = HiDreamImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    pipe = diffusers.HiDreamImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=image_vae(),
         text_encoder=clip_text(CLIPTextModelWithProjection),
         tokenizer=tokenizer(12),
@@ -374,7 +320,7 @@ def hidream() -> HiDreamImagePipeline:
         tokenizer_3=tokenizer(12),
         text_encoder_4=LlamaForCausalLM(llama),
         tokenizer_4=tokenizer(12),
-        transformer=HiDreamImageTransformer2DModel(
+        transformer=diffusers.HiDreamImageTransformer2DModel(
             patch_size=2,
             in_channels=4,
             out_channels=4,
@@ -383,7 +329,7 @@ def hidream() -> HiDreamImagePipeline:
             attention_head_dim=8,
             num_attention_heads=4,
             caption_channels=[WIDTH, WIDTH],
-            text_emb_dim=2 * WIDTH,
+            text_emb_dim=text_emb_dim,
             num_routed_experts=2,
             num_activated_experts=2,
             axes_dims_rope=(4, 2, 2),
@@ -395,10 +341,10 @@ def hidream() -> HiDreamImagePipeline:
     return pipe
 
 
-def dit(scheduler) -> DiTPipeline:
+def dit(scheduler) -> diffusers.DiffusionPipeline:
     names = {index: f"class {index}, number {index}" for index in range(1000)}
-    return DiTPipeline(
-        transformer=DiTTransformer2DModel(
+    return diffusers.DiTPipeline(
+        transformer=diffusers.DiTTransformer2DModel(
             num_attention_heads=2,
             attention_head_dim=16,
             in_channels=4,
@@ -425,13 +371,13 @@ def llama(layers: int) -> LlamaModel:
     return LlamaModel(config)
 
 
-def hunyuan_video() -> HunyuanVideoPipeline:
-    return HunyuanVideoPipeline(
+def hunyuan_video() -> diffusers.DiffusionPipeline:
+    return diffusers.HunyuanVideoPipeline(
         text_encoder=llama(3),
         tokenizer=tokenizer(64),
         text_encoder_2=clip_text(length=77),
         tokenizer_2=tokenizer(77),
-        transformer=HunyuanVideoTransformer3DModel(
+        transformer=diffusers.HunyuanVideoTransformer3DModel(
             in_channels=4,
             out_channels=4,
             num_attention_heads=2,
@@ -444,25 +390,25 @@ def hunyuan_video() -> HunyuanVideoPipeline:
             pooled_projection_dim=WIDTH,
             rope_axes_dim=(4, 6, 6),
         ),
-        vae=AutoencoderKLHunyuanVideo(
+        vae=diffusers.AutoencoderKLHunyuanVideo(
             latent_channels=4,
             block_out_channels=(4, 4, 4, 4),
             layers_per_block=1,
             norm_num_groups=2,
         ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
     )
 
 
-def hunyuan_video15(**sizes) -> HunyuanVideo15Pipeline:
+def hunyuan_video15(**sizes) -> diffusers.DiffusionPipeline:
     words = tokenizer(12)
     words.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
-    pipe = HunyuanVideo15Pipeline(
+    pipe = diffusers.HunyuanVideo15Pipeline(
         text_encoder=llama(2),
         tokenizer=words,
         text_encoder_2=t5(),
         tokenizer_2=tokenizer(4),
-        transformer=HunyuanVideo15Transformer3DModel(
+        transformer=diffusers.HunyuanVideo15Transformer3DModel(
             **{
                 "in_channels": 9,
                 "out_channels": 4,
@@ -479,7 +425,7 @@ def hunyuan_video15(**sizes) -> HunyuanVideo15Pipeline:
             }
             | sizes
         ),
-        vae=AutoencoderKLHunyuanVideo15(
+        vae=diffusers.AutoencoderKLHunyuanVideo15(
             latent_channels=4,
             block_out_channels=(16, 16),
             layers_per_block=1,
@@ -488,8 +434,8 @@ def hunyuan_video15(**sizes) -> HunyuanVideo15Pipeline:
             downsample_match_channel=False,
             upsample_match_channel=False,
         ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
-        guider=ClassifierFreeGuidance(guidance_scale=6.0),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=6.0),
     )
     pipe.vae.enable_slicing()  # its attention takes one video alone (diffusers 0.42.1)
     pipe.system_message, pipe.prompt_template_encode_start_idx = "describe :", 2
@@ -497,10 +443,12 @@ def hunyuan_video15(**sizes) -> HunyuanVideo15Pipeline:
     return pipe
 
 
-def ltx2(text_layers: int = 1, **sizes) -> LTX2Pipeline:
+def ltx2(text_layers: int = 1, **sizes) -> diffusers.DiffusionPipeline:
     """Its text is what the encoder's layers give, with what goes into the first one; 0: of one layer alone."""
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
+
     connector = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "num_learnable_registers": None}
-    vae = AutoencoderKLLTX2Video(
+    vae = diffusers.AutoencoderKLLTX2Video(
         latent_channels=4,
         block_out_channels=(8,),
         decoder_block_out_channels=(8,),
@@ -518,10 +466,10 @@ def ltx2(text_layers: int = 1, **sizes) -> LTX2Pipeline:
         decoder_causal=False,
     )
     vae.use_framewise_encoding = vae.use_framewise_decoding = False
-    return LTX2Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
+    return diffusers.LTX2Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
         vae=vae,
-        audio_vae=AutoencoderKLLTX2Audio(
+        audio_vae=diffusers.AutoencoderKLLTX2Audio(
             base_channels=4, ch_mult=(1,), num_res_blocks=1, resolution=32, latent_channels=2, mel_bins=8
         ),
         text_encoder=llama(max(text_layers, 1)),
@@ -536,7 +484,7 @@ def ltx2(text_layers: int = 1, **sizes) -> LTX2Pipeline:
             causal_temporal_positioning=False,
             rope_type="split",
         ),
-        transformer=LTX2VideoTransformer3DModel(
+        transformer=diffusers.LTX2VideoTransformer3DModel(
             in_channels=4,
             out_channels=4,
             num_attention_heads=2,
@@ -564,11 +512,11 @@ def ltx2(text_layers: int = 1, **sizes) -> LTX2Pipeline:
     )
 
 
-def cogvideox(scheduler=CogVideoXDPMScheduler, **sizes) -> CogVideoXPipeline:
-    return CogVideoXPipeline(
+def cogvideox(scheduler=diffusers.CogVideoXDPMScheduler, **sizes) -> diffusers.DiffusionPipeline:
+    return diffusers.CogVideoXPipeline(
         tokenizer=tokenizer(8),
         text_encoder=t5(),
-        vae=AutoencoderKLCogVideoX(
+        vae=diffusers.AutoencoderKLCogVideoX(
             down_block_types=("CogVideoXDownBlock3D",) * 4,
             up_block_types=("CogVideoXUpBlock3D",) * 4,
             block_out_channels=(8, 8, 8, 8),
@@ -577,7 +525,7 @@ def cogvideox(scheduler=CogVideoXDPMScheduler, **sizes) -> CogVideoXPipeline:
             norm_num_groups=2,
             temporal_compression_ratio=4,
         ),
-        transformer=CogVideoXTransformer3DModel(
+        transformer=diffusers.CogVideoXTransformer3DModel(
             **{
                 "num_attention_heads": 2,
                 "attention_head_dim": 16,
@@ -600,10 +548,10 @@ def cogvideox(scheduler=CogVideoXDPMScheduler, **sizes) -> CogVideoXPipeline:
     )
 
 
-def mochi() -> MochiPipeline:
-    pipe = MochiPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=AutoencoderKLMochi(
+def mochi() -> diffusers.DiffusionPipeline:
+    pipe = diffusers.MochiPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=diffusers.AutoencoderKLMochi(
             latent_channels=12,  # the pipeline takes no other
             out_channels=3,
             encoder_block_out_channels=(32, 32, 32, 32),
@@ -612,7 +560,7 @@ def mochi() -> MochiPipeline:
         ),
         text_encoder=t5(),
         tokenizer=tokenizer(12),
-        transformer=MochiTransformer3DModel(
+        transformer=diffusers.MochiTransformer3DModel(
             patch_size=2,
             num_attention_heads=2,
             attention_head_dim=8,
@@ -643,18 +591,18 @@ WAN = {
 """Sizes of a small transformer of Wan's kind."""
 
 
-def wan_transformer(**other) -> WanTransformer3DModel:
-    return WanTransformer3DModel(**WAN | {"rope_max_seq_len": 32} | other)
+def wan_transformer(**other) -> diffusers.WanTransformer3DModel:
+    return diffusers.WanTransformer3DModel(**WAN | {"rope_max_seq_len": 32} | other)
 
 
-def wan_scheduler() -> UniPCMultistepScheduler:
-    return UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+def wan_scheduler() -> diffusers.UniPCMultistepScheduler:
+    return diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
 
 
-def wan21_t2v(two: bool = False, token_times: bool = False) -> WanPipeline:
+def wan21_t2v(two: bool = False, token_times: bool = False) -> diffusers.DiffusionPipeline:
     """With `two` transformers as Wan2.2, the first of which runs the noisier steps; with `token_times` as Wan2.2's
     TI2V, which is told the time of every token."""
-    return WanPipeline(
+    return diffusers.WanPipeline(
         tokenizer=tokenizer(512),
         text_encoder=t5(UMT5EncoderModel, UMT5Config),
         vae=wan_vae(),
@@ -666,7 +614,7 @@ def wan21_t2v(two: bool = False, token_times: bool = False) -> WanPipeline:
     )
 
 
-def wan21_i2v() -> WanImageToVideoPipeline:
+def wan21_i2v() -> diffusers.DiffusionPipeline:
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
@@ -676,7 +624,7 @@ def wan21_i2v() -> WanImageToVideoPipeline:
         image_size=8,
         patch_size=4,
     )
-    return WanImageToVideoPipeline(
+    return diffusers.WanImageToVideoPipeline(
         tokenizer=tokenizer(512),
         text_encoder=t5(UMT5EncoderModel, UMT5Config),
         image_encoder=CLIPVisionModel(vision),
@@ -699,11 +647,11 @@ def qwen2_vl() -> Qwen2_5_VLForConditionalGeneration:
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text | _VOCABULARY, vision_config=vision))
 
 
-def qwen_image() -> QwenImagePipeline:
-    pipe = QwenImagePipeline(
+def qwen_image() -> diffusers.DiffusionPipeline:
+    pipe = diffusers.QwenImagePipeline(
         text_encoder=qwen2_vl(),
         tokenizer=tokenizer(64),
-        transformer=QwenImageTransformer2DModel(
+        transformer=diffusers.QwenImageTransformer2DModel(
             in_channels=16,
             out_channels=4,
             num_layers=2,
@@ -712,7 +660,7 @@ def qwen_image() -> QwenImagePipeline:
             joint_attention_dim=WIDTH,
             axes_dims_rope=(4, 6, 6),
         ),
-        vae=AutoencoderKLQwenImage(
+        vae=diffusers.AutoencoderKLQwenImage(
             base_dim=4,
             z_dim=4,
             dim_mult=[1, 1, 1],
@@ -721,15 +669,15 @@ def qwen_image() -> QwenImagePipeline:
             latents_mean=[0.0] * 4,
             latents_std=[1.0] * 4,
         ),
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     )
     pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = TEMPLATE, TEMPLATE_TOKENS
     return pipe
 
 
-def sd3() -> StableDiffusion3Pipeline:
-    return StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(
+def sd3() -> diffusers.DiffusionPipeline:
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=diffusers.SD3Transformer2DModel(
             sample_size=8,
             patch_size=2,
             in_channels=4,
@@ -744,7 +692,7 @@ def sd3() -> StableDiffusion3Pipeline:
             dual_attention_layers=(0,),
             qk_norm="rms_norm",
         ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=image_vae(),
         text_encoder=clip_text(CLIPTextModelWithProjection),
         tokenizer=tokenizer(12),
@@ -765,14 +713,14 @@ class Family:
         further: a family that has little of its own: what takes long is tried on a part of it.
     """
 
-    build: Callable[[], DiffusionPipeline]
+    build: Callable[[], diffusers.DiffusionPipeline]
     call: Mapping
     branches: tuple[str, ...] = ("cond",)
     prompts: tuple[str, ...] = PROMPTS
     config: str | None = None
     further: bool = False
 
-    def make(self) -> DiffusionPipeline:
+    def make(self) -> diffusers.DiffusionPipeline:
         """The same weights each time."""
         torch.manual_seed(0)
         pipe = self.build()
@@ -799,8 +747,8 @@ FAMILIES = {
     "flux_true_cfg": Family(
         functools.partial(flux, guidance_embeds=False), _IMAGE | _NEGATIVE | {"true_cfg_scale": 3.0}, _BOTH
     ),
-    "dit_ddim": Family(functools.partial(dit, DDIMScheduler), _CLASS, ("default",), _CLASSES, "dit"),
-    "dit_ddpm": Family(functools.partial(dit, DDPMScheduler), _CLASS, ("default",), _CLASSES),
+    "dit_ddim": Family(functools.partial(dit, diffusers.DDIMScheduler), _CLASS, ("default",), _CLASSES, "dit"),
+    "dit_ddpm": Family(functools.partial(dit, diffusers.DDPMScheduler), _CLASS, ("default",), _CLASSES),
     "hunyuan_video": Family(hunyuan_video, _VIDEO | _TEMPLATE | {"guidance_scale": 6.0}, config="hunyuan_video"),
     "wan21_t2v": Family(wan21_t2v, _VIDEO | _NEGATIVE | {"guidance_scale": 6.0}, _BOTH, config="wan21_t2v"),
     # Its attention takes all but the last 512 tokens for the image's.
@@ -845,15 +793,15 @@ FAMILIES = {
 FAMILIES |= {
     name: replace(family, further=True)
     for name, family in {
-        "flux2": Family(functools.partial(flux2, Flux2Pipeline), _IMAGE | _LAYERS, ("default",), config="flux2"),
+        "flux2": Family(functools.partial(flux2, "Flux2Pipeline"), _IMAGE | _LAYERS, ("default",), config="flux2"),
         "flux2_klein": Family(flux2, _IMAGE | _LAYERS, _BOTH, config="flux2_klein_base"),
         "flux_kontext": Family(
-            functools.partial(flux, FluxKontextPipeline),
+            functools.partial(flux, "FluxKontextPipeline"),
             _IMAGE | {"guidance_scale": 2.5, "image": IMAGE.resize((16, 16)), "max_area": 256, "_auto_resize": False},
             ("default",),
         ),
         "flux_fill": Family(
-            functools.partial(flux, FluxFillPipeline, in_channels=3 * 16),
+            functools.partial(flux, "FluxFillPipeline", in_channels=3 * 16),
             _IMAGE | {"guidance_scale": 30.0, "image": IMAGE, "mask_image": MASK},
             ("default",),
         ),

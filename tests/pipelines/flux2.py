@@ -4,32 +4,15 @@ from functools import partial
 
 import diffusers
 
-from pipelines.parts import NEGATIVE, TEXT, flow, image, mask
+from helpers import families
+from pipelines.parts import NEGATIVE, TEXT, WIDTH, image, mask
 from pipelines.records import Case, assemble, pipeline
 
 
 def flux2(kind, **options):
-    vae = diffusers.AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4),
-        norm_num_groups=2,
-        latent_channels=4,
-        sample_size=16,
-    )
-    transformer = diffusers.Flux2Transformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        timestep_guidance_channels=32,
-        axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=kind is diffusers.Flux2Pipeline,
-    )
-    return assemble(kind, scheduler=flow(use_dynamic_shifting=True), vae=vae, transformer=transformer, **options)
+    name = "Flux2Pipeline" if kind is diffusers.Flux2Pipeline else "Flux2KleinPipeline"
+    own = families.flux2(name, num_layers=2, joint_attention_dim=WIDTH)
+    return assemble(kind, scheduler=own.scheduler, vae=own.vae, transformer=own.transformer, **options)
 
 
 _klein = partial(flux2, is_distilled=False)

@@ -14,23 +14,8 @@ def mochi(kind):
 
 
 def hidream(kind):
-    transformer = diffusers.HiDreamImageTransformer2DModel(
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        caption_channels=[WIDTH, WIDTH],
-        text_emb_dim=WIDTH,
-        num_routed_experts=2,
-        num_activated_experts=2,
-        axes_dims_rope=(4, 2, 2),
-        max_resolution=(32, 32),
-        llama_layers=(0, 1),
-    )
-    return assemble(kind, scheduler=flow(), vae=image_vae(), transformer=transformer)
+    own = families.hidream(text_emb_dim=WIDTH)
+    return assemble(kind, scheduler=flow(), vae=own.vae, transformer=own.transformer)
 
 
 def prx(kind):

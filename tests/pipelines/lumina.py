@@ -2,34 +2,34 @@
 
 import diffusers
 
+from helpers import families
 from helpers.families import image_vae
 from pipelines.parts import MASKED, NEGATIVE_MASKED, WIDTH, flow
 from pipelines.records import Case, assemble, pipeline
 
-_SIZES = {
-    "sample_size": 4,
-    "patch_size": 2,
-    "in_channels": 4,
-    "hidden_size": 24,
-    "num_layers": 2,
-    "num_attention_heads": 3,
-    "num_kv_heads": 1,
-    "multiple_of": 16,
-}
-
 
 def lumina(kind):
     transformer = diffusers.LuminaNextDiT2DModel(
-        **_SIZES, norm_eps=1e-5, learn_sigma=True, qk_norm=True, cross_attention_dim=WIDTH, scaling_factor=1.0
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=2,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=16,
+        norm_eps=1e-5,
+        learn_sigma=True,
+        qk_norm=True,
+        cross_attention_dim=WIDTH,
+        scaling_factor=1.0,
     )
     return assemble(kind, transformer=transformer, scheduler=flow(), vae=image_vae())
 
 
 def lumina2(kind):
-    transformer = diffusers.Lumina2Transformer2DModel(
-        **_SIZES, axes_dim_rope=(4, 2, 2), axes_lens=(128, 128, 128), cap_feat_dim=WIDTH, num_refiner_layers=1
-    )
-    return assemble(kind, transformer=transformer, scheduler=flow(), vae=image_vae())
+    own = families.lumina2()
+    return assemble(kind, transformer=own.transformer, scheduler=flow(), vae=own.vae)
 
 
 def aura_flow(kind):

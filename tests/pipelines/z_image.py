@@ -2,39 +2,28 @@
 
 import diffusers
 
-from helpers.families import image_vae
-from pipelines.parts import WIDTH, flow, image, mask, randn
+from helpers import families
+from pipelines.parts import WIDTH, image, mask, randn
 from pipelines.records import Case, assemble, pipeline
-
-_SIZES = {"all_patch_size": (2,), "all_f_patch_size": (1,), "dim": 32, "n_refiner_layers": 1, "n_heads": 2}
 
 
 def z_image(kind, controlnet=None):
-    transformer = diffusers.ZImageTransformer2DModel(
-        **_SIZES,
-        in_channels=16,
-        n_layers=2,
-        n_kv_heads=2,
-        cap_feat_dim=WIDTH,
-        axes_dims=[8, 4, 4],
-        axes_lens=[256, 32, 32],
-    )
+    own = families.z_image(channels=16)
     if controlnet is not None:
-        controlnet = type(controlnet).from_transformer(controlnet, transformer)
-    return assemble(
-        kind,
-        scheduler=flow(shift=3.0),
-        vae=image_vae(16),
-        transformer=transformer,
-        controlnet=controlnet,
-    )
+        controlnet = type(controlnet).from_transformer(controlnet, own.transformer)
+    parts = {"scheduler": own.scheduler, "vae": own.vae, "transformer": own.transformer}
+    return assemble(kind, **parts, controlnet=controlnet)
 
 
 def controlnet(kind):
     """Its embedders are the transformer's."""
     inpaint = "Inpaint" in kind.__name__
     net = diffusers.ZImageControlNetModel(
-        **_SIZES,
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        dim=32,
+        n_refiner_layers=1,
+        n_heads=2,
         n_kv_heads=2,
         control_layers_places=[0, 1],
         control_refiner_layers_places=[0],

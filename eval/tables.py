@@ -136,7 +136,7 @@ def _at(run, metric: str, apart: Mapping[int, Mapping[str, Difference]], digits:
         _number(getattr(run, f"{metric}{WORST}", None), digits),
         _apart(apart[run.Index].get(run.group), digits),
         f"{_number(getattr(run, 'flops_speedup', None), 2)}x",
-        _number(sum(took.values()) if isinstance(took, dict) else None, 0),
+        f"{round(sum(took.values()), 1):g}" if isinstance(took, dict) else "–",
         _number(memory and memory / 2**20, 2),
     ]
 

@@ -409,7 +409,7 @@ def test_the_league_has_a_row_for_each_method_with_every_budget_both_references_
     assert cells["full"] == ["plain", "full", "–", "–", full, full, *["–"] * 6]
     worst = scores.set_index("method")["psnr_worst"]
     fora = [f"{x:.2f}" for x in (20, mean["fora"], mean["fora"] / 2, mean["fora"] / 2)]
-    assert cells["fora"] == ["reuse", "fora", *fora, "2", f"{worst['fora']:.2f}", "–", "5.00x", "12", "1.50"]
+    assert cells["fora"] == ["reuse", "fora", *fora, "2", f"{worst['fora']:.2f}", "–", "5.00x", "12.5", "1.50"]
     values = {row.label: row.scores["psnr"] for row in scores.itertuples()}
     d = statistics.paired_difference(values["hicache"], values["taylorseer"])
     assert cells["hicache"][8] == f"{d['mean']:+.2f} [{d['ci95'][0]:+.2f}, {d['ci95'][1]:+.2f}]"

@@ -53,7 +53,8 @@ class MeanCache:
         spans: to choose from.
         power: of the weights in the sum: the larger, the more it is the largest that counts.
         max_jump: how far an edge may reach; None: see `longest_edge`.
-        steps: a list to use in place of the planned one (for one, the authors'); their spans are still chosen.
+        steps: a list to use in place of the planned one (for one, the authors'); their spans are still chosen, that of
+            the last one for what is left to step T - 1.
     """
 
     budget: int
@@ -84,7 +85,8 @@ class MeanCache:
         """The method with its steps and spans. `pipe` is not run and may be None."""
         errors, times = (calibration[statistic] for statistic in self.statistics)
         steps = self._plan(errors.min(0)) if self.steps is None else list(self.steps)
-        spans = {i: self.spans[int(errors[:, i, j].argmin())] for i, j in pairwise(steps)}
+        last = self.num_inference_steps - 1
+        spans = {i: self.spans[int(errors[:, i, j].argmin())] for i, j in pairwise(sorted({*steps, last}))}
         predictor = Averages(tuple(times.tolist()), spans, self.budget)
         decided = {"steps": steps, "spans": [*spans.values()]}
         return Method(Schedule(steps, self.num_inference_steps), "output", predictor, decided)

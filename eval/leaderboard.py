@@ -6,6 +6,8 @@ The command also writes the board into the folder: `leaderboard.csv`, `leaderboa
 import argparse
 from pathlib import Path
 
+import pandas as pd
+
 from eval import charts, report, tables
 from eval.metrics import FINE, MAIN
 from eval.results import WORST, against_full, collect, metric_names
@@ -17,6 +19,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder below which result.json files are collected")
     parser.add_argument(
         "--metric", help="rank by this column and print it only; default: what compares with full steps, and speed"
+    )
+    parser.add_argument(
+        "--league",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="print in place of the other tables one of all methods and budgets, with the fine reference at these K, "
+        "and ranks and costs at the first",
     )
     parser.add_argument("--against", metavar="METHOD", help="also print paired differences to this method")
     parser.add_argument("--figure", type=Path, help=f"also draw the metric (default: {MAIN}) over the budget")
@@ -36,17 +46,10 @@ def main() -> None:
     if frame.empty:
         parser.exit(1, f"no result.json below {arguments.folder}\n")
     metric = arguments.metric or MAIN
-    ranking = tables.ranking(frame, metric) if metric.removesuffix(WORST) in metric_names(frame) else ""
-    if ranking:
-        print(ranking, end="\n\n")
-    compared = [name for name in metric_names(frame) if against_full(name) or name in FINE]
-    printed = [*compared, "speedup", "computed_steps"]
-    for name in [arguments.metric] if arguments.metric else printed:
-        try:
-            text = tables.table(frame, name)
-        except ValueError as error:
-            text = str(error)
-        print(text, end="\n\n")
+    if arguments.league:
+        print(tables.league(frame, arguments.league, metric), end="\n\n")
+    else:
+        _print(frame, metric, alone=arguments.metric is not None)
     try:
         if arguments.against:
             print(tables.paired_table(frame, arguments.against, metric))
@@ -58,6 +61,21 @@ def main() -> None:
         parser.exit(1, f"error: {error}\n")
     for path in report.write(arguments.folder, arguments.out or arguments.folder, frame, arguments.prompts):
         print(path)
+
+
+def _print(frame: pd.DataFrame, metric: str, alone: bool) -> None:
+    """The ranks, and a table of methods x budgets for the metric alone, or for all that compare with full steps, speed
+    and computed steps."""
+    names = metric_names(frame)
+    if metric.removesuffix(WORST) in names and (ranking := tables.ranking(frame, metric)):
+        print(ranking, end="\n\n")
+    compared = [name for name in names if against_full(name) or name in FINE]
+    for name in [metric] if alone else [*compared, "speedup", "computed_steps"]:
+        try:
+            text = tables.table(frame, name)
+        except ValueError as error:
+            text = str(error)
+        print(text, end="\n\n")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from eval.console import phase, quiet_libraries
 from eval.kept import PROCESS, Loaded, free_memory
 from eval.metrics import Samples, Scorer, evaluate
 from eval.processes import several_processes
-from eval.prompts import read
+from eval.prompts import SETS, read
 from eval.schema import Group
 from eval.statistics import summarise
 from eval.store import check_prompts, load_or_make, locked
@@ -99,13 +99,18 @@ def read_prompts(config: DictConfig, calibrating: bool) -> tuple[list[str], list
         return [""] * wanted, [""] * (count if calibrating else 0)
     else:
         raise SettingError(f"prompts=FILE must be given: csv, tsv or jsonl, with columns prompt, {', '.join(images)}")
-    prompts = read(setting, path, images)
+
+    def found(setting: str, source, number: int) -> list[str]:
+        """Of a set in a dry run, which downloads nothing, as many as are asked for."""
+        return [""] * number if config.dry_run and source in SETS else read(setting, source, images)
+
+    prompts = found(setting, path, wanted + count)
     if not 1 <= wanted <= len(prompts):
         raise SettingError(f"num_prompts={wanted} must be between 1 and the {len(prompts)} prompts of {setting}={path}")
     if not calibrating or config.calibration.path:
         return _with_images(prompts[:wanted]), []
     own = config.calibration.prompts
-    others = read("calibration.prompts", own, images) if own else prompts[wanted:]
+    others = found("calibration.prompts", own, count) if own else prompts[wanted:]
     if not 1 <= count <= len(others):
         source = f"calibration.prompts={own}" if own else f"{setting}={path} beyond num_prompts={wanted}"
         raise SettingError(

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 
 from dpcache.errors import SettingError
-from eval.methods import FULL, order
-from eval.metrics import MAIN
+from eval.methods import FULL, about, order
+from eval.metrics import MAIN, fine_name
 from eval.ranks import PLACE, Difference, board, differences
-from eval.results import SETTING, boards, column, newest
+from eval.results import SETTING, WORST, boards, column, newest
 from eval.statistics import paired_difference
 
 
@@ -75,15 +75,6 @@ def ranking(frame: pd.DataFrame, metric: str = MAIN) -> str:
     differences to the best run of its own group and to the best of all. Empty where no run has a rank."""
     rows = board(frame, metric)
     apart, digits, parts = differences(rows, metric), column(metric).digits, []
-
-    def number(value: float | None, sign: str = "") -> str:
-        return "–" if value is None or pd.isna(value) else f"{value:{sign}.{digits}f}"
-
-    def cell(d: Difference | None) -> str:
-        if d is None or d.low is None:
-            return "–" if d is None else number(d.mean, "+")
-        return f"{number(d.mean, '+')} [{number(d.low, '+')}, {number(d.high, '+')}]"
-
     for (model, total, seed, budget), part in rows[rows["method"] != FULL].groupby(PLACE):
         ranked = part.sort_values("rank")
         if ranked["rank"].isna().all():
@@ -93,14 +84,72 @@ def ranking(frame: pd.DataFrame, metric: str = MAIN) -> str:
         lines.append("| ---: | --- | --- | ---: | ---: | ---: | ---: |")
         for row in ranked.itertuples():
             to = apart[row.Index]
-            cells = [number(getattr(row, metric)), number(getattr(row, f"{metric}_worst", None))]
-            cells += [cell(to.get(row.group)), cell(to.get(first))]
+            cells = [_number(getattr(row, name, None), digits) for name in (metric, f"{metric}{WORST}")]
+            cells += [_apart(to.get(row.group), digits), _apart(to.get(first), digits)]
             rank = "–" if pd.isna(row.rank) else row.rank
             lines.append(f"| {rank} | {row.label} | {row.group} | {' | '.join(cells)} |")
         seeds = f", seed {seed}" if rows["seed"].nunique() > 1 else ""
         heading = f"### Ranks by {column(metric).title}: {model}, {total} steps{seeds}, K = {budget}"
         parts.append("\n".join([heading, "", *lines]))
     return "\n\n".join(parts)
+
+
+def league(frame: pd.DataFrame, at: Sequence[int], metric: str = MAIN) -> str:
+    """Markdown tables, one per setting and seed, of a row for each method.
+
+    They have the metric at every budget, in brackets with the computed steps where those are not the budget; the metric
+    to the fine reference, where there is one, at the budgets `at`; and at the first of these the rank, the worst
+    prompt, the paired difference to the best of the group, how many times fewer FLOPs, what calibration took in
+    full-step trajectories of one prompt, and what the cache keeps for a batch in MiB.
+    """
+    rows = board(frame, metric)
+    apart, digits, parts = differences(rows, metric), column(metric).digits, []
+    compared = at if fine_name(metric) in rows else ()
+    for (model, total, seed), part in rows.groupby([*SETTING, "seed"]):
+        budgets = sorted(part["budget"][part["method"] != FULL].unique())
+        titles = [f"K = {budget}" for budget in budgets] + [f"K = {budget}, fine" for budget in compared]
+        titles += [f"K = {at[0]}: rank", "worst prompt", "to the best of its group", "FLOPs", "trajectories", "MiB"]
+        lines = [f"| group | method | {' | '.join(titles)} |", f"| --- | --- |{' ---: |' * len(titles)}"]
+        for label in dict.fromkeys(sorted(part["label"], key=order)):
+            runs = {row.budget: row for row in part[part["label"] == label].itertuples()}
+            if full := label.split()[0] == FULL:  # which has no budget
+                runs = dict.fromkeys(at, runs[total])
+            cells = []
+            for budget in budgets:
+                text = _number(getattr(runs.get(budget), metric, None), digits) if not full else "–"
+                apart_from_budget = text != "–" and not runs[budget].equal_compute
+                cells.append(f"({text}: {runs[budget].computed_steps:.1f} steps)" if apart_from_budget else text)
+            cells += [_number(getattr(runs.get(budget), fine_name(metric), None), digits) for budget in compared]
+            cells += ["–"] * 6 if full or at[0] not in runs else _at(runs[at[0]], metric, apart, digits)
+            lines.append(f"| {about(label).group.value} | {label} | {' | '.join(cells)} |")
+        seeds = f", seed {seed}" if rows["seed"].nunique() > 1 else ""
+        heading = f"### {column(metric).title}: {model}, {total} steps{seeds}"
+        parts.append("\n".join([heading, "", *lines]))
+    return "\n\n".join(parts)
+
+
+def _at(run, metric: str, apart: Mapping[int, Mapping[str, Difference]], digits: int) -> list[str]:
+    """The last columns of `league` of one run."""
+    took, memory = getattr(run, "calibration_trajectories", None), getattr(run, "history", None)
+    return [
+        "–" if pd.isna(run.rank) else str(run.rank),
+        _number(getattr(run, f"{metric}{WORST}", None), digits),
+        _apart(apart[run.Index].get(run.group), digits),
+        f"{_number(getattr(run, 'flops_speedup', None), 2)}x",
+        f"{round(sum(took.values()), 1):g}" if isinstance(took, dict) else "–",
+        _number(memory and memory / 2**20, 2),
+    ]
+
+
+def _number(value: float | None, digits: int, sign: str = "") -> str:
+    return "–" if value is None or pd.isna(value) else f"{value:{sign}.{digits}f}"
+
+
+def _apart(d: Difference | None, digits: int) -> str:
+    if d is None or d.low is None:
+        return "–" if d is None else _number(d.mean, digits, "+")
+    low, high = (_number(end, digits, "+") for end in (d.low, d.high))
+    return f"{_number(d.mean, digits, '+')} [{low}, {high}]"
 
 
 def published_table(frame: pd.DataFrame, published: Sequence[Mapping]) -> str:

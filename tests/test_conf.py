@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from dpcache.predictors import short_names
 from eval import methods
 from eval.metrics import METRICS
+from eval.runs import read_prompts
 from eval.schema import Group, config_hash
 from helpers.commands import ROOT, run
 
@@ -104,6 +105,13 @@ def test_a_recorded_setting_composes_with_every_value_that_it_sweeps(name):
         for option in options[1:]:
             made(f"experiment={name}", *first[:index], option, *first[index + 1 :])
     assert bool(params) == (config.hydra.sweep.dir == f"outputs/{name}")  # a sweep has a folder of its own
+
+
+@pytest.mark.parametrize("name", [name for name in names("experiment") if name.startswith("paper_")])
+def test_a_dry_run_of_a_papers_table_takes_no_prompts_from_the_hub(name):
+    config = compose("config", [f"experiment={name}", "dry_run=true"])
+    prompts, others = read_prompts(config, True)
+    assert (len(prompts), len(others)) == (config.num_prompts, config.calibration.num_prompts)
 
 
 @pytest.mark.parametrize(

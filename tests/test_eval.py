@@ -387,6 +387,37 @@ def test_differences_are_to_the_best_of_each_group_in_pairs(scores):
     assert "| – | speca |" in text and "full" not in text
 
 
+def test_the_league_has_a_row_for_each_method_with_every_budget_both_references_and_costs(scores):
+    more = scores.assign(
+        psnr_fine=scores["psnr"] / 2,
+        calibration_trajectories=[{"statistics": 10.0, "method": 2.5}] * len(scores),
+        history=3 * 2**19,
+        flops_speedup=5.0,
+    )
+    small = more[more["method"] == "fora"].assign(budget=5, computed_steps=5.0, psnr=20.0)
+    text = tables.league(pd.concat([more, small], ignore_index=True), [9, 5])
+    heading, _, titles, _, *lines = text.splitlines()
+    assert heading == "### PSNR (dB): tiny, 50 steps"
+    assert titles == (
+        "| group | method | K = 5 | K = 9 | K = 9, fine | K = 5, fine | K = 9: rank | worst prompt "
+        "| to the best of its group | FLOPs | trajectories | MiB |"
+    )
+    cells = {line.split(" | ")[1]: line.strip("| ").split(" | ") for line in lines}
+    assert list(cells) == ["full", "fora", "hicache", "taylorseer", "speca"]  # the board's order
+    mean = scores.set_index("method")["psnr"]
+    full = f"{mean['full'] / 2:.2f}"
+    assert cells["full"] == ["plain", "full", "–", "–", full, full, *["–"] * 6]
+    worst = scores.set_index("method")["psnr_worst"]
+    fora = [f"{x:.2f}" for x in (20, mean["fora"], mean["fora"] / 2, mean["fora"] / 2)]
+    assert cells["fora"] == ["reuse", "fora", *fora, "2", f"{worst['fora']:.2f}", "–", "5.00x", "12.5", "1.50"]
+    values = {row.label: row.scores["psnr"] for row in scores.itertuples()}
+    d = statistics.paired_difference(values["hicache"], values["taylorseer"])
+    assert cells["hicache"][8] == f"{d['mean']:+.2f} [{d['ci95'][0]:+.2f}, {d['ci95'][1]:+.2f}]"
+    assert cells["hicache"][2] == "–"  # has no run of five steps
+    assert cells["speca"][3] == f"({mean['speca']:.2f}: 12.0 steps)" and cells["speca"][6] == "–"
+    assert "fine" not in tables.league(scores, [9])
+
+
 def test_an_interval_is_of_resampled_means():
     values = np.random.default_rng(3).normal(0, 1, 25)
     means = [np.random.default_rng(seed).choice(values, 25).mean() for seed in range(4000)]

@@ -255,11 +255,13 @@ class FeederHook(SessionHook):
 class EmbedderHook(SessionHook):
     """On an embedder whose output only the blocks read. On a skipped step the output is not used, but code between the
     blocks may still compute with it, as ControlNets do. So the hook returns zeros of the same shape, which take no
-    memory."""
+    memory. Outside of the model's calls it does nothing: a ControlNet may share the embedder (Z-Image)."""
 
     @leave_uncompiled
     def new_forward(self, module, *args, **kwargs):
         branch = self.session.current
+        if branch is None:
+            return self.forward(*args, **kwargs)
         if branch.skip:
             return branch.placeholders[self]
         output = self.forward(*args, **kwargs)

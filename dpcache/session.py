@@ -276,7 +276,10 @@ class RootHook(Hook):
     def new_forward(self, module, *args, **kwargs):
         session, start = self.session, self.session.stopwatch.now()
         branch = session.open(self.part, self.branch_name, args, kwargs)
-        output = session.run(branch, self.forward, args, kwargs)
+        try:
+            output = session.run(branch, self.forward, args, kwargs)
+        finally:
+            session.current = None
         session.close(branch, start)
         return output
 

@@ -297,11 +297,11 @@ class _Compare(EndOfSteps):
         super().__init__(scheduler, router.end_step)
         self.router, self.wanted, self.proxies = router, wanted, proxies
 
-    def begin(self, arguments, prediction, time, sample):
-        step = self.router.step
+    def begin(self, arguments):
+        step, prediction = self.router.step, arguments["model_output"]
         if step:
             wanted = self.wanted[step]
-            own = arguments[prediction][: len(wanted), : arguments[sample].shape[1]].float()
+            own = prediction[: len(wanted), : arguments["sample"].shape[1]].float()
             error = (own - wanted.to(own.device)).square().mean()
             (self.proxies[step].item() * error).backward()
-        arguments[prediction] = arguments[prediction].detach()
+        arguments["model_output"] = prediction.detach()

@@ -1,6 +1,7 @@
 """The sampler's own trajectory, for planners of plain grids: states, predictions, and the model's answers elsewhere."""
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,26 +55,31 @@ class Run:
 
 
 class Steps(StepListener):
-    """Is told of the steps of one scheduler; not of its copies, with which some pipelines step other latents."""
+    """Is told of the steps of one scheduler; not of its copies, with which some pipelines step other latents.
+
+    Raises SettingError for a scheduler whose steps take something before the time, as CogVideoX's DPM solver does.
+    """
 
     def __init__(self, scheduler):
         self.scheduler = scheduler
+        names = list(inspect.signature(scheduler.step).parameters)[:3]
+        if names != ["model_output", "timestep", "sample"]:
+            raise SettingError(
+                f"{type(scheduler).__name__}: its step takes {', '.join(names)}, and this method is for schedulers of "
+                "the first order, whose steps take a prediction, a time and latents"
+            )
 
     def given(self, scheduler, arguments):
         if scheduler is self.scheduler:
-            self.begin(arguments, *list(arguments)[:3])
+            self.begin(arguments)
 
     def after_step(self, scheduler, output):
         if scheduler is self.scheduler:
             self.end(_stepped(output))
 
-    def begin(self, arguments: dict, prediction: str, time: str, sample: str) -> None:
-        """A step begins.
-
-        Args:
-            arguments: what it is given, by name; may be changed.
-            prediction, time, sample: names of three of them.
-        """
+    def begin(self, arguments: dict) -> None:
+        """A step begins. `arguments`: what it is given, by name ("model_output", "timestep", "sample" and others); may
+        be changed."""
 
     def end(self, stepped: torch.Tensor) -> None:
         """A step ends with these latents, which may be changed in place."""
@@ -95,8 +101,8 @@ class _Record(Steps):
         super().__init__(scheduler)
         self.count, self.states, self.slopes, self.timesteps, self.factors = count, [], [], [], []
 
-    def begin(self, arguments, prediction, time, sample):
-        prediction, time, sample = arguments[prediction], arguments[time], arguments[sample]
+    def begin(self, arguments):
+        prediction, time, sample = (arguments[name] for name in ("model_output", "timestep", "sample"))
         self.timesteps.append(float(time))
         self.factors.append(_factors(self.scheduler, prediction, time, sample))
         self.states.append(sample[: self.count].float().cpu())
@@ -110,9 +116,9 @@ class _Answers(Steps):
         super().__init__(scheduler)
         self.wanted, self.slopes = wanted, []
 
-    def begin(self, arguments, prediction, time, sample):
-        channels = arguments[sample].shape[1]
-        self.slopes.append(arguments[prediction][: self.wanted.shape[1], :channels].float().cpu())
+    def begin(self, arguments):
+        channels = arguments["sample"].shape[1]
+        self.slopes.append(arguments["model_output"][: self.wanted.shape[1], :channels].float().cpu())
 
     def end(self, stepped):
         if len(self.slopes) < len(self.wanted):

@@ -132,7 +132,7 @@ def test_sweep_shares_the_reference_and_a_failing_job_takes_nothing_with_it(tmp_
     assert done["fora"]["computed_steps"] == 4 and abs(done["teacache"]["computed_steps"] - 4) <= 1
     assert len(list(tmp_path.glob("references/*"))) == 1 and len(list(tmp_path.glob("calibrations/*.safetensors"))) == 1
     assert f"| fora | {done['fora']['metrics']['psnr']['mean']:.2f}" in out  # the sweep ends with the board
-    assert "### Ranks by PSNR: tiny_flux, 8 steps, K = 4" in out
+    assert "### Ranks by PSNR (dB): tiny_flux, 8 steps, K = 4" in out
     assert re.search(r"^\| 1 \| (fora|teacache) \|", out, re.M)
     files = {path.name for path in (tmp_path / "runs").glob("*.*")}
     assert files >= {"leaderboard.csv", "leaderboard.md", "leaderboard.png", "report.html"}

@@ -141,7 +141,7 @@ def test_the_history_is_allocated_once(rollout):
     method = dpcache.Method(Schedule(STEPS, 10), "stack", Taylor(2))
     with dpcache.cached(rollout.model, method) as session:
         rollout()
-        (history,) = session.current.histories["stack"]
+        (history,) = session.branches["default"].histories["stack"]
         addresses = [buffer.data_ptr() for buffer in history.buffers]
         rollout()
         assert [buffer.data_ptr() for buffer in history.buffers] == addresses and len(addresses) == 3

@@ -110,7 +110,8 @@ def foreign_forward(kind: type) -> Callable | None:
     place of the class's own, as scripts of other caches do. Decorators that use `functools.wraps` are not seen."""
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
     forward = vars(owner)["forward"]
-    return None if getattr(forward, "__module__", owner.__module__) == owner.__module__ else forward
+    known = getattr(forward, "__module__", None)  # of code that no file holds, None
+    return None if known in (None, owner.__module__) else forward
 
 
 def add_hook(module: torch.nn.Module, hook: Hook) -> None:

@@ -15,7 +15,7 @@ have taught, its weights count as if one more had.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -54,9 +54,9 @@ class ClosedLoopFit:
         ridge: float = 1e-6,
     ):
         self.recorded, self.plan, self.simulated, self.trust, self.ridge = recorded, list(plan), simulated, trust, ridge
-        self.prompts: dict[int, int] = {}  # of every skipped step how many it has learnt from,
-        self.among: dict[int, np.ndarray] = {}  # the sums of products, (h, h),
-        self.towards: dict[int, np.ndarray] = {}  # and of products with the aim, (h,)
+        self.sums: dict[int, tuple] = {}
+        """Of every skipped step that was reached: prompts, and over these the sums of products among what is weighed,
+        (h, h), and with the aim, (h,)."""
 
     @property
     def predictor(self) -> FittedWeights:
@@ -70,7 +70,7 @@ class ClosedLoopFit:
         for first in range(start, limit, size):
             last = min(first + size, limit)
             learner = _Learner(self, pipe.scheduler, slice(first, last))
-            method = Method(Schedule(self.plan, self.recorded.steps), "output", learner.predictor)
+            method = Method(Schedule(self.plan, self.recorded.steps), "output", learner)
             unwatch = watch_steps(pipe.scheduler, learner)
             try:
                 latents, _ = calibration.rerun(pipe, method, last, start=first)
@@ -82,54 +82,51 @@ class ClosedLoopFit:
     def add(self, step: int, seen: np.ndarray, aim: np.ndarray) -> tuple[float, ...]:
         """Of one batch what there is to predict from, (B, h, E), and what to aim at, (B, E). Returns the weights with
         which this batch goes on."""
-        self.prompts[step] = self.prompts.get(step, 0) + len(aim)
-        among, towards = np.einsum("bhe,bke->hk", seen, seen), np.einsum("bhe,be->h", seen, aim)
-        self.among[step] = self.among.get(step, 0) + among
-        self.towards[step] = self.towards.get(step, 0) + towards
+        prompts, among, towards = self.sums.get(step, (0, 0.0, 0.0))
+        among, towards = among + np.einsum("bhe,bke->hk", seen, seen), towards + np.einsum("bhe,be->h", seen, aim)
+        self.sums[step] = prompts + len(aim), among, towards
         return self._solve(step)
 
     def _solve(self, step: int) -> tuple[float, ...]:
-        if step not in self.prompts:
-            return self.simulated.table[step]
-        learnt = ridge_regression(self.among[step], self.towards[step], self.ridge)
-        part = self.trust / (self.trust + self.prompts[step])
-        return tuple(((1 - part) * learnt + part * np.array(self.simulated.table[step])).tolist())
+        simulated = self.simulated.table[step]
+        if step not in self.sums:
+            return simulated
+        prompts, among, towards = self.sums[step]
+        learnt, part = ridge_regression(among, towards, self.ridge), self.trust / (self.trust + prompts)
+        return tuple(((1 - part) * learnt + part * np.array(simulated)).tolist())
 
 
-@dataclass(frozen=True, eq=False)
-class _Learning(Predictor):
-    """Asks the learner for its weights when a step is skipped."""
-
-    history: int
-    learner: "_Learner"
-    sees_input: bool = False
-
-    def weights(self, keys, step):
-        return self.learner.weights(keys, step)
-
-
-class _Learner(StepListener):
-    """Follows the run of one batch at its scheduler, and fits the weights of each skipped step as it is reached."""
+class _Learner(StepListener, Predictor):
+    """The predictor of one batch's run, which it follows at its scheduler: it fits the weights of each skipped step as
+    that is reached."""
 
     def __init__(self, fit: ClosedLoopFit, scheduler, prompts: slice):
         recorded = fit.recorded
         self.fit, self.scheduler, self.sizes = fit, scheduler, recorded.sizes[prompts, None]
+        self.history, self.sees_input = fit.simulated.history, fit.simulated.sees_input
         self.v, self.x = recorded.aims[prompts], recorded.states[prompts]
-        self.q: list[np.ndarray] = []  # what was predicted so far, (B, E) each
-        self.y: list[np.ndarray] = []  # the latents so far
+        # What was predicted so far, and the latents, (B, E) each; and how far both are from the reference run's.
+        self.q: list[np.ndarray] = []
+        self.y: list[np.ndarray] = []
+        self.dv: list[np.ndarray] = []
+        self.dx: list[np.ndarray] = []
         self.found: dict[int, tuple[float, ...]] = {}
-        self.predictor = _Learning(fit.simulated.history, self, fit.simulated.sees_input)
 
     def given(self, scheduler, arguments):
         if scheduler is not self.scheduler:
             return
         if not self.y:
-            self.y.append(kept_elements(arguments["sample"], len(self.sizes)))
+            self._arrive(arguments["sample"])
         self.q.append(kept_elements(arguments["model_output"], len(self.sizes)))
+        self.dv.append(self.q[-1] - self.v[:, len(self.dv)])
 
     def after_step(self, scheduler, output):
         if scheduler is self.scheduler:
-            self.y.append(kept_elements(output[0], len(self.sizes)))
+            self._arrive(output[0])
+
+    def _arrive(self, latents) -> None:
+        self.y.append(kept_elements(latents, len(self.sizes)))
+        self.dx.append(self.y[-1] - self.x[:, len(self.dx)])
 
     def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...]:
         """Of the keys and, if it is seen, of the input: the same for every guidance branch."""
@@ -139,14 +136,9 @@ class _Learner(StepListener):
 
     def _fit(self, keys: Sequence[int], step: int) -> tuple[float, ...]:
         sampler = self.fit.recorded.sampler
-        carry, drive = sampler.carry[step], sampler.drive[step]
-        error = np.zeros(self.q[0].shape)
-        for back in range(min(len(carry), step + 1)):
-            error += carry[back] * (self.y[step - back] - self.x[:, step - back])
-            if back:
-                error += drive[back] * (self.q[step - back] - self.v[:, step - back])
-        aim = self.v[:, step] - (error / drive[0] if drive[0] else 0)
+        drive = sampler.drive[step, 0]
+        aim = self.v[:, step] - (sampler.carried(step, self.dx, self.dv) / drive if drive else 0)
         seen = [self.q[key] for key in keys]
-        if self.predictor.sees_input:
+        if self.sees_input:
             seen.append(self.y[step])
         return self.fit.add(step, np.stack(seen, 1) / self.sizes[..., None], aim / self.sizes)

@@ -49,17 +49,25 @@ class LinearSampler:
         """T."""
         return len(self.drive)
 
+    def carried(self, step: int, moved: Sequence, predicted: Sequence):
+        """What earlier steps leave of dx_{step+1}: the recurrence without its term drive[step, 0] dm_step.
+
+        Args:
+            moved, predicted: dx_s and dm_s by s, arrays of one shape each; dx up to `step`, dm up to the one before.
+        """
+        left = self.carry[step, 0] * moved[step]
+        for back in range(1, min(self.carry.shape[1], step + 1)):
+            left = left + self.carry[step, back] * moved[step - back]
+            left = left + self.drive[step, back] * predicted[step - back]
+        return left
+
     def predictions_between(self, states: np.ndarray, unmoved: np.ndarray) -> np.ndarray:
         """The predictions (T, ...) that take the latents x_0 .. x_T, `states` (T+1, ...), from each to the next, if no
         noise is added. A step that its prediction does not move is given that of `unmoved`, (T, ...)."""
-        found = np.zeros(unmoved.shape)
-        for step in range(self.steps):
-            rest = states[step + 1] - self.start[step + 1] * states[0].astype(float)
-            for back in range(min(self.carry.shape[1], step + 1)):  # the recurrence is of what the start does not do
-                rest = rest - self.carry[step, back] * (states[step - back] - self.start[step - back] * states[0])
-                if back:
-                    rest = rest - self.drive[step, back] * found[step - back]
-            found[step] = rest / self.drive[step, 0] if self.drive[step, 0] else unmoved[step]
+        found, first = np.zeros(unmoved.shape), states[0].astype(float)
+        moved = [state - start * first for state, start in zip(states, self.start)]  # by the predictions
+        for step, drive in enumerate(self.drive[:, 0]):
+            found[step] = (moved[step + 1] - self.carried(step, moved, found)) / drive if drive else unmoved[step]
         return found
 
 

@@ -101,7 +101,6 @@ class SimulatedPlan:
                 f"finalists={self.finalists}, trajectories={self.trajectories}, probes={self.probes}: must be at least "
                 "2, above 0 and at least 1"
             )
-
         if self.finer < 1:
             raise SettingError(f"finer={self.finer} must be at least 1")
 
@@ -151,24 +150,27 @@ class SimulatedPlan:
         """Simulated decibels of the final latents with this budget, of a short search with one predictor. They grow
         with the budget as the quality of the images does, see `dpcache.quality.find_budget`."""
         simulator = simulator_of(calibration, self.probes, self.finer)
-        known = (name for name in self.predictors if simulator.recorded.inputs_known or not _sees_input(name))
+        first, *_ = self._candidates(simulator.recorded)
         spaced = EvenlySpaced(self.budget, self.num_inference_steps).steps
-        ((promised, _),) = search_plans(scorer(simulator, next(known)), self.num_inference_steps, [spaced])
+        ((promised, _),) = search_plans(scorer(simulator, first), self.num_inference_steps, [spaced])
         return promised
+
+    def _candidates(self, recorded: Recorded) -> list[str]:
+        """The predictors that can be simulated. Raises SettingError if there are none."""
+        found = [name for name in self.predictors if recorded.inputs_known or not _sees_input(name)]
+        if not found:
+            raise SettingError(f"predictors={list(self.predictors)}: this model's input cannot be simulated")
+        return found
 
     def search(self, simulator: Simulator) -> tuple[list[dict], list[dict]]:
         """Of every predictor the best plan and its promised decibels, best first; and the same with even spacing."""
         recorded, searched, spaced = simulator.recorded, [], []
         even = tuple(EvenlySpaced(self.budget, recorded.steps).steps)
-        for name in self.predictors:
-            if _sees_input(name) and not recorded.inputs_known:
-                continue
+        for name in self._candidates(recorded):
             score, open_loop = scorer(simulator, name), make_predictor(name, recorded)
             ((promised, plan),) = search_plans(score, recorded.steps, starting_plans(recorded, open_loop, self.budget))
             searched.append({"predictor": name, "steps": list(plan), "promised": promised})
             spaced.append({"predictor": name, "steps": list(even), "promised": float(score([even])[0])})
-        if not searched:
-            raise SettingError(f"predictors={list(self.predictors)}: this model's input cannot be simulated")
         return tuple(sorted(trials, key=lambda trial: -trial["promised"]) for trials in (searched, spaced))
 
 
@@ -222,11 +224,12 @@ def scorer(simulator: Simulator, name: str) -> Callable[[list[Plan]], np.ndarray
 
 def make_method(simulator: Simulator, name: str, steps: Sequence[int]) -> Method:
     """With these steps and the predictor of that name."""
-    predictor = make_predictor(name, simulator.recorded)
     if name in CLOSED_LOOP:
         history, sees_input = _sight(name)
         fill = simulator.closed_loop([steps], history, sees_input)[1]
         predictor = FittedWeights(history, fill.table(0), sees_input)
+    else:
+        predictor = make_predictor(name, simulator.recorded)
     return Method(Schedule(list(steps), simulator.recorded.steps), "output", predictor)
 
 

@@ -21,7 +21,7 @@ The recorded runs may also be those of a finer grid, at the times of the T steps
 step of the T misses of several finer ones, and skipped steps make up for it.
 
 The response lambda_s is measured where accelerated runs compute a step: there both dx_s and the model's answer
-q_s - v_s are known. In units of 1 / distance to the end it is a smooth curve, about 1 where the latents are noise to
+q_s - m_s are known. In units of 1 / distance to the end it is a smooth curve, about 1 where the latents are noise to
 the model, which it takes out again (a perfect denoiser of one image has lambda = 1 / sigma), and 0 where it takes an
 error for a part of the image. With guidance an answer also points elsewhere than its error. As far as both lie in the
 recorded directions, a matrix for each step says where (`fit_mixing`).
@@ -580,12 +580,9 @@ class Simulator:
         sampler, (m, v, x, metrics) = self.recorded.sampler, self._space
         T, shape = self.recorded.steps, (len(fill.computed), v.shape[1])
         mixed = 0 if self.mixing is None else self.mixing.shape[1]
-        q, dx = np.zeros((T, *shape)), np.zeros((T + 1, *shape))
+        q, dv, dx = np.zeros((T, *shape)), np.zeros((T, *shape)), np.zeros((T + 1, *shape))
         for s in range(T):
-            for back in range(min(sampler.carry.shape[1], s + 1)):  # what earlier steps have left
-                dx[s + 1] += sampler.carry[s, back] * dx[s - back]
-                if back:
-                    dx[s + 1] += sampler.drive[s, back] * (q[s - back] - v[s - back])
+            dx[s + 1] = sampler.carried(s, dx, dv)
             drive = sampler.drive[s, 0]
             run, skip = np.flatnonzero(fill.computed[:, s]), np.flatnonzero(~fill.computed[:, s])
             q[s, run] = m[s] + self.response[s] * dx[s, run]
@@ -608,7 +605,8 @@ class Simulator:
                     if fill.own is not None:
                         fill.own[skip, s] = weights[:, -1]
                 q[s, skip] = (weights[:, None] @ seen)[:, 0]
-            dx[s + 1] += drive * (q[s] - v[s])
+            dv[s] = q[s] - v[s]
+            dx[s + 1] += drive * dv[s]
         squares = np.einsum("pnr,nr->np", dx[T] @ metrics, dx[T])
         return np.sqrt(np.maximum(squares, 1e-20))
 

@@ -3,12 +3,12 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from dpcache._diffusers import StepListener, copy_of_scheduler, watch_steps
+from dpcache._diffusers import StepListener, copy_of_scheduler, watching
 from dpcache.errors import SettingError
 from dpcache.sampler import generate
 from dpcache.statistics import Rerun
@@ -84,14 +84,9 @@ class Steps(StepListener):
     def end(self, stepped: torch.Tensor) -> None:
         """A step ends with these latents, which may be changed in place."""
 
-    @contextmanager
-    def told(self) -> Iterator[None]:
+    def told(self) -> AbstractContextManager[None]:
         """Within it."""
-        unwatch = watch_steps(self.scheduler, self)
-        try:
-            yield
-        finally:
-            unwatch()
+        return watching(self.scheduler, self)
 
 
 class _Record(Steps):

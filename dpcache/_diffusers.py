@@ -41,6 +41,7 @@ __all__ = [
     "remove_hook",
     "unwrap_module",
     "watch_steps",
+    "watching",
     "with_gradients",
     "without_offload",
 ]
@@ -255,6 +256,16 @@ def watch_steps(scheduler, listener: StepListener) -> Callable[[], None]:
                 scheduler.step = step.replaced
 
     return unwatch
+
+
+@contextmanager
+def watching(scheduler, listener: StepListener) -> Iterator[None]:
+    """`watch_steps` for as long as it is entered."""
+    unwatch = watch_steps(scheduler, listener)
+    try:
+        yield
+    finally:
+        unwatch()
 
 
 @contextmanager

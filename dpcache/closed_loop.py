@@ -19,7 +19,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dpcache._diffusers import StepListener, watch_steps
+from dpcache._diffusers import StepListener, watching
 from dpcache.calibration import Calibration
 from dpcache.lsq import FittedWeights
 from dpcache.method import Method
@@ -71,11 +71,8 @@ class ClosedLoopFit:
             last = min(first + size, limit)
             learner = _Learner(self, pipe.scheduler, slice(first, last))
             method = Method(Schedule(self.plan, self.recorded.steps), "output", learner)
-            unwatch = watch_steps(pipe.scheduler, learner)
-            try:
+            with watching(pipe.scheduler, learner):
                 latents, _ = calibration.rerun(pipe, method, last, start=first)
-            finally:
-                unwatch()
             errors.append(self.recorded.errors(latents, first))
         return np.concatenate(errors)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dpcache._diffusers import StepListener, watch_steps
+from dpcache._diffusers import StepListener, watching
 from dpcache.errors import SettingError
 from dpcache.method import cached
 from dpcache.prompts import Prompt
@@ -55,22 +55,20 @@ def generate(
         call["negative_prompt"] = [call["negative_prompt"]] * len(prompts)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     listener = _Latents(pipe.scheduler, generators)
-    unwatch = watch_steps(pipe.scheduler, listener)
     try:
-        output = pipe(
-            num_inference_steps=steps_to_ask_for(num_inference_steps, call.get("strength", 1.0)),
-            generator=generators,
-            output_type="np" if decode else "latent",
-            **call,
-        )
+        with watching(pipe.scheduler, listener):
+            output = pipe(
+                num_inference_steps=steps_to_ask_for(num_inference_steps, call.get("strength", 1.0)),
+                generator=generators,
+                output_type="np" if decode else "latent",
+                **call,
+            )
     except (ValueError, TypeError, AssertionError) as error:
         place = traceback.extract_tb(error.__traceback__)[-1].name
         if place not in _CHECKS:
             raise
         reason = str(error) or f"{type(error).__name__} in {place}"
         raise SettingError(f"{type(pipe).__name__} does not take these arguments: {reason}") from error
-    finally:
-        unwatch()
     if listener.latents is None:
         raise SettingError(
             f"{type(pipe).__name__} samples with a copy of its scheduler, which the sampler cannot follow"

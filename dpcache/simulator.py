@@ -41,7 +41,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from dpcache._diffusers import StepListener, copy_of_scheduler, watch_steps
+from dpcache._diffusers import StepListener, copy_of_scheduler, watching
 from dpcache.errors import SettingError
 from dpcache.gram import weight_tables
 from dpcache.linear_sampler import LinearSampler, read_sampler
@@ -226,11 +226,8 @@ def _run(
 ) -> tuple[_Recorder, np.ndarray, np.ndarray, Batch]:
     """One batch: predictions (B, T, E), latents (B, T+1, E), and what the pipeline returned."""
     recorder = _Recorder(pipe.scheduler, len(prompts))
-    unwatch = watch_steps(pipe.scheduler, recorder)
-    try:
+    with watching(pipe.scheduler, recorder):
         batch = sample(pipe, method, prompts, seeds, decode=False, observe=observe, **call)
-    finally:
-        unwatch()
     states = [*recorder.latents, kept_elements(batch.latents, len(prompts))]
     return recorder, np.stack(recorder.predictions, 1), np.stack(states, 1), batch
 

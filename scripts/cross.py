@@ -29,6 +29,7 @@ from dpcache.predictors import short_names
 from dpcache.sampler import sample
 from dpcache.schedules import EvenlySpaced, Schedule, Staggered
 from dpcache.simulated import CLOSED_LOOP, SimulatedRuns, make_method, simulator_of
+from eval.files import write_text
 from eval.methods import records
 from eval.metrics import Samples
 from eval.metrics.fidelity import psnr
@@ -144,8 +145,7 @@ class Cross:
         return Samples(sample(self.pipe, method, prompts, seeds, **self.settings["call"]).images, None, prompts)
 
     def _keep(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.kept))
+        write_text(self.path, json.dumps(self.kept))
 
 
 def shares(means: np.ndarray) -> tuple[float, float, float]:

@@ -20,6 +20,7 @@ from dpcache.predictors import AdamsBashforth, Lagrange, Taylor
 from dpcache.sampler import generate, sample
 from dpcache.schedules import Schedule
 from dpcache.simulator import Fill, Simulator, Weights, decibels, fit_mixing, fit_response, random_probes, record
+from eval.files import write_text
 
 CALLS = {
     "tiny_dit": {"guidance_scale": 2.0},
@@ -48,7 +49,7 @@ class RealRuns:
             moved = self.flat(sample(self.pipe, method, self.prompts, self.which, decode=False, **self.call))
             errors = (moved - self.reference).norm(dim=1) / self.reference.norm(dim=1)
             self.known[key] = errors.tolist()
-            self.path.write_text(json.dumps(self.known))
+            write_text(self.path, json.dumps(self.known))
         return self.known[key]
 
     @staticmethod

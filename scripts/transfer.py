@@ -3,7 +3,7 @@
 A calibration of `dpcache_sim` is made under some circumstances, and its method is used under others: another number of
 steps, guidance scale, resolution, ... For each pair of circumstances the table has the PSNR in dB to the full-step
 images of unseen prompts of the method that was calibrated elsewhere, of one that was calibrated there, and the mean of
-the differences by pairs, with half the width of its 95 % interval. The steps of another number are carried by
+the differences by pairs, with half the width of its 95 % bootstrap interval. The steps of another number are carried by
 `dpcache.other_steps`.
 
 Finished cells are kept in a file, so that nothing is run twice.
@@ -23,6 +23,8 @@ from dpcache.other_steps import carry
 from dpcache.quality import psnr
 from dpcache.sampler import generate, sample
 from dpcache.simulated import SimulatedPlan, SimulatedRuns
+from eval.files import write_text
+from eval.statistics import paired_difference
 from scripts.rank_correlation import CALLS, lines
 
 PREDICTORS = ("closed3", "closed2x")
@@ -121,7 +123,7 @@ class Model:
             ]
             found = psnr(np.concatenate(images), reference).tolist()
             self.known[key] = {"decibels": found, "decided": dict(method.decided)}
-            self.path.write_text(json.dumps(self.known))
+            write_text(self.path, json.dumps(self.known))
         return np.array(self.known[key]["decibels"])
 
 
@@ -146,12 +148,10 @@ def main():
                 continue  # its own guidance scale
             there = replace(where, alike=False, seed=SEED, batch_size=None)
             elsewhere, own = model.decibels(made, where), model.decibels(there, there)
-            off = elsewhere - own
-            width = 1.96 * off.std(ddof=1) / len(off) ** 0.5
-            print(
-                f"| {row} | {name} | {elsewhere.mean():.1f} | {own.mean():.1f} | {off.mean():+.1f} ± {width:.1f} |",
-                flush=True,
-            )
+            off = paired_difference(elsewhere, own)
+            low, high = off["ci95"]
+            difference = f"{off['mean']:+.1f} ± {(high - low) / 2:.1f}"
+            print(f"| {row} | {name} | {elsewhere.mean():.1f} | {own.mean():.1f} | {difference} |", flush=True)
 
 
 if __name__ == "__main__":

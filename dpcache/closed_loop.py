@@ -24,8 +24,8 @@ from dpcache.calibration import Calibration
 from dpcache.lsq import FittedWeights
 from dpcache.method import Method
 from dpcache.predictors import Predictor, ridge_regression
+from dpcache.recorded import Recorded, kept_elements
 from dpcache.schedules import Schedule
-from dpcache.simulator import Recorded, kept_elements
 
 TRUST = 1.0  # for how many prompts simulated weights count
 

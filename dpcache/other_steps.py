@@ -18,8 +18,9 @@ import numpy as np
 from dpcache.calibration import Calibration
 from dpcache.circumstances import describe
 from dpcache.errors import SettingError
+from dpcache.recorded import Recorded, record
 from dpcache.simulated import SimulatedRuns, simulator_of
-from dpcache.simulator import Recorded, Simulator, record
+from dpcache.simulator import Simulator
 from dpcache.statistics import Statistic
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ import numpy as np
 from dpcache.gram import key_axes, path_costs
 from dpcache.planner import plan as plan_exactly
 from dpcache.predictors import Predictor
+from dpcache.recorded import Plan, Recorded
 from dpcache.schedules import EvenlySpaced
-from dpcache.simulator import Plan, Recorded
 
 
 def search_plans(

@@ -14,18 +14,9 @@ from dpcache.lsq import LEAST_SQUARES, FittedWeights
 from dpcache.method import Method
 from dpcache.plan_search import search_plans, starting_plans
 from dpcache.predictors import LeastSquares, Predictor, short_names
+from dpcache.recorded import Plan, Recorded, random_probes, record
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
-from dpcache.simulator import (
-    Plan,
-    Recorded,
-    Simulator,
-    Weights,
-    decibels,
-    fit_mixing,
-    fit_response,
-    random_probes,
-    record,
-)
+from dpcache.simulator import Simulator, Weights, decibels, fit_mixing, fit_response
 from dpcache.statistics import Rerun
 
 CLOSED_LOOP = [f"closed{keys}{seen}" for seen in ("", "x") for keys in range(1, 5)]

@@ -17,9 +17,10 @@ import torch
 from dpcache.method import Method
 from dpcache.models.pretrained import load
 from dpcache.predictors import AdamsBashforth, Lagrange, Taylor
+from dpcache.recorded import random_probes, record
 from dpcache.sampler import generate, sample
 from dpcache.schedules import Schedule
-from dpcache.simulator import Fill, Simulator, Weights, decibels, fit_mixing, fit_response, random_probes, record
+from dpcache.simulator import Fill, Simulator, Weights, decibels, fit_mixing, fit_response
 from eval.files import write_text
 
 CALLS = {

@@ -9,10 +9,10 @@ import pytest
 import dpcache
 from dpcache.closed_loop import ClosedLoopFit
 from dpcache.method import Method
+from dpcache.recorded import kept_elements
 from dpcache.sampler import generate, sample
 from dpcache.schedules import Schedule
 from dpcache.simulated import SimulatedRuns, make_method, simulator_of
-from dpcache.simulator import kept_elements
 from helpers.cases import case
 
 T, CALL, PLAN = 10, {"height": 64, "width": 64, "max_sequence_length": 12}, [0, 3, 6, 8]

@@ -27,10 +27,11 @@ from dpcache.linear_sampler import read_sampler
 from dpcache.method import Method
 from dpcache.pact import l1_cost
 from dpcache.predictors import Reuse, Taylor
+from dpcache.recorded import Recorded, elements_of
 from dpcache.sampler import generate, sample
 from dpcache.schedules import EvenlySpaced
 from dpcache.simulated import SimulatedRuns
-from dpcache.simulator import Recorded, Simulator, elements_of
+from dpcache.simulator import Simulator
 from dpcache.statistics import Gain, Gram, InputChange, L1Cost, OutputChange, relative_change
 from helpers.fake_cuda import DTYPE, FAMILIES, Host, make
 

@@ -16,22 +16,11 @@ from dpcache.linear_sampler import read_sampler, unroll
 from dpcache.method import Method
 from dpcache.plan_search import search_plans
 from dpcache.predictors import AdamsBashforth, Chebyshev, FoCa, Hermite, Lagrange, Reuse, Taylor, Zeus
+from dpcache.recorded import Answers, Recorded, at_times, random_probes, record
 from dpcache.sampler import sample
 from dpcache.schedules import EvenlySpaced, Schedule
 from dpcache.simulated import SimulatedRuns, make_method, simulator_of, successive_halving
-from dpcache.simulator import (
-    Answers,
-    Fill,
-    Recorded,
-    Simulator,
-    Weights,
-    at_times,
-    decibels,
-    fit_mixing,
-    fit_response,
-    random_probes,
-    record,
-)
+from dpcache.simulator import Fill, Simulator, Weights, decibels, fit_mixing, fit_response
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 LINEAR = {

@@ -13,7 +13,7 @@ from dpcache.schedules import EvenlySpaced
 
 
 def search_plans(
-    score: Callable[[list[Plan]], np.ndarray], steps: int, starts: Iterable[Sequence[int]], keep: int = 1
+    score: Callable[[list[Plan]], np.ndarray], steps: int, starts: Iterable[Sequence[int]]
 ) -> list[tuple[float, Plan]]:
     """Improve plans until no move helps: one key to any other step, or two neighbours by up to two steps each. With
     many steps keys are first moved on a grid of about fifty, then by less than its mesh.
@@ -22,10 +22,9 @@ def search_plans(
         score: simulated decibels of N plans, (N,).
         steps: T.
         starts: plans of K steps, each beginning with step 0, which stays.
-        keep: how many of the plans found to return.
 
     Returns:
-        The best different plans and their simulated decibels, best first.
+        The plan found from every start, with its simulated decibels.
     """
     known: dict[Plan, float] = {}
     mesh = max(steps // 50, 1)
@@ -61,28 +60,35 @@ def search_plans(
                 return plan
             plan = moved
 
+    found = []
     for start in starts:
         plan = improved(tuple(start), anywhere)
-        improved(plan, *((nearby, both) if mesh > 1 else (anywhere, both)))
-    found = [(score, plan) for plan, score in known.items()]
-    return sorted(found, reverse=True)[:keep]
+        plan = improved(plan, *((nearby, both) if mesh > 1 else (anywhere, both)))
+        found.append((known[plan], plan))
+    return found
 
 
-def starting_plans(recorded: Recorded, predictor: Predictor, budget: int) -> list[Plan]:
-    """Plans of K steps to search from: evenly spaced ones, some that grow denser towards the end, and the exact plan
-    over open-loop costs, in which a step's error counts by how far it moves the final latents."""
-    T = recorded.steps
-    starts = [tuple(EvenlySpaced(budget, T, warmup).steps) for warmup in (1, 3) if warmup <= budget]
+def starting_plans(steps: int, budget: int) -> list[Plan]:
+    """Plans of K steps to search from: evenly spaced ones, and some that grow denser towards the end."""
+    starts = [tuple(EvenlySpaced(budget, steps, warmup).steps) for warmup in (1, 3) if warmup <= budget]
     for power in (1.5, 2, 3):
         plan = [0]
         for key in range(1, budget):
-            step = int(T * (1 - (1 - key / budget) ** power))
-            plan.append(min(max(step, plan[-1] + 1), T - budget + key))
+            step = int(steps * (1 - (1 - key / budget) ** power))
+            plan.append(min(max(step, plan[-1] + 1), steps - budget + key))
         starts.append(tuple(plan))
-    if not predictor.sees_input:
-        G, moved = recorded.gram.mean(0)[:T, :T], recorded.sampler.response[-1] ** 2
-        starts.append(tuple(plan_exactly(path_costs(G, predictor, key_axes(predictor, T), moved), budget, warmup=1)))
     return starts
+
+
+def open_loop_plan(recorded: Recorded, predictor: Predictor, budget: int) -> Plan:
+    """The exact plan over open-loop costs, in which a step's error counts by how far it moves the final latents.
+
+    Args:
+        predictor: one that does not see the input.
+    """
+    T = recorded.steps
+    G, moved = recorded.gram.mean(0)[:T, :T], recorded.sampler.response[-1] ** 2
+    return tuple(plan_exactly(path_costs(G, predictor, key_axes(predictor, T), moved), budget, warmup=1))
 
 
 def _moved(plan: Plan, keys: Plan, places: Iterable[Plan], steps: int) -> list[Plan]:

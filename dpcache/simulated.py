@@ -12,7 +12,7 @@ from dpcache.closed_loop import ClosedLoopFit
 from dpcache.errors import SettingError
 from dpcache.lsq import LEAST_SQUARES, FittedWeights
 from dpcache.method import Method
-from dpcache.plan_search import search_plans, starting_plans
+from dpcache.plan_search import open_loop_plan, search_plans, starting_plans
 from dpcache.predictors import LeastSquares, Predictor, short_names
 from dpcache.recorded import Plan, Recorded, random_probes, record
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
@@ -20,6 +20,7 @@ from dpcache.simulator import Simulator, Weights, decibels, fit_mixing, fit_resp
 from dpcache.statistics import Rerun
 
 CLOSED_LOOP = [f"closed{keys}{seen}" for seen in ("", "x") for keys in range(1, 5)]
+HOPELESS = 10.0  # decibels, about by how much the simulator can be too hopeful about one plan more than another
 PREDICTORS = ("closed2", "closed3", "closed4", "closed2x", "closed3x", "closed4x")
 
 
@@ -52,11 +53,12 @@ class SimulatedRuns(Rerun):
 class SimulatedPlan:
     """The recipe of a method whose steps and predictor are searched in the simulator, at site=output.
 
-    Step 0 alone is fixed. The simulator finds the best plan of every predictor. It is too hopeful, and about some
-    predictors more than about others, as it knows no answers that are not proportional to their errors. So the best
-    few plans, and an evenly spaced one, are run: all of them on one calibration prompt or more, the better half on
-    further prompts, and so on (successive halving). In these runs the weights of "closed" predictors are learnt
-    (`dpcache.closed_loop`), and the best plan's from further prompts, as far as the runs last.
+    Step 0 alone is fixed. The simulator finds the best plan of every predictor. It is too hopeful, as it knows no
+    answers that are not proportional to their errors, and most of all about the plans that a search ends with: of many
+    plans these are the ones that it is most wrong about. So plans of four kinds (`search`) are run in turn, of each
+    kind the best ones: all of them on one calibration prompt or more, the better half on further prompts, and so on
+    (successive halving). In these runs the weights of "closed" predictors are learnt (`dpcache.closed_loop`), and the
+    best plan's from further prompts, as far as the runs last.
 
     Args:
         budget, num_inference_steps: K and T, see `dpcache.schedules`.
@@ -64,7 +66,7 @@ class SimulatedPlan:
             itself, see `dpcache.closed_loop`; "lsq1" to "lsq4", least squares over so many keys; either with "x" at
             the end, over the current latents as well (left out where the scheduler adds noise); and the short names of
             `dpcache.predictors`.
-        finalists: how many are run, an evenly spaced one among them.
+        finalists: how many are run.
         trajectories: what these runs may cost together, in full-step trajectories of one sample; a third is for the
             best plan's weights. With large budgets there are fewer finalists, two at least.
         probes: see `SimulatedRuns`.
@@ -78,7 +80,7 @@ class SimulatedPlan:
     num_inference_steps: int
     predictors: Sequence[str] = PREDICTORS
     finalists: int = 6
-    trajectories: float = 3.0
+    trajectories: float = 5.0
     probes: int = 12
     finer: int = 1
 
@@ -109,10 +111,9 @@ class SimulatedPlan:
 
     def build(self, pipe, calibration: Calibration) -> Method:
         simulator, T = simulator_of(calibration, self.probes, self.finer), self.num_inference_steps
-        searched, even = self.search(simulator)
+        trials = self.search(simulator)
         runs = int(self.trajectories * T / self.budget)
         finalists = min(self.finalists, max(runs // 2, 2))
-        trials = [*searched[: finalists - 1], even[0], *searched[finalists - 1 :], *even[1:]]
         methods = [make_method(simulator, trial["predictor"], trial["steps"]) for trial in trials[:finalists]]
         fits = {
             number: ClosedLoopFit(simulator.recorded, method.schedule.steps, method.predictor)
@@ -153,16 +154,36 @@ class SimulatedPlan:
             raise SettingError(f"predictors={list(self.predictors)}: this model's input cannot be simulated")
         return found
 
-    def search(self, simulator: Simulator) -> tuple[list[dict], list[dict]]:
-        """Of every predictor the best plan and its promised decibels, best first; and the same with even spacing."""
-        recorded, searched, spaced = simulator.recorded, [], []
-        even = tuple(EvenlySpaced(self.budget, recorded.steps).steps)
+    def search(self, simulator: Simulator) -> list[dict]:
+        """Predictors, plans and their promised decibels, in the order in which they are worth a run.
+
+        They are of four kinds: what the search finds; what it finds from the third kind, without the matrices of
+        `fit_mixing`; the exact plan over open-loop costs (`open_loop_plan`), which takes no advantage of what the
+        simulator is wrong about; and even spacing. The best of every kind come first, then the second best, and so on.
+        What promises `HOPELESS` decibels less than the best that was searched comes last.
+        """
+        recorded, T, kinds = simulator.recorded, self.num_inference_steps, {}
+        simpler = Simulator(recorded, simulator.response)
+        even = tuple(EvenlySpaced(self.budget, T).steps)
         for name in self._candidates(recorded):
-            score, open_loop = scorer(simulator, name), make_predictor(name, recorded)
-            ((promised, plan),) = search_plans(score, recorded.steps, starting_plans(recorded, open_loop, self.budget))
-            searched.append({"predictor": name, "steps": list(plan), "promised": promised})
-            spaced.append({"predictor": name, "steps": list(even), "promised": float(score([even])[0])})
-        return tuple(sorted(trials, key=lambda trial: -trial["promised"]) for trials in (searched, spaced))
+            score, starts = scorer(simulator, name), starting_plans(T, self.budget)
+            blind = name.removesuffix("x") if _sees_input(name) else name
+            exact = open_loop_plan(recorded, make_predictor(blind, recorded), self.budget)
+            plans = {
+                "searched": max(search_plans(score, T, [*starts, exact])),
+                "searched without matrices": search_plans(scorer(simpler, name), T, [exact])[0],
+                "exact": (float(score([exact])[0]), exact),
+                "even": (float(score([even])[0]), even),
+            }
+            for kind, (promised, plan) in plans.items():
+                trial = {"kind": kind, "predictor": name, "steps": list(plan), "promised": promised}
+                kinds.setdefault(kind, []).append(trial)
+        for trials in kinds.values():
+            trials.sort(key=lambda trial: -trial["promised"])
+        best, ordered = kinds["searched"][0]["promised"], {}
+        for trial in (trial for rank in zip(*kinds.values()) for trial in rank):
+            ordered.setdefault((trial["predictor"], *trial["steps"]), trial)
+        return sorted(ordered.values(), key=lambda trial: trial["promised"] < best - HOPELESS)
 
 
 def successive_halving(

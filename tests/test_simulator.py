@@ -326,11 +326,9 @@ def test_the_best_of_all_plans_is_found():
     simulator, weights = Simulator(toy.recorded(), toy.rates), Weights(Taylor(1), 12)
     every = [(0, *rest) for rest in combinations(range(1, 12), 4)]
     best = decibels(simulator.errors(weights.fill(every))).max()
-    found = search_plans(
-        lambda plans: decibels(simulator.errors(weights.fill(plans))), 12, [EvenlySpaced(5, 12).steps], keep=3
-    )
-    assert found[0][0] == pytest.approx(best)
-    assert len({plan for _, plan in found}) == 3 and found == sorted(found, reverse=True)
+    score = lambda plans: decibels(simulator.errors(weights.fill(plans)))  # noqa: E731
+    ((found, plan),) = search_plans(score, 12, [EvenlySpaced(5, 12).steps])
+    assert found == pytest.approx(best) and found == pytest.approx(score([plan])[0])
 
 
 CALL = {"height": 64, "width": 64, "max_sequence_length": 12}
@@ -376,8 +374,8 @@ def test_the_recipe_takes_the_finalist_that_real_runs_confirm_and_counts_what_it
     assert calibration.took(recipe.statistics) == pytest.approx(2 + probed)
     method = recipe.build(pipe, calibration)
     confirmed = [trial for trial in method.decided["trials"] if "confirmed" in trial]
-    assert [0, 2, 5, 7] in [trial["steps"] for trial in confirmed]
-    best = max(confirmed, key=lambda trial: trial["confirmed"])
+    assert {"searched", "exact"} <= {trial["kind"] for trial in confirmed}
+    best = max(confirmed, key=lambda trial: (trial["prompts"], trial["confirmed"]))  # the rest were dropped before
     assert len(confirmed) == 3 and method.decided["steps"] == best["steps"] and len(best["steps"]) == 4
     simulator = simulator_of(calibration, probes=4)
     real = decibels(real_errors(pipe, method, simulator.recorded))

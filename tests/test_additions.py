@@ -13,6 +13,7 @@ import pytest
 
 from helpers.commands import ENVIRONMENT, ROOT, TINY, results
 
+pytestmark = pytest.mark.ci
 LINKED = {".safetensors", ".png", ".json"}  # large, or read-only: links to them will do
 OTHERS = shutil.ignore_patterns(".*", "__pycache__", "outputs", "wandb", "*.egg-info", "notebooks")
 

@@ -39,6 +39,7 @@ def measured(request):
     return request.param, rollout, benchmark(rollout, METHODS, [4], repeats=1)
 
 
+@pytest.mark.ci
 def test_every_method_computes_the_budget_and_skipped_steps_do_less(measured):
     name, _, (full, *rows) = measured
     assert full.computed == list(range(8))

@@ -114,6 +114,7 @@ def test_a_dry_run_of_a_papers_table_takes_no_prompts_from_the_hub(name):
     assert (len(prompts), len(others)) == (config.num_prompts, config.calibration.num_prompts)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("experiment", "steps"),
     [

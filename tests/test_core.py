@@ -7,6 +7,8 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -48,6 +50,7 @@ def names(requirements: list[str]) -> set[str]:
     return {re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-") for requirement in requirements}
 
 
+@pytest.mark.ci
 def test_the_library_and_all_baselines_work_without_what_only_evaluation_needs():
     evaluation = names(PROJECT["optional-dependencies"]["eval"]) | {"hydra-core", "omegaconf", "wandb"}
     modules = {

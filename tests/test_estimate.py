@@ -53,6 +53,7 @@ def table() -> dict[str, list[str]]:
     return {name.strip("`"): others for name, *others in cells}
 
 
+@pytest.mark.ci
 def test_the_table_has_every_full_size_model_and_all_are_known():
     rows = table()
     assert sorted(rows) == [name for name in MODELS if not name.startswith("tiny")]
@@ -83,6 +84,7 @@ FIXED = ["dpcache", "taylorseer", "uniform_skip", "dpcache_lsq", "spectrum", "er
 ONLINE = ["teacache", "dicache", "speca", "bwcache", "easycache"]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", [*FIXED, *ONLINE])
 def test_the_estimate_is_what_a_run_keeps(pipe, name):
     config, recipe = composed(f"method={name}", "num_inference_steps=8", "budget=6")
@@ -94,6 +96,7 @@ def test_the_estimate_is_what_a_run_keeps(pipe, name):
     assert report.history_bytes == pytest.approx(expected, abs=64)  # but for single numbers
 
 
+@pytest.mark.ci
 def test_memory_at_full_size():
     """The paper's 0.36 GB for HunyuanVideo; every module's output instead takes hundreds of times as much."""
     known, sizes = architecture("hunyuanvideo-community/HunyuanVideo"), {}

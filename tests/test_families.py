@@ -294,6 +294,7 @@ def test_model_offload_keeps_the_cache(kind, site):
     assert torch.equal(family.latents(), reference)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("kind", "site"), zip((kind for kind in CORE if kind not in ("flux", "dit_ddpm", "ltx2")), cycle(INSIDE))
 )  # one family a transformer; the blocks of LTX-2 take long to trace

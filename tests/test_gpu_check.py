@@ -20,6 +20,7 @@ def check(tmp_path, *arguments):
     return done.returncode, (tmp_path / "page.md").read_text()
 
 
+@pytest.mark.ci
 def test_the_page_has_every_part_and_names_what_failed(tmp_path):
     tiny = ["--device", "cpu", "--config", TINY, "--call", "height=48 width=48 max_sequence_length=3", "--steps", "8"]
     code, page = check(tmp_path, *tiny, "--methods", "fora", "teacache", "pab", "--families", "flux", "dit_ddim")

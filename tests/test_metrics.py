@@ -189,6 +189,7 @@ def torch_hub(tmp_path, monkeypatch) -> Path:
     return folder
 
 
+@pytest.mark.ci
 def test_lpips_agrees_with_torchmetrics(torch_hub):
     """With a random AlexNet where torchvision keeps the real one."""
     x, ref = samples(0, images=images(0, 3, 64)), samples(1, images=images(1, 3, 64))
@@ -231,6 +232,7 @@ def test_clip_agrees_with_open_clip():
         )
 
 
+@pytest.mark.ci
 def test_clip_takes_a_named_architecture_with_a_file_of_weights(tmp_path):
     """The way of the papers' ViT-L-14, with the smallest architecture that open_clip names, random weights."""
     torch.manual_seed(0)
@@ -269,6 +271,7 @@ def update(metric, sample: Samples, folder: Path):
     return metric.compute()
 
 
+@pytest.mark.ci
 def test_fid_and_kid_agree_with_torchmetrics(folder, tmp_path):
     sample, network = samples(12, 8, images=images(12, 8) // 3), fid.EXTRACTORS["efficientnet_lite0"]()  # darker
     settings = {"fid_reference": str(folder), "cache": tmp_path / "features"}
@@ -280,6 +283,7 @@ def test_fid_and_kid_agree_with_torchmetrics(folder, tmp_path):
     assert found == pytest.approx(direct, rel=1e-5, abs=1e-5) and abs(direct) > 1e-3
 
 
+@pytest.mark.ci
 def test_inception_agrees_with_torchmetrics(folder, tmp_path, torch_hub, monkeypatch):
     """With a random Inception where torch-fidelity keeps the real one; KID only, as FID of 2,048 features is slow."""
     for file in sorted(folder.rglob("*.png"))[6:]:
@@ -338,6 +342,7 @@ def test_half_precision_suffices_for_reference_features(tmp_path):
         assert torch.allclose(distance(read, fake), distance(real, fake), rtol=1e-2)
 
 
+@pytest.mark.ci
 def test_what_ships_knows_the_embedded_model(pipe):
     """Of generated images the nearest reference features, and the best CLIP name, are those of their own prompts."""
     batch = generate(pipe, NAMES[:6], list(range(6)), 16, height=64, width=64, max_sequence_length=12)
@@ -468,6 +473,7 @@ def test_a_run_with_eval_offline_has_all_its_metrics(tmp_path):
     json.dumps(result, allow_nan=False)
 
 
+@pytest.mark.ci
 def test_paper_run_without_weights_ends_before_it_samples(tmp_path):
     wanted = [name for name in OmegaConf.load(ROOT / "conf/eval/paper.yaml").metrics if name != "image_reward"]
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")

@@ -32,6 +32,7 @@ subprocess = types.SimpleNamespace(run=shorter)
 """
 
 
+@pytest.mark.ci
 def test_beyond_dpcache(tmp_path, monkeypatch):
     monkeypatch.setenv("OUTPUTS", str(tmp_path))
     monkeypatch.setenv("SHORT", SHORT)
@@ -52,6 +53,7 @@ def test_beyond_dpcache(tmp_path, monkeypatch):
         assert (tmp_path / name / "report.html").exists()
 
 
+@pytest.mark.ci
 def test_flux_without_a_gpu(monkeypatch):
     notebook = nbformat.read(ROOT / "notebooks" / "flux_without_a_gpu.ipynb", as_version=4)
     committed = [output for cell in notebook.cells for output in cell.get("outputs", [])]

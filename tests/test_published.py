@@ -141,6 +141,7 @@ def test_what_is_not_published_is_refused(model, method, overrides, message):
         made(model, method, *overrides)
 
 
+@pytest.mark.ci
 def test_a_command_takes_what_is_published(tmp_path):
     settings = ["method=teacache", "method.polynomial=published", "method.threshold=published", "+dry_run=true"]
     for model, name in (("flux", "FLUX.1-dev"), ("wan21_t2v", "Wan2.1-T2V"), ("hunyuan_video", "HunyuanVideo")):

@@ -23,6 +23,7 @@ from helpers.boards import make
 from helpers.commands import ROOT
 from helpers.commands import run as command
 
+pytestmark = pytest.mark.ci
 SMALL = ["num_inference_steps=8", "num_prompts=2", "batch_size=1"]
 PROMPTS = ["red <b>apple</b> </script>", "door & {{script}}", "tram", "wrench"]
 ERROR = "ValueError: budget=9 </script><img src=x onerror=alert(1)>\n  at step 3 & on"
@@ -327,7 +328,7 @@ def test_two_methods_are_compared_on_one_prompt_by_mouse_and_keyboard(page, outp
     assert at() == "51%"
     box = page.locator("#stack").bounding_box()
     page.mouse.click(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
-    assert at() == "25%"
+    page.wait_for_function("document.querySelector('#stack').style.getPropertyValue('--at') == '25%'")
     page.locator("#flip").press("Space")
     assert at() == "100%"
     page.locator("#difference").press("Enter")

@@ -141,6 +141,7 @@ def test_sweep_shares_the_reference_and_a_failing_job_takes_nothing_with_it(tmp_
     assert code == 0 and "failed" not in err
 
 
+@pytest.mark.ci
 def test_rows_of_the_board_carry_what_the_command_changed(tmp_path):
     changed = ["method.warmup=3,2", "calibration.num_prompts=1", "label=null"]
     code, out, err = run("-m", "method=dpcache", "budget=4", *TINY, *changed, folder=tmp_path)
@@ -152,6 +153,7 @@ def test_rows_of_the_board_carry_what_the_command_changed(tmp_path):
     assert code == 0 and "mine" in {result["label"] for result in results(tmp_path)} and len(results(tmp_path)) == 2
 
 
+@pytest.mark.ci
 def test_calibration_prompts_may_come_from_another_file(tmp_path):
     (tmp_path / "others.txt").write_text("red car\n\nblue ball\n")
     command = ["budget=4", *TINY, f"calibration.prompts={tmp_path / 'others.txt'}"]
@@ -165,6 +167,7 @@ def test_calibration_prompts_may_come_from_another_file(tmp_path):
     assert code == 1 and "between 1 and the 2 prompts of calibration.prompts=" in err
 
 
+@pytest.mark.ci
 def test_a_parallel_sweep_finishes_its_jobs_with_one_reference(tmp_path, monkeypatch):
     loads = count_loads(tmp_path, monkeypatch)
     parallel = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", *COUNTED]

@@ -172,6 +172,7 @@ def test_a_known_set_without_a_hub_ends_in_one_clear_line(tmp_path):
 # --- stage=eval
 
 
+@pytest.mark.ci
 def test_finished_runs_are_scored_again_without_the_model(serial, tmp_path):
     output = tmp_path / "moved"  # the reference is found beside the runs, wherever they are
     shutil.copytree(serial, output)
@@ -264,6 +265,7 @@ def test_a_sweep_that_runs_out_of_memory_goes_on_with_half_the_batch(serial, tmp
 # --- launchers
 
 
+@pytest.mark.ci
 def test_ray_gives_the_same_numbers_and_a_killed_worker_takes_nothing_with_it(serial, tmp_path):
     pytest.importorskip("ray")
     command = ["-m", "method=fora,teacache,uniform_skip", "budget=4", *TINY]
@@ -291,6 +293,7 @@ def test_ray_gives_the_same_numbers_and_a_killed_worker_takes_nothing_with_it(se
     assert not list(tmp_path.glob("runs/*/error.json")) and len(list(tmp_path.glob("references/*"))) == 1
 
 
+@pytest.mark.ci
 def test_submitit_gives_the_same_numbers(serial, tmp_path, monkeypatch):
     pytest.importorskip("submitit")
     monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(ROOT))  # its jobs do not start in the folder of run.py
@@ -305,6 +308,7 @@ def test_submitit_gives_the_same_numbers(serial, tmp_path, monkeypatch):
 # --- one run, many processes
 
 
+@pytest.mark.ci
 def test_two_processes_share_a_run_and_make_the_same_images(tmp_path):
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     alone.mkdir()
@@ -373,6 +377,7 @@ def test_phases_are_timed_and_the_pipeline_is_left_as_it_was(pipe):
 # --- tuning and W&B
 
 
+@pytest.mark.ci
 def test_tuning_maximises_psnr_within_the_budget_and_repeats_itself(tmp_path):
     pytest.importorskip("optuna")
     command = ["-m", "experiment=tune_teacache", "budget=4", *TINY, "hydra.sweeper.n_trials=4"]
@@ -390,6 +395,7 @@ def test_tuning_maximises_psnr_within_the_budget_and_repeats_itself(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("tune_teacache/*/result.json")} == written
 
 
+@pytest.mark.ci
 def test_the_wandb_sweep_is_a_command_of_run_py(tmp_path):
     settings = yaml.safe_load((ROOT / "scripts" / "wandb_sweep.yaml").read_text())
     assert settings["program"] == "run.py" and settings["command"][-1] == "${args_no_hyphens}"
@@ -425,6 +431,7 @@ def logged(folder):
         yield found
 
 
+@pytest.mark.ci
 def test_wandb_holds_config_metrics_pictures_and_all_images(tmp_path, monkeypatch):
     monkeypatch.setitem(ENVIRONMENT, "WANDB_DATA_DIR", str(tmp_path / "data"))
     code, _, err = run_alone("-m", "method=fora", "budget=4,5", *TINY, "logger=wandb", folder=tmp_path)

@@ -267,6 +267,7 @@ def calibration(pipe):
     return dpcache.calibrate(pipe, ["red apple"], 10, (), **CALL)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("budget", [5, 7, 10])
 def test_the_budget_is_spent_in_full_step_equivalents(pipe, calibration, budget):
     recipe = toca(budget, 10)

@@ -19,7 +19,7 @@ from dpcache.predictors import AdamsBashforth, Chebyshev, FoCa, Hermite, Lagrang
 from dpcache.recorded import Answers, Recorded, at_times, random_probes, record
 from dpcache.sampler import sample
 from dpcache.schedules import EvenlySpaced, Schedule
-from dpcache.simulated import SimulatedRuns, make_method, simulator_of, successive_halving
+from dpcache.simulated import SimulatedPlan, SimulatedRuns, make_method, simulator_of, successive_halving
 from dpcache.simulator import Fill, Simulator, Weights, decibels, fit_mixing, fit_response
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
@@ -329,6 +329,19 @@ def test_the_best_of_all_plans_is_found():
     score = lambda plans: decibels(simulator.errors(weights.fill(plans)))  # noqa: E731
     ((found, plan),) = search_plans(score, 12, [EvenlySpaced(5, 12).steps])
     assert found == pytest.approx(best) and found == pytest.approx(score([plan])[0])
+
+
+def test_plans_of_every_kind_are_worth_a_run_unless_the_simulator_sees_no_hope(monkeypatch):
+    monkeypatch.setattr("dpcache.simulated.HOPELESS", 3.0)
+    toy = ToyRun("Euler, flow", rates(12), seed=3)
+    recipe = SimulatedPlan(5, 12, predictors=("lsq2", "closed2", "closed2x"))
+    trials = recipe.search(Simulator(toy.recorded(), toy.rates))
+    plans = [(trial["predictor"], *trial["steps"]) for trial in trials]
+    assert len(set(plans)) == len(plans) and all(len(trial["steps"]) == 5 for trial in trials)
+    assert trials[0]["kind"] == "searched" and {trial["kind"] for trial in trials} >= {"searched", "exact", "even"}
+    hopeless = [trial["promised"] < trials[0]["promised"] - 3.0 for trial in trials]
+    assert hopeless == sorted(hopeless) and 0 < sum(hopeless) < len(trials)
+    assert trials[0]["promised"] == max(trial["promised"] for trial in trials)
 
 
 CALL = {"height": 64, "width": 64, "max_sequence_length": 12}

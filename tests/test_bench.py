@@ -10,6 +10,7 @@ from dpcache.denoisers import denoiser
 from scripts.bench_full_size import METHODS, Operations, benchmark, main, table
 from scripts.rollout import Rollout, caching, untouched
 
+pytestmark = pytest.mark.ci
 _FLUX = "in_channels=8 joint_attention_dim=16 pooled_projection_dim=16 axes_dims_rope=[4,6,6]"
 _HUNYUAN = "num_refiner_layers=1 text_embed_dim=16 pooled_projection_dim=16 rope_axes_dim=[4,6,6]"
 TINY = {  # model: its tiny configuration, beside two heads of 16
@@ -39,7 +40,6 @@ def measured(request):
     return request.param, rollout, benchmark(rollout, METHODS, [4], repeats=1)
 
 
-@pytest.mark.ci
 def test_every_method_computes_the_budget_and_skipped_steps_do_less(measured):
     name, _, (full, *rows) = measured
     assert full.computed == list(range(8))

@@ -94,6 +94,7 @@ def values(key: str, swept: str) -> list[str]:
     return [every[0], every[-1]] if isinstance(value, RangeSweep) else every
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", names("experiment"))
 def test_a_recorded_setting_composes_with_every_value_that_it_sweeps(name):
     config = compose("config", [f"experiment={name}"], return_hydra_config=True)

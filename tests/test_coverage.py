@@ -29,6 +29,7 @@ CORE = {
 WORK = ("FluxPipeline", "DiTPipeline")  # at every site
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", CORE)
 def test_caching_is_right_or_refused(name):
     found = list(outcomes(PIPELINES[name], cases=CORE[name]))
@@ -53,6 +54,7 @@ def test_at_least_a_hundred_pipelines_are_built():
     assert len({record.kind for record in PIPELINES.values()} & set(classes())) >= 100
 
 
+@pytest.mark.ci
 def test_the_table_survives_a_pipeline_that_crashes_and_one_that_hangs(monkeypatch):
     builders = {"FluxPipeline, crash": lambda _: os._exit(3), "FluxPipeline, hang": lambda _: time.sleep(60)}
     for name, builder in builders.items():

@@ -93,7 +93,8 @@ CORE = [name for name, family in FAMILIES.items() if not family.further]
 FURTHER = [name for name, family in FAMILIES.items() if family.further]
 # FLUX.1-Fill's pipeline encodes an image that several samples share with noise from the first one's generator: a batch
 # is not the same as one by one.
-IN_TURN = [(kind, site) for kind, site in zip(FURTHER, cycle(SITES)) if kind != "flux_fill"]
+IN_TURN = [(kind, site) for kind, site in zip(FAMILIES, cycle(SITES)) if kind != "flux_fill"]
+REST = [cell for cell in product(CORE, SITES) if cell not in IN_TURN]
 NEGATIVE = [name for name, family in FAMILIES.items() if len(family.branches) > 1 and "negative_prompt" in family.call]
 
 
@@ -102,7 +103,7 @@ def family(kind) -> Case:
     return case(kind)
 
 
-@pytest.mark.parametrize(("kind", "site"), [*product(CORE, SITES), *IN_TURN])
+@pytest.mark.parametrize(("kind", "site"), [*IN_TURN, *(pytest.param(*rest, marks=pytest.mark.ci) for rest in REST)])
 def test_a_site_caches_what_it_says_and_nothing_else_changes(family, site):
     pipe, branches, reference = family.pipe, family.family.branches, family.reference
     transformer, before = pipe.transformer, state_of(pipe.transformer)
@@ -193,7 +194,7 @@ def break_off(family: Case) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "site"),
-    [pair for pair in [*product(CORE, SITES), *IN_TURN] if pair[0] in NEGATIVE],
+    [pair for pair in [*IN_TURN, *REST] if pair[0] in NEGATIVE],
 )
 def test_histories_of_guidance_branches_never_mix(kind, site):
     """On given latents, where the other branch cannot reach a branch through the sampler: what it computes is what it
@@ -273,6 +274,7 @@ def test_a_scheduler_that_calls_the_model_twice_a_step_is_refused():
         sample(pipe, uniform_skip(K, T), ["7"], [0])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("kind", "site"), zip(CORE, cycle(SITES)))
 def test_model_offload_keeps_the_cache(kind, site):
     """diffusers' own offload, with the CPU for its accelerator: its hooks come off and on after every call, inside ours
@@ -315,6 +317,7 @@ def test_compiled_blocks_give_the_same(kind, site):
         block._compiled_call_impl = None
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", [name for name, family in FAMILIES.items() if family.config])
 def test_a_saved_pipeline_runs_in_the_precision_of_its_config(kind, tmp_path):
     family = case(kind)

@@ -181,6 +181,7 @@ def test_images_are_refused_where_they_would_be_lost_or_mixed(file):
         check(config)
 
 
+@pytest.mark.ci
 def test_a_dry_run_needs_no_prompts_of_a_model_with_images(tmp_path):
     code, out, err = run("model=wan21_i2v", "method=fora", "dry_run=true", folder=tmp_path)
     assert code == 0 and "16 in batches of 1" in out, err

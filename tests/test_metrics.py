@@ -458,6 +458,7 @@ def test_wrong_requests_are_refused():
 # --- runs
 
 
+@pytest.mark.ci
 def test_a_run_with_eval_offline_has_all_its_metrics(tmp_path):
     code, out, err = run("method=uniform_skip", "budget=4", "eval=offline", *TINY, folder=tmp_path)
     assert code == 0, err

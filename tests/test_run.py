@@ -75,6 +75,7 @@ def test_into_a_file_a_run_prints_a_line_for_each_phase_and_no_bars(finished):
     assert "\r" not in out and "full, 8 steps" in out and "dpcache, 5 steps" in out
 
 
+@pytest.mark.ci
 def test_runs_are_also_compared_with_a_finer_reference(tmp_path, pipe):
     few = ["num_inference_steps=8", "num_prompts=2", "batch_size=2", "eval.timing.repeats=0"]
     fine = ["reference.num_inference_steps=24", "eval.metrics=[psnr,latent_error]"]
@@ -201,6 +202,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     assert results(kept)[0]["metrics"] == results(killed)[0]["metrics"]
 
 
+@pytest.mark.ci
 def test_wandb_logs_a_run_offline(tmp_path):
     code, _, err = run("method=uniform_skip", "budget=4", *TINY, "logger=wandb", folder=tmp_path)
     assert code == 0, err
@@ -269,6 +271,7 @@ def answers(tmp_path_factory):
     return folder, json.loads(process.stdout.splitlines()[-1])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("index", range(len(MISTAKES)), ids=lambda index: MISTAKES[index][0][0])
 def test_mistakes_end_in_one_clear_line(answers, index):
     folder, (code, err) = answers[0], answers[1][index]

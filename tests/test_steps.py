@@ -386,6 +386,7 @@ def test_one_pipeline_in_two_threads_is_refused_and_one_after_the_other_is_not()
         assert len(errors) == 1 and "two threads" in errors[0]
 
 
+@pytest.mark.ci
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_model_without_graph_breaks_is_refused_with_the_reason():
     pipe = tiny_flux()
@@ -547,6 +548,7 @@ def test_every_step_has_to_be_there():
         latents(pipe, **PROMPT)
 
 
+@pytest.mark.ci
 def test_two_transformers_from_the_command_line(video, tmp_path):
     video.pipe.save_pretrained(tmp_path / "model")
     size = [f"+model.call.{name}={value}" for name, value in VIDEO.items() if name not in ("height", "width")]

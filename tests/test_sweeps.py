@@ -205,6 +205,7 @@ def test_finished_runs_are_scored_again_without_the_model(serial, tmp_path):
     assert scores_of(output) == new
 
 
+@pytest.mark.ci
 def test_runs_that_cannot_be_scored_are_named_and_the_others_go_on(serial, tmp_path):
     output = tmp_path / "copy"
     shutil.copytree(serial, output)
@@ -245,6 +246,7 @@ def test_mistakes_with_stages_end_in_one_clear_line(tmp_path, arguments, named):
 # --- memory
 
 
+@pytest.mark.ci
 def test_a_sweep_that_runs_out_of_memory_goes_on_with_half_the_batch(serial, tmp_path, monkeypatch):
     monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(ROOT / "tests"))
     monkeypatch.setitem(ENVIRONMENT, "LOADS", str(tmp_path / "loads"))

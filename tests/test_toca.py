@@ -144,6 +144,7 @@ def dit_rolled(model, interval, ratio, **bent):
 BENT = [{"age": 0.0}, {"attention": -1.0}, {"stay": False}]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("interval", "ratio"), [(4, 0.3), (7, 0.5)])
 def test_flux_is_the_rule_by_hand(flux, interval, ratio):
     v, steps = attached(flux, toca(9, T, interval=interval, fresh_ratio=ratio), flux_inputs(6, 12))

@@ -106,6 +106,7 @@ def test_predictions_in_half_precision_are_close_to_float32(site, dtype):
     assert out.dtype == dtype and (out.float() - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("site", "compile_first"), [("stack", False), ("residual", True), ("modules", True)])
 def test_compiled_blocks_give_the_same_images(rollout, site, compile_first):
     method = dpcache.Method(Schedule(STEPS, 10), site, Taylor(2))

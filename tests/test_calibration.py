@@ -194,6 +194,7 @@ def test_teacache_spends_its_budget_in_closed_loop(calibration, pipe, budget):
     assert method.decided["threshold"] == method.schedule.threshold
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("site", "predictor"), [("stack", "lsq2"), ("output", "lsq2x")])
 def test_least_squares_takes_the_best_candidate(calibration, output_calibration, pipe, site, predictor):
     calibration = calibration if site == "stack" else output_calibration

@@ -29,6 +29,7 @@ def test_planners_are_found_by_their_records():
     }  # online, even, on its own grid, by layer
 
 
+@pytest.mark.ci
 def test_a_cross_scores_every_pair_and_runs_nothing_twice(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(cross, "T", 6)
     one = Cross("tiny_flux", 3, 2, tmp_path / "kept.json")

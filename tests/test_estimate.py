@@ -108,6 +108,7 @@ def test_memory_at_full_size():
     assert sizes["taylorseer"] > 80 * sizes["dpcache"]
 
 
+@pytest.mark.ci
 def test_dry_run_on_the_command_line(tmp_path):
     code, out, err = run("model=wan21_t2v", "method=fora", "budget=9", "+dry_run=true", folder=tmp_path)
     assert code == 0, err

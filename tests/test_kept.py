@@ -239,6 +239,7 @@ def fitted(process, name, recipe=METHOD, *overrides) -> runs.Run:
         return one
 
 
+@pytest.mark.ci
 def test_a_batch_that_does_not_fit_is_halved_once_for_all_jobs(process, memory, caplog):
     assert fitted(process, "taylorseer").batch_size == 1 and memory.tried == [4, 2] + 8 * [1]
     assert [record.getMessage() for record in caplog.records if record.name == "run"] == [

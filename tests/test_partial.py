@@ -419,6 +419,7 @@ def test_bac_lets_the_worst_feed_forwards_take_the_steps_of_later_ones():
     assert bubbled(steps, depths, errors, 9)["3.ff"] == [0, 5]
 
 
+@pytest.mark.ci
 def test_bac_spends_its_budget_on_the_lists_that_the_similarities_give(pipe):
     method, calibration = check_spending(pipe, bac(6, T), 6)
     likeness, names = calibration[Likeness()], list(method.schedule.lists)

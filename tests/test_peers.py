@@ -222,6 +222,7 @@ site: stack
 """
 
 
+@pytest.mark.ci
 def test_a_method_of_ones_own_is_one_file_and_its_settings_another(tmp_path, monkeypatch):
     (tmp_path / "conf" / "method").mkdir(parents=True)
     (tmp_path / "my_methods.py").write_text(PYTHON)

@@ -98,6 +98,7 @@ def test_runs_are_also_compared_with_a_finer_reference(tmp_path, pipe):
     assert code == 1 and "reference.num_inference_steps=8 must be above num_inference_steps=8" in err
 
 
+@pytest.mark.ci
 def test_a_quality_in_place_of_a_budget(tmp_path):
     few = ["method=taylorseer_lite", "num_inference_steps=8", "num_prompts=2", "batch_size=2", "eval.timing.repeats=0"]
     few += ["calibration.num_prompts=2", "eval.metrics=[psnr]"]
@@ -284,6 +285,7 @@ def test_a_mistake_as_a_command(tmp_path):
     assert code == 1 and "error: budget=2 must be between warmup=3" in err and "Traceback" not in err
 
 
+@pytest.mark.ci
 def test_unreadable_files_are_named(tmp_path, finished):
     binary = tmp_path / "prompts.txt"
     binary.write_bytes(b"\xff\xfe\x00dog")

@@ -156,6 +156,7 @@ def test_another_use_than_it_was_made_for_is_named(pipe, calibration, caplog):
     dpcache.disable(pipe)
 
 
+@pytest.mark.ci
 def test_stage_calibrate_leaves_a_method_file_with_all_its_budgets(pipe, tmp_path):
     tiny = ["num_inference_steps=8", "calibration.num_prompts=2", "batch_size=2"]
     for budget in (3, 5):

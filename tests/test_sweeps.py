@@ -353,6 +353,7 @@ def test_flops_are_counted_per_call(pipe):
     assert not layer._forward_hooks and not layer._forward_pre_hooks
 
 
+@pytest.mark.ci
 def test_a_result_counts_flops_of_full_and_skipped_steps(serial):
     counts = {method: results_of(serial, method)["flops"] for method in ("fora", "teacache", "uniform_skip")}
     assert len({count["full"] for count in counts.values()}) == 1  # the same run without a cache

@@ -3,6 +3,7 @@ their weights are learnt."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -163,12 +164,16 @@ class SimulatedPlan:
         What promises `HOPELESS` decibels less than the best that was searched comes last.
         """
         recorded, T, kinds = simulator.recorded, self.num_inference_steps, {}
-        simpler = Simulator(recorded, simulator.response)
+        simpler, starts = Simulator(recorded, simulator.response), starting_plans(T, self.budget)
         even = tuple(EvenlySpaced(self.budget, T).steps)
+
+        @cache
+        def open_loop(name: str) -> Plan:
+            return open_loop_plan(recorded, make_predictor(name, recorded), self.budget)
+
         for name in self._candidates(recorded):
-            score, starts = scorer(simulator, name), starting_plans(T, self.budget)
-            blind = name.removesuffix("x") if _sees_input(name) else name
-            exact = open_loop_plan(recorded, make_predictor(blind, recorded), self.budget)
+            score = scorer(simulator, name)
+            exact = open_loop(name.removesuffix("x") if _sees_input(name) else name)
             plans = {
                 "searched": max(search_plans(score, T, [*starts, exact])),
                 "searched without matrices": search_plans(scorer(simpler, name), T, [exact])[0],

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 from eval import leaderboard, ranks, report
 from eval.results import collect
@@ -328,7 +328,7 @@ def test_two_methods_are_compared_on_one_prompt_by_mouse_and_keyboard(page, outp
     assert at() == "51%"
     box = page.locator("#stack").bounding_box()
     page.mouse.click(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
-    page.wait_for_function("document.querySelector('#stack').style.getPropertyValue('--at') == '25%'")
+    expect(page.locator("#stack")).to_have_attribute("style", re.compile(r"--at:\s*25%"))
     page.locator("#flip").press("Space")
     assert at() == "100%"
     page.locator("#difference").press("Enter")

@@ -87,6 +87,7 @@ def test_the_command(calibration, tmp_path, capsys, monkeypatch):
         assert line in capsys.readouterr().err
 
 
+@pytest.mark.ci
 def test_stage_calibrate_leaves_what_other_engines_take(tmp_path):
     tiny = ["num_inference_steps=12", "budget=5", "calibration.num_prompts=2", "batch_size=2"]
     code, out, err = run("stage=calibrate", "method=teacache", *tiny, folder=tmp_path)

@@ -123,6 +123,7 @@ def test_a_finished_run_is_not_run_again(finished):
     assert all(path.stat().st_mtime < began for path in folder.glob("runs/*/result.json"))
 
 
+@pytest.mark.ci
 def test_sweep_shares_the_reference_and_a_failing_job_takes_nothing_with_it(tmp_path, monkeypatch):
     loads = count_loads(tmp_path, monkeypatch)
     command = ["-m", "method=fora,teacache,fewer_steps", "budget=9,4", *TINY, *COUNTED, "model=tiny_flux"]

@@ -162,6 +162,7 @@ def test_known_sets_of_prompts_are_read(tmp_path, monkeypatch):
         assert prompts.read("prompts", name) == ["a fox", "a cat"]
 
 
+@pytest.mark.ci
 def test_a_known_set_without_a_hub_ends_in_one_clear_line(tmp_path):
     pytest.importorskip("datasets")
     code, _, err = run("prompts=drawbench", "budget=4", *TINY, folder=tmp_path)

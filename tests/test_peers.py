@@ -38,7 +38,16 @@ def calibration(pipe):
     return dpcache.calibrate(pipe, ["red apple"], T, (), **CALL)
 
 
-@pytest.mark.parametrize("name", [*WHOLE, *FIRST_BLOCK, *ATTENTION])
+ONE_OF_EACH = {kind[0] for kind in (WHOLE, FIRST_BLOCK, ATTENTION)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ONE_OF_EACH else pytest.mark.ci)
+        for name in (*WHOLE, *FIRST_BLOCK, *ATTENTION)
+    ],
+)
 def test_a_peer_spends_its_budget_and_leaves_no_trace(pipe, calibration, name):
     if name.startswith("dbcache"):
         pytest.importorskip("cache_dit")

@@ -71,7 +71,7 @@ def carry(
         reran=0.0,
     )
     for statistic, simulator in zip(statistics, simulators):
-        recorded, _, latents = record(
+        recorded, _, _, latents = record(
             pipe, made.batches(), num_inference_steps, (), made.count, statistic.finer, **call
         )
         if statistic.finer == 1:

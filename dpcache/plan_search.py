@@ -8,8 +8,9 @@ import numpy as np
 from dpcache.gram import key_axes, path_costs
 from dpcache.planner import plan as plan_exactly
 from dpcache.predictors import Predictor
-from dpcache.recorded import Plan, Recorded
+from dpcache.recorded import Plan
 from dpcache.schedules import EvenlySpaced
+from dpcache.simulator import Simulator
 
 
 def search_plans(
@@ -80,15 +81,15 @@ def starting_plans(steps: int, budget: int) -> list[Plan]:
     return starts
 
 
-def open_loop_plan(recorded: Recorded, predictor: Predictor, budget: int) -> Plan:
+def open_loop_plan(simulator: Simulator, predictor: Predictor, budget: int) -> Plan:
     """The exact plan over open-loop costs, in which a step's error counts by how far it moves the final latents.
 
     Args:
         predictor: one that does not see the input.
     """
-    T = recorded.steps
-    G, moved = recorded.gram.mean(0)[:T, :T], recorded.sampler.response[-1] ** 2
-    return tuple(plan_exactly(path_costs(G, predictor, key_axes(predictor, T), moved), budget, warmup=1))
+    T = simulator.recorded.steps
+    G = simulator.recorded.gram.mean(0)[:T, :T]
+    return tuple(plan_exactly(path_costs(G, predictor, key_axes(predictor, T), simulator.moved), budget, warmup=1))
 
 
 def _moved(plan: Plan, keys: Plan, places: Iterable[Plan], steps: int) -> list[Plan]:

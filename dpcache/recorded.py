@@ -146,6 +146,22 @@ class Answers:
         return type(self)(*(getattr(self, name)[some] for name in self.__dataclass_fields__))
 
 
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Accelerated runs of one plan that were made only to learn from.
+
+    Attributes:
+        plan, predictor: what was run, at site=output.
+        prompts: (n,), which of the recorded prompts.
+        errors: (n,), relative errors of their final latents.
+    """
+
+    plan: Plan
+    predictor: Predictor
+    prompts: np.ndarray
+    errors: np.ndarray
+
+
 def elements_of(size: int) -> np.ndarray:
     """Which elements of latents of `size` each are kept: all, or as many at random as bound the memory."""
     return np.sort(np.random.default_rng(0).permutation(size)[:ELEMENTS])
@@ -206,7 +222,7 @@ def record(
     count: Callable[[Report, list[int]], None] = lambda report, prompts: None,
     finer: int = 1,
     **call,
-) -> tuple[Recorded, Answers | None, np.ndarray]:
+) -> tuple[Recorded, Answers | None, list[Probe], np.ndarray]:
     """Run prompts with every step computed, and some of them again with plans that are only to be learnt from.
 
     Args:
@@ -217,7 +233,8 @@ def record(
         finer: the recorded runs have so many times T steps, of which those at the times of the T are kept.
         call: further arguments of the pipeline.
 
-    Returns the recorded runs, the model's answers (None without probes), and the runs' final latents, (P, ...).
+    Returns the recorded runs, the model's answers (None without probes), how the probes ended, and the final latents of
+    the recorded runs, (P, ...).
 
     Raises SettingError for a scheduler whose step is not linear, for one that adds noise if `finer` is above 1, and for
     a pipeline of two models.
@@ -239,10 +256,11 @@ def record(
         for turn, (plan, predictor) in enumerate(probes[number :: len(batches)]):
             some = sorted({(2 * turn + i) % len(prompts) for i in range(2)})
             method = Method(Schedule(plan, T), "output", predictor)
-            runs.append((plan, some, *_run(pipe, method, [prompts[i] for i in some], [seeds[i] for i in some], call)))
+            which = [prompts[i] for i in some], [seeds[i] for i in some]
+            runs.append((plan, predictor, some, *_run(pipe, method, *which, call)))
             count(runs[-1][-1].report, [len(some)])
         if sampler is None:
-            grid = runs[0][2] if runs else recorder
+            grid = runs[0][3] if runs else recorder
             sampler = read_sampler(grid.scheduler, grid.calls)
             if sampler.noisy and steps != T:
                 name = type(grid.scheduler).__name__
@@ -250,7 +268,7 @@ def record(
         if steps != T:
             m, x = at_times(m, x, recorder.times, grid.times)
         first = sum(map(len, states))
-        probed += [(plan, [first + i for i in some], q, y) for plan, some, _, q, y, _ in runs]
+        probed += [(plan, predictor, [first + i for i in some], q, y) for plan, predictor, some, _, q, y, _ in runs]
         predictions.append(m)
         states.append(x)
     recorded = Recorded(
@@ -260,9 +278,13 @@ def record(
         input_fits=shapes["input"] == shapes["output"],
         finer=steps != T,
     )
-    answers = [_answers(plan, some, recorded, q, y) for plan, some, q, y in probed]
+    answers = [_answers(plan, some, recorded, q, y) for plan, _, some, q, y in probed]
     answers = Answers.join(answers) if answers else None
-    return recorded, answers, torch.cat(finals).numpy()
+    ends = []
+    for plan, predictor, some, _, y in probed:
+        errors = np.linalg.norm(y[:, -1] - recorded.states[some, -1], axis=1) / recorded.sizes[some]
+        ends.append(Probe(plan, predictor, np.array(some), errors))
+    return recorded, answers, ends, torch.cat(finals).numpy()
 
 
 def at_times(

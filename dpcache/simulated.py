@@ -17,7 +17,7 @@ from dpcache.plan_search import open_loop_plan, search_plans, starting_plans
 from dpcache.predictors import LeastSquares, Predictor, short_names
 from dpcache.recorded import Plan, Recorded, random_probes, record
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
-from dpcache.simulator import Simulator, Weights, decibels, fit_mixing, fit_response
+from dpcache.simulator import Simulator, Weights, decibels, fit_growth, fit_mixing, fit_response
 from dpcache.statistics import Rerun
 
 CLOSED_LOOP = [f"closed{keys}{seen}" for seen in ("", "x") for keys in range(1, 5)]
@@ -34,20 +34,21 @@ class SimulatedRuns(Rerun):
         finer: accelerated runs are to end on those of so many times T steps.
     """
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     probes: int = 12
     finer: int = 1
 
     def measure(self, pipe, calibration):
         T, call = calibration.num_inference_steps, calibration.made_from["call"]
         probes = random_probes(self.probes, T)
-        recorded, answers, latents = record(
+        recorded, answers, ends, latents = record(
             pipe, calibration.batches(), T, probes, calibration.count, self.finer, **call
         )
         if self.finer == 1:
             calibration.latents = latents
         response = fit_response(answers, recorded)
-        return Simulator(recorded, response, fit_mixing(answers, recorded, response)).pack()
+        simulator = Simulator(recorded, response, fit_mixing(answers, recorded, response))
+        return replace(simulator, growth=fit_growth(ends, simulator)).pack()
 
 
 @dataclass(frozen=True)
@@ -164,12 +165,12 @@ class SimulatedPlan:
         What promises `HOPELESS` decibels less than the best that was searched comes last.
         """
         recorded, T, kinds = simulator.recorded, self.num_inference_steps, {}
-        simpler, starts = Simulator(recorded, simulator.response), starting_plans(T, self.budget)
+        simpler, starts = replace(simulator, mixing=None), starting_plans(T, self.budget)
         even = tuple(EvenlySpaced(self.budget, T).steps)
 
         @cache
         def open_loop(name: str) -> Plan:
-            return open_loop_plan(recorded, make_predictor(name, recorded), self.budget)
+            return open_loop_plan(simulator, make_predictor(name, recorded), self.budget)
 
         for name in self._candidates(recorded):
             score = scorer(simulator, name)

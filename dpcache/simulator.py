@@ -26,8 +26,16 @@ the model, which it takes out again (a perfect denoiser of one image has lambda 
 error for a part of the image. With guidance an answer also points elsewhere than its error. As far as both lie in the
 recorded directions, a matrix for each step says where (`fit_mixing`).
 
-What is left out: answers outside of these directions, and answers that do not grow in proportion to their errors. Real
-runs then end further off than simulated ones, most of all with strong guidance. And only predictions are simulated
+Answers outside of these directions are not followed, but what they add to the final error is: a guided model may make
+an early error several times larger. The squared final error is
+
+    |dx_T|^2 + sum over skipped steps of growth_s response[T, s]^2 |e_s|^2
+
+where e_s is by what step s was predicted wrong, against the model's own answer there (plus v_s - m_s, for a finer run),
+response[T, s] how far the sampler alone would carry it, and growth a curve that is fitted to the final errors of the
+accelerated runs (`fit_growth`).
+
+What is left out: answers that do not grow in proportion to their errors. And only predictions are simulated
 (site=output): at site=stack a skipped step still runs the output layers, which change with time, and plans rank
 otherwise.
 """
@@ -44,7 +52,7 @@ from dpcache.gram import weight_tables
 from dpcache.linear_sampler import LinearSampler
 from dpcache.method import Method
 from dpcache.predictors import Predictor
-from dpcache.recorded import Answers, Recorded
+from dpcache.recorded import Answers, Probe, Recorded
 from dpcache.schedules import OnlineSchedule
 
 KNOTS = 12  # values of the response curve
@@ -88,6 +96,41 @@ def fit_mixing(
     among = seen.T @ seen + ridge * max(len(size), 1) * np.eye(seen.shape[1])
     found = np.linalg.solve(among, seen.T @ left).reshape(knots, error.shape[1], -1)
     return np.tensordot(hats / remaining[:, None], found, 1)
+
+
+def fit_growth(probes: Sequence[Probe], simulator: "Simulator", knots: int = 4, smooth: float = 1.0) -> np.ndarray:
+    """By how much errors grow in ways that are not simulated, (T,), in units of the square of what the sampler alone
+    would carry to the end: linear between evenly spaced steps, with the least squares of log(squared final error as
+    simulated / as measured) over the probes' runs.
+
+    Args:
+        simulator: without growth.
+        knots: how many values the curve has.
+        smooth: the weight of differences between the logarithms of neighbouring values, against one run's.
+    """
+    hats, known, made, real = _hats(simulator.recorded.steps, knots), [], [], []
+    for probe in probes:
+        squares, own = simulator.run(Weights(probe.predictor, simulator.recorded.steps).fill([probe.plan]))
+        known.append(np.maximum(squares[0, probe.prompts], 1e-20))
+        made.append(np.tile(own[0] @ hats, (len(probe.prompts), 1)))
+        real.append(np.maximum(probe.errors, 1e-10) ** 2)
+    known, made, real = (np.concatenate(parts) for parts in (known, made, real))
+    # Where no run errs, the curve would be free but for these.
+    held = np.concatenate([smooth * np.diff(np.eye(knots), axis=0), 0.05 * np.eye(knots)])
+
+    def misses(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What is to be small, and its derivatives."""
+        parts = made * np.exp(logs)
+        total = known + parts.sum(1)
+        return np.append(np.log(total / real), held @ logs), np.concatenate([parts / total[:, None], held])
+
+    logs, damping = np.zeros(knots), 1.0
+    for _ in range(200):  # Levenberg-Marquardt
+        miss, slope = misses(logs)
+        further = logs - np.linalg.solve(slope.T @ slope + damping * np.eye(knots), slope.T @ miss)
+        better = np.square(misses(further)[0]).sum() < np.square(miss).sum()
+        logs, damping = (further, damping / 3) if better else (logs, damping * 3)
+    return hats @ np.exp(logs)
 
 
 def _hats(steps: int, knots: int) -> np.ndarray:
@@ -199,11 +242,13 @@ class Simulator:
         recorded: the reference runs.
         response: (T,), lambda.
         mixing: (T, r, r), what else an answer holds, see `fit_mixing`; None: nothing.
+        growth: (T,), what else the errors of skipped steps do to the end, see `fit_growth`; None: nothing.
     """
 
     recorded: Recorded
     response: np.ndarray
     mixing: np.ndarray | None = None
+    growth: np.ndarray | None = None
 
     def predict_error(self, method: Method) -> float:
         """The relative error that `method` will leave in the final latents, |x - full-step x| / |full-step x|: the
@@ -227,7 +272,8 @@ class Simulator:
         mixing = np.zeros((T, 0, 0)) if self.mixing is None else self.mixing
         sizes = [known.directions.shape[1], mixing.shape[1], sampler.drive.shape[1]]
         head = [T, *known.states.shape[::2], *sizes, sampler.noisy, known.input_fits, known.finer]
-        parts = [known.predictions, known.states, known.directions, self.response, mixing]
+        growth = np.zeros(T) if self.growth is None else self.growth
+        parts = [known.predictions, known.states, known.directions, self.response, mixing, growth]
         parts += [sampler.response, sampler.start, sampler.carry, sampler.drive]
         return np.concatenate([head, *(part.ravel() for part in parts)])
 
@@ -235,14 +281,14 @@ class Simulator:
     def unpack(cls, packed: np.ndarray) -> "Simulator":
         """Of what `pack` made."""
         T, P, E, r, mixed, memory, noisy, fits, finer = packed[:9].astype(int)
-        shapes = [(P, T, E), (P, T + 1, E), (2 * T + 1, r), (T,), (T, mixed, mixed)]
+        shapes = [(P, T, E), (P, T + 1, E), (2 * T + 1, r), (T,), (T, mixed, mixed), (T,)]
         shapes += [(T + 1, T), (T + 1,), (T, memory), (T, memory)]
         ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
         parts = [part.reshape(shape) for part, shape in zip(np.split(packed[9:], ends), shapes)]
         paths = (part.astype(np.float32) for part in parts[:2])
-        recorded = Recorded(*paths, LinearSampler(*parts[5:], bool(noisy)), bool(fits), bool(finer))
+        recorded = Recorded(*paths, LinearSampler(*parts[6:], bool(noisy)), bool(fits), bool(finer))
         vars(recorded)["directions"] = parts[2]  # another machine might find them with other signs
-        return cls(recorded, parts[3], parts[4])
+        return cls(recorded, *parts[3:6])
 
     @cached_property
     def _space(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -253,9 +299,21 @@ class Simulator:
         v = self.recorded.sampler.predictions_between(x, m) if self.recorded.finer else m
         return m, v, x, dual.T @ each @ dual
 
+    @property
+    def moved(self) -> np.ndarray:
+        """(T,): how far an error of step s moves the final latents, squared: growth and what the sampler carries."""
+        carried = self.recorded.sampler.response[-1] ** 2
+        return carried if self.growth is None else carried * (1 + self.growth)
+
     def errors(self, fill: Fill) -> np.ndarray:
         """Relative errors of the final latents, (N, P)."""
-        return self._simulate(fill)
+        return self._ends(*self.run(fill))
+
+    def _ends(self, squares: np.ndarray, made: np.ndarray) -> np.ndarray:
+        """Relative errors, (N, P), of what `run` returns."""
+        if self.growth is not None:
+            squares = squares + (made @ self.growth)[:, None]
+        return np.sqrt(np.maximum(squares, 1e-20))
 
     def closed_loop(
         self, plans: Sequence[Sequence[int]], history: int, sees_input: bool = False, ridge: float = 1e-6
@@ -272,21 +330,23 @@ class Simulator:
         if sees_input:
             self.recorded.check_inputs()
         fill = Fill.unweighted(plans, history, sees_input, self.recorded.steps)
-        return self._simulate(fill, ridge), fill
+        return self._ends(*self.run(fill, ridge)), fill
 
-    def _simulate(self, fill: Fill, ridge: float | None = None) -> np.ndarray:
-        """Relative errors of the final latents, (N, P). With a ridge, the weights are found and written into `fill`."""
+    def run(self, fill: Fill, ridge: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """|dx_T|^2, (N, P), and response[T, s]^2 |e_s|^2 of the skipped steps, (N, T), the mean over prompts. With a
+        ridge, the weights are found and written into `fill`."""
         sampler, (m, v, x, metrics) = self.recorded.sampler, self._space
         T, shape = self.recorded.steps, (len(fill.computed), v.shape[1])
         mixed = 0 if self.mixing is None else self.mixing.shape[1]
         q, dv, dx = np.zeros((T, *shape)), np.zeros((T, *shape)), np.zeros((T + 1, *shape))
+        made = np.zeros(fill.computed.shape)
         for s in range(T):
             dx[s + 1] = sampler.carried(s, dx, dv)
             drive = sampler.drive[s, 0]
-            run, skip = np.flatnonzero(fill.computed[:, s]), np.flatnonzero(~fill.computed[:, s])
-            q[s, run] = m[s] + self.response[s] * dx[s, run]
+            skip = np.flatnonzero(~fill.computed[:, s])
+            q[s] = m[s] + self.response[s] * dx[s]  # the model's answer
             if mixed:
-                q[s, run, -mixed:] += dx[s, run, -mixed:] @ self.mixing[s]
+                q[s, :, -mixed:] += dx[s, :, -mixed:] @ self.mixing[s]
             if len(skip):
                 sources = fill.sources[skip, s]
                 seen = q[sources, skip[:, None]] * (sources >= 0)[..., None]  # (n, h, r)
@@ -303,11 +363,12 @@ class Simulator:
                     fill.weights[skip, s] = weights[:, : sources.shape[1]]
                     if fill.own is not None:
                         fill.own[skip, s] = weights[:, -1]
-                q[s, skip] = (weights[:, None] @ seen)[:, 0]
+                predicted = (weights[:, None] @ seen)[:, 0]
+                made[skip, s] = np.square(predicted - (q[s, skip] + v[s] - m[s])).sum(1)
+                q[s, skip] = predicted
             dv[s] = q[s] - v[s]
             dx[s + 1] += drive * dv[s]
-        squares = np.einsum("pnr,nr->np", dx[T] @ metrics, dx[T])
-        return np.sqrt(np.maximum(squares, 1e-20))
+        return np.einsum("pnr,nr->np", dx[T] @ metrics, dx[T]), made * sampler.response[-1] ** 2
 
 
 def decibels(errors: np.ndarray) -> np.ndarray:

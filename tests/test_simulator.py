@@ -16,11 +16,11 @@ from dpcache.linear_sampler import read_sampler, unroll
 from dpcache.method import Method
 from dpcache.plan_search import search_plans
 from dpcache.predictors import AdamsBashforth, Chebyshev, FoCa, Hermite, Lagrange, Reuse, Taylor, Zeus
-from dpcache.recorded import Answers, Recorded, at_times, random_probes, record
+from dpcache.recorded import Answers, Probe, Recorded, at_times, random_probes, record
 from dpcache.sampler import sample
 from dpcache.schedules import EvenlySpaced, Schedule
 from dpcache.simulated import SimulatedPlan, SimulatedRuns, make_method, simulator_of, successive_halving
-from dpcache.simulator import Fill, Simulator, Weights, decibels, fit_mixing, fit_response
+from dpcache.simulator import Fill, Simulator, Weights, decibels, fit_growth, fit_mixing, fit_response
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 LINEAR = {
@@ -302,6 +302,28 @@ def test_a_mixing_that_only_stretches_is_a_response():
     np.testing.assert_allclose(again.errors(fill), stretched.errors(fill), rtol=1e-6)  # kept in float32
 
 
+def test_growth_counts_by_what_a_skipped_step_was_predicted_wrong():
+    toy = ToyRun("Euler, flow", rates(8))
+    recorded, fill = toy.recorded(), Weights(Reuse(), 8).fill([[0, 1, 2, 4, 5, 6, 7]])
+    plain, grown = (Simulator(recorded, toy.rates, growth=g).errors(fill) for g in (None, np.full(8, 3.0)))
+    wrong = (recorded.predictions[0, 2] - recorded.predictions[0, 3]) / recorded.sizes[0]
+    more = 3 * (recorded.sampler.response[-1, 3] * np.linalg.norm(wrong)) ** 2
+    np.testing.assert_allclose(grown**2 - plain**2, more, rtol=1e-4)
+
+
+def test_growth_is_found_from_how_runs_ended():
+    toy = ToyRun("DDIM", rates(20))
+    plain, growth, probes = Simulator(toy.recorded(), toy.rates), np.linspace(9, 1, 20), []
+    grown = replace(plain, growth=growth)
+    for plan, predictor in random_probes(12, 20):
+        errors = grown.errors(Weights(predictor, 20).fill([plan]))[0]
+        probes.append(Probe(plan, predictor, np.arange(len(errors)), errors))
+    np.testing.assert_allclose(fit_growth(probes, plain, knots=2, smooth=1e-3), growth, rtol=0.15)
+    fill = Weights(Taylor(1), 20).fill([[0, 3, 4, 8]])
+    again = Simulator.unpack(grown.pack())
+    np.testing.assert_allclose(again.errors(fill), grown.errors(fill), rtol=1e-6)  # kept in float32
+
+
 def test_predictions_between_latents_are_those_of_the_run():
     for name in ("Euler, flow", "DDIM", "DPM-Solver++, flow", "UniPC, flow"):
         toy = ToyRun(name, rates(12))
@@ -352,7 +374,7 @@ def real_errors(pipe, method, recorded):
 
 
 def test_recorded_runs_of_a_pipeline_foretell_an_accelerated_run(pipe):
-    recorded, answers, latents = record(pipe, [(["dog", "car"], [0, 1])], 10, random_probes(4, 10), **CALL)
+    recorded, answers, _, latents = record(pipe, [(["dog", "car"], [0, 1])], 10, random_probes(4, 10), **CALL)
     simulator = Simulator(recorded, fit_response(answers, recorded, knots=5))
     assert (recorded.steps, len(latents)) == (10, 2)
     assert recorded.errors(latents).max() <= 1e-6

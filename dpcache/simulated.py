@@ -159,13 +159,14 @@ class SimulatedPlan:
     def search(self, simulator: Simulator) -> list[dict]:
         """Predictors, plans and their promised decibels, in the order in which they are worth a run.
 
-        They are of four kinds: what the search finds; what it finds from the third kind, without the matrices of
-        `fit_mixing`; the exact plan over open-loop costs (`open_loop_plan`), which takes no advantage of what the
-        simulator is wrong about; and even spacing. The best of every kind come first, then the second best, and so on.
-        What promises `HOPELESS` decibels less than the best that was searched comes last.
+        They are of four kinds: what the search finds; what it finds from the third kind where the simulator knows the
+        response alone, and nothing of `fit_mixing` and `fit_growth`; the exact plan over open-loop costs
+        (`open_loop_plan`), which takes no advantage of what the simulator is wrong about; and even spacing. The best of
+        every kind come first, then the second best, and so on. What promises `HOPELESS` decibels less than the best
+        that was searched comes last.
         """
         recorded, T, kinds = simulator.recorded, self.num_inference_steps, {}
-        simpler, starts = replace(simulator, mixing=None), starting_plans(T, self.budget)
+        simpler, starts = Simulator(recorded, simulator.response), starting_plans(T, self.budget)
         even = tuple(EvenlySpaced(self.budget, T).steps)
 
         @cache
@@ -177,7 +178,7 @@ class SimulatedPlan:
             exact = open_loop(name.removesuffix("x") if _sees_input(name) else name)
             plans = {
                 "searched": max(search_plans(score, T, [*starts, exact])),
-                "searched without matrices": search_plans(scorer(simpler, name), T, [exact])[0],
+                "searched by the response alone": search_plans(scorer(simpler, name), T, [exact])[0],
                 "exact": (float(score([exact])[0]), exact),
                 "even": (float(score([even])[0]), even),
             }

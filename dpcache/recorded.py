@@ -103,8 +103,11 @@ class Recorded:
 
     def errors(self, latents: np.ndarray, start: int = 0) -> np.ndarray:
         """Relative distances (n,) of final latents (n, ...) to x_T, of the prompts from number `start` on."""
-        kept, these = kept_elements(torch.as_tensor(latents)), slice(start, start + len(latents))
-        return np.linalg.norm(kept - self.states[these, -1], axis=1) / self.sizes[these]
+        return self.distances(kept_elements(torch.as_tensor(latents)), np.arange(start, start + len(latents)))
+
+    def distances(self, ends: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+        """The same (n,) of the kept elements (n, E) of final latents, of the prompts with these numbers."""
+        return np.linalg.norm(ends - self.states[prompts, -1], axis=1) / self.sizes[prompts]
 
     def check_inputs(self) -> None:
         """Raises SettingError where predictors cannot see the input."""
@@ -280,10 +283,10 @@ def record(
     )
     answers = [_answers(plan, some, recorded, q, y) for plan, _, some, q, y in probed]
     answers = Answers.join(answers) if answers else None
-    ends = []
-    for plan, predictor, some, _, y in probed:
-        errors = np.linalg.norm(y[:, -1] - recorded.states[some, -1], axis=1) / recorded.sizes[some]
-        ends.append(Probe(plan, predictor, np.array(some), errors))
+    ends = [
+        Probe(plan, predictor, np.array(some), recorded.distances(y[:, -1], np.array(some)))
+        for plan, predictor, some, _, y in probed
+    ]
     return recorded, answers, ends, torch.cat(finals).numpy()
 
 

@@ -17,7 +17,7 @@ from dpcache.plan_search import open_loop_plan, search_plans, starting_plans
 from dpcache.predictors import LeastSquares, Predictor, short_names
 from dpcache.recorded import Plan, Recorded, random_probes, record
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
-from dpcache.simulator import Simulator, Weights, decibels, fit_growth, fit_mixing, fit_response
+from dpcache.simulator import Simulator, Weights, decibels, fit_simulator
 from dpcache.statistics import Rerun
 
 CLOSED_LOOP = [f"closed{keys}{seen}" for seen in ("", "x") for keys in range(1, 5)]
@@ -46,9 +46,7 @@ class SimulatedRuns(Rerun):
         )
         if self.finer == 1:
             calibration.latents = latents
-        response = fit_response(answers, recorded)
-        simulator = Simulator(recorded, response, fit_mixing(answers, recorded, response))
-        return replace(simulator, growth=fit_growth(ends, simulator)).pack()
+        return fit_simulator(recorded, answers, ends).pack()
 
 
 @dataclass(frozen=True)

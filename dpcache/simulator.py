@@ -42,7 +42,7 @@ otherwise.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -369,6 +369,13 @@ class Simulator:
             dv[s] = q[s] - v[s]
             dx[s + 1] += drive * dv[s]
         return np.einsum("pnr,nr->np", dx[T] @ metrics, dx[T]), made * sampler.response[-1] ** 2
+
+
+def fit_simulator(recorded: Recorded, answers: Answers, probes: Sequence[Probe]) -> Simulator:
+    """With everything that can be learnt of the probes that `recorded.record` has run."""
+    response = fit_response(answers, recorded)
+    simulator = Simulator(recorded, response, fit_mixing(answers, recorded, response))
+    return replace(simulator, growth=fit_growth(probes, simulator))
 
 
 def decibels(errors: np.ndarray) -> np.ndarray:

@@ -9,7 +9,6 @@ Real runs are kept in a file, so that nothing is run twice.
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from dpcache.predictors import AdamsBashforth, Lagrange, Taylor
 from dpcache.recorded import random_probes, record
 from dpcache.sampler import generate, sample
 from dpcache.schedules import Schedule
-from dpcache.simulator import Fill, Simulator, Weights, decibels, fit_growth, fit_mixing, fit_response
+from dpcache.simulator import Fill, Weights, decibels, fit_simulator
 from eval.files import write_text
 
 CALLS = {
@@ -93,9 +92,7 @@ def main():
         real = RealRuns(model, pipe, args.prompts, args.folder)
         batches = [([lines(model)[i] for i in CALIBRATION], CALIBRATION)]
         recorded, answers, ends, _ = record(pipe, batches, T, random_probes(args.probes, T), **CALLS[model])
-        response = fit_response(answers, recorded)
-        simulator = Simulator(recorded, response, fit_mixing(answers, recorded, response))
-        simulator = replace(simulator, growth=fit_growth(ends, simulator))
+        simulator = fit_simulator(recorded, answers, ends)
         predictors = {"taylor1": Taylor(1), "lagrange2": Lagrange(2), "ab2": AdamsBashforth(2)}
         predictors["lsq3"] = recorded.least_squares(3)
         weights = {name: Weights(predictor, T) for name, predictor in predictors.items()}

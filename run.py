@@ -132,12 +132,14 @@ def recipe_for(config: DictConfig, budget: int | None = None):
 def build(config: DictConfig, pipe, recipe, calibration) -> tuple:
     """The method, its budget and, where a quality was asked for instead, what is known of that."""
     from dpcache.quality import find_budget
+    from eval import runs
 
     if config.quality is None:
         return recipe.build(pipe, calibration), config.budget, None
-    found = find_budget(pipe, partial(recipe_for, config), calibration, config.quality)
+    found = find_budget(pipe, partial(recipe_for, config), calibration, config.quality, runs.measure(config))
     print(*(f"  {line}" for line in found.lines()), sep="\n")
-    return found.method, found.budget, {"wanted": config.quality, "tried": found.tried, "predicted": found.predicted}
+    curve = {"wanted": config.quality, "of": found.measure.label, "tried": found.tried, "predicted": found.predicted}
+    return found.method, found.budget, curve
 
 
 def run(config: DictConfig, folder: Path) -> dict:

@@ -18,8 +18,43 @@ from dpcache.session import Report
 
 log = logging.getLogger(__name__)
 
-HIGHEST = 100.0  # dB of identical images, whose PSNR would be infinite
+HIGHEST = 100.0  # dB of identical images, whose PSNR would be infinite; of a distance, that of 1e-5
 TRIES = 10  # values of an online method's setting
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How close images are to those of all steps.
+
+    Attributes:
+        label: what it is called.
+        score: of images and full-step images, uint8 (N, H, W, 3) or (N, F, H, W, 3), one number each, (N,).
+        best: of identical images, 0 or 1, and everything else is worse the further it is from that; None: decibels,
+            of which more is better.
+    """
+
+    label: str
+    score: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    best: float | None = None
+
+    def decibels(self, value: float) -> float:
+        """On a scale on which more is better, and on which errors of the latents are told as well."""
+        return value if self.best is None else float(-20 * np.log10(max(abs(self.best - value), 10 ** (-HIGHEST / 20))))
+
+    def value(self, decibels: float) -> float:
+        """What has so many decibels."""
+        return decibels if self.best is None else float(self.best + (1 - 2 * self.best) * 10 ** (-decibels / 20))
+
+    def text(self, value: float) -> str:
+        """For readers."""
+        return f"{value:.2f} dB" if self.best is None else f"{self.label} {value:.4g}"
+
+    def check(self, wanted: float) -> None:
+        """Raises SettingError for a quality that cannot be."""
+        if self.best is None and not 0 < wanted <= HIGHEST:
+            raise SettingError(f"quality={wanted} must be above 0 and at most {HIGHEST:g} dB")
+        if self.best is not None and not 0 < wanted < 1:
+            raise SettingError(f"quality={wanted} must be above 0 and below 1: it is of {self.label}")
 
 
 @dataclass(frozen=True)
@@ -28,14 +63,16 @@ class Found:
 
     Attributes:
         method, budget: with so many computed steps; of an online method, the mean over the prompts, rounded.
-        tried: of so many computed steps (of an online method, in the mean), the quality in dB of PSNR that was
-            confirmed, mean over the calibration prompts.
+        measure: of the quality.
+        tried: of so many computed steps (of an online method, in the mean), the quality that was confirmed, mean over
+            the calibration prompts.
         predicted: of budgets, the quality that the simulator and the *other* budgets that were run foretell; empty
             where the method has no simulator.
     """
 
     method: Runnable
     budget: int
+    measure: Measure
     tried: dict[float, float]
     predicted: dict[int, float] = field(default_factory=dict)
 
@@ -43,8 +80,8 @@ class Found:
         """The curve, a line for each number of computed steps."""
         lines = []
         for steps in sorted({*self.tried, *self.predicted}):
-            known = [f"{self.tried[steps]:.2f} dB"] if steps in self.tried else []
-            known += [f"{self.predicted[steps]:.2f} dB predicted"] if steps in self.predicted else []
+            known = [self.measure.text(self.tried[steps])] if steps in self.tried else []
+            known += [f"{self.measure.text(self.predicted[steps])} predicted"] if steps in self.predicted else []
             lines.append(f"budget={steps:g}: {', '.join(known)}")
         return lines
 
@@ -74,7 +111,12 @@ def psnr(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return decibels.reshape(len(images), -1).mean(1)
 
 
-def find_budget(pipe, make: Callable[[int], Recipe], calibration: Calibration, quality: float) -> Found:
+PSNR = Measure("PSNR (dB)", psnr)
+
+
+def find_budget(
+    pipe, make: Callable[[int], Recipe], calibration: Calibration, quality: float, measure: Measure = PSNR
+) -> Found:
     """The smallest budget with which the images of the calibration prompts come as close to the full-step ones as
     `quality` says. Quality is taken to grow with the budget; a budget that the method does not take counts as too
     small. Every budget that is tried is run on all calibration prompts:
@@ -86,30 +128,29 @@ def find_budget(pipe, make: Callable[[int], Recipe], calibration: Calibration, q
 
     Args:
         make: the recipe for a budget.
-        quality: dB of PSNR, mean over the prompts.
+        quality: what the measure's mean over the prompts is to be.
 
-    Raises SettingError for a quality that is not above 0 and at most 100, where it is not reached, for an online
-    method whose setting is given, and as the recipes do where no budget is taken.
+    Raises SettingError for a quality that cannot be, where it is not reached, for an online method whose setting is
+    given, and as the recipes do where no budget is taken.
     """
-    if not 0 < quality <= HIGHEST:
-        raise SettingError(f"quality={quality} must be above 0 and at most {HIGHEST:g} dB")
-    T = calibration.num_inference_steps
+    measure.check(quality)
+    wanted, T = measure.decibels(quality), calibration.num_inference_steps
     widest = make(T)
     if isinstance(widest, Method) and isinstance(widest.schedule, OnlineSchedule):
-        raise SettingError(f"quality={quality}: this method's threshold is given, which leaves nothing to search for")
+        raise SettingError("this method's threshold is given: a search for a quality has nothing to vary")
     calibration.measure(pipe, widest.statistics or ())
     reference, _ = _images(pipe, Method(EvenlySpaced(T, T), "output", Reuse()), calibration)
 
     def confirm(method: Runnable) -> tuple[float, float]:
-        """Its quality on the calibration prompts, and the mean of the computed steps."""
+        """Its quality on the calibration prompts in decibels, and the mean of the computed steps."""
         images, report = _images(pipe, method, calibration)
-        reached, spent = float(psnr(images, reference).mean()), float(np.mean([*report.spent.values()]))
-        log.info("%.4g computed steps reach %.2f dB on the calibration prompts", spent, reached)
-        return reached, spent
+        reached, spent = float(measure.score(images, reference).mean()), float(np.mean([*report.spent.values()]))
+        log.info("%.4g computed steps reach %s on the calibration prompts", spent, measure.text(reached))
+        return measure.decibels(reached), spent
 
     knob = make((T + 1) // 2).knob(calibration) if hasattr(widest, "knob") else None
     if knob is not None:
-        return _by_setting(confirm, knob, quality)
+        return _by_setting(confirm, knob, wanted, measure)
     methods, tried = {}, {}
 
     @cache
@@ -136,20 +177,24 @@ def find_budget(pipe, make: Callable[[int], Recipe], calibration: Calibration, q
             if budget == T:
                 raise
             return False
-        return tried[budget] >= quality
+        return tried[budget] >= wanted
 
     simulated, low, high = hasattr(widest, "promised"), 0, T + 1
     while high - low > 1:
-        budget = _smallest(lambda budget: predict(budget) >= quality, low, high) if simulated else (low + high) // 2
+        budget = _smallest(lambda budget: predict(budget) >= wanted, low, high) if simulated else (low + high) // 2
         low, high = (low, budget) if reaches(budget) else (budget, high)
     if high > T:
-        raise SettingError(f"quality={quality} is not reached: with all {T} steps this method is at {tried[T]:.2f} dB")
+        best = measure.text(measure.value(tried[T]))
+        raise SettingError(f"{measure.text(quality)} is not reached: with all {T} steps this method is at {best}")
     predicted = {}
     if simulated:
         shown = np.unique(np.geomspace(1, T, 12).round().astype(int)).tolist()
         predicted = {budget: predict(budget) for budget in sorted({*shown, *tried}) if {*tried} - {budget}}
         predicted = {budget: decibels for budget, decibels in predicted.items() if np.isfinite(decibels)}
-    return Found(methods[high], high, dict(sorted(tried.items())), predicted)
+    tried, predicted = (
+        {budget: measure.value(decibels) for budget, decibels in sorted(known.items())} for known in (tried, predicted)
+    )
+    return Found(methods[high], high, measure, tried, predicted)
 
 
 def _smallest(enough: Callable[[int], bool], low: int, high: int) -> int:
@@ -160,7 +205,9 @@ def _smallest(enough: Callable[[int], bool], low: int, high: int) -> int:
     return high - 1
 
 
-def _by_setting(confirm: Callable[[Runnable], tuple[float, float]], knob: Knob, quality: float) -> Found:
+def _by_setting(
+    confirm: Callable[[Runnable], tuple[float, float]], knob: Knob, wanted: float, measure: Measure
+) -> Found:
     """The largest value of the setting that reaches the quality: from the first one on doubled or halved until one does
     and one does not, then their geometric mean, until their computed steps differ by half a step or less."""
     enough, short, value, known, tried = None, None, knob.first, {}, {}
@@ -169,8 +216,8 @@ def _by_setting(confirm: Callable[[Runnable], tuple[float, float]], knob: Knob, 
         if value in known:
             break
         known[value] = reached, spent = confirm(knob.make(value))
-        tried[round(spent, 2)] = reached
-        enough, short = (value, short) if reached >= quality else (enough, value)
+        tried[round(spent, 2)] = measure.value(reached)
+        enough, short = (value, short) if reached >= wanted else (enough, value)
         if enough is None or short is None:
             value = 2 * enough if enough is not None else short / 2
             continue
@@ -178,13 +225,11 @@ def _by_setting(confirm: Callable[[Runnable], tuple[float, float]], knob: Knob, 
             break
         value = (enough * short) ** 0.5
     if enough is None:
-        best = max(reached for reached, _ in known.values())
-        raise SettingError(
-            f"quality={quality} is not reached: with {knob.setting}={min(known):.3g} it is {best:.2f} dB"
-        )
+        best, wanted = (measure.text(measure.value(d)) for d in (max(reached for reached, _ in known.values()), wanted))
+        raise SettingError(f"{wanted} is not reached: with {knob.setting}={min(known):.3g} it is {best}")
     method, spent = knob.make(enough), known[enough][1]
     method = replace(method, decided={**method.decided, knob.setting: enough, "spent": spent})
-    return Found(method, max(round(spent), 1), dict(sorted(tried.items())))
+    return Found(method, max(round(spent), 1), measure, dict(sorted(tried.items())))
 
 
 def _images(pipe, method: Runnable, calibration: Calibration) -> tuple[np.ndarray, Report]:

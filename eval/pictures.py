@@ -130,20 +130,20 @@ def timeline(path: str | Path, steps: Sequence[int], num_inference_steps: int, t
 
 @matplotlib.rc_context(STYLE)
 def quality_curve(
-    path: str | Path, wanted: float, tried: Mapping[float, float], predicted: Mapping[int, float]
+    path: str | Path, wanted: float, of: str, tried: Mapping[float, float], predicted: Mapping[int, float]
 ) -> Path:
     """Quality over computed steps, see `dpcache.quality.Found`: what was predicted as a line, what was confirmed as
-    points, what was wanted as a level."""
+    points, what was wanted as a level. `of`: what the quality is of, for its axis."""
     figure = Figure(figsize=(4, 2.8), layout="constrained")
     axes = figure.add_subplot()
-    axes.axhline(wanted, color=PATH, lw=0.8, label=f"wanted: {wanted:g} dB")
+    axes.axhline(wanted, color=PATH, lw=0.8, label=f"wanted: {wanted:g}")
     if predicted:
         axes.plot(list(predicted), list(predicted.values()), color=COMPUTED, lw=1, label="predicted")
     axes.plot(list(tried), list(tried.values()), "o", color=COMPUTED, markersize=4, label="on the calibration prompts")
-    axes.set(xscale="log", xlabel="computed steps", ylabel="PSNR in dB")
+    axes.set(xscale="log", xlabel="computed steps", ylabel=of)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
-    axes.legend(loc="lower right")
+    axes.legend()
     axes.spines[["top", "right"]].set_visible(False)
     return save(figure, path)
 

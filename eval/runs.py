@@ -29,6 +29,7 @@ from dpcache.models.pretrained import default_device
 from dpcache.other_steps import carry
 from dpcache.planned import Planned
 from dpcache.prompts import identity
+from dpcache.quality import PSNR, Measure
 from dpcache.sampler import Batch, sample
 from dpcache.schedules import OnlineSchedule
 from dpcache.statistics import Statistic
@@ -69,6 +70,10 @@ def check(config: DictConfig) -> None:
         )
     if config.eval.timing.repeats < 0:
         raise SettingError(f"eval.timing.repeats={config.eval.timing.repeats} must be at least 0")
+    if config.quality is not None:
+        measure(config).check(config.quality)
+    elif config.quality_metric is not None:
+        raise SettingError(f"quality_metric={config.quality_metric} is that of quality=, which is not given")
 
 
 def warn_few_steps(config: DictConfig) -> None:
@@ -172,10 +177,36 @@ def _files(model: str) -> list[tuple[str, int, int]]:
 
 def load_metrics(config: DictConfig) -> dict[str, Scorer | Exception]:
     """The run's metrics with all that they need, before anything is sampled. Raises as `eval.metrics.load`."""
+    return metrics.load(config.eval.metrics, _metric_settings(config), config.eval.require_all, PROCESS)
+
+
+def _metric_settings(config: DictConfig) -> metrics.Settings:
     device = default_device() if config.model.device == "auto" else config.model.device
     cache = Path(config.output_dir) / "features"
-    settings = metrics.Settings(**config.model.metrics, cache=cache, device=device, fps=config.model.fps)
-    return metrics.load(config.eval.metrics, settings, config.eval.require_all, PROCESS)
+    return metrics.Settings(**config.model.metrics, cache=cache, device=device, fps=config.model.fps)
+
+
+def measure(config: DictConfig) -> Measure:
+    """Of the quality that is searched for. Raises SettingError where it cannot be measured."""
+    name = config.quality_metric
+    if name is None:
+        return PSNR
+    if name not in metrics.METRICS or not metrics.METRICS[name].against_full:
+        known = sorted(name for name, metric in metrics.METRICS.items() if metric.against_full)
+        raise SettingError(f"quality_metric={name} is not one of {', '.join(known)}")
+    scorer = metrics.load([name], _metric_settings(config), kept=PROCESS)[name]
+    if isinstance(scorer, Exception):
+        raise SettingError(f"quality_metric={name}: {scorer}") from scorer
+
+    def score(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
+        return scorer(*(Samples(part, None, [""] * len(part)) for part in (images, reference))).numpy()
+
+    try:
+        same = score(*2 * [np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)])
+    except SettingError as error:
+        raise SettingError(f"quality_metric={name} {error}, and a search has images alone") from None
+    metric = metrics.METRICS[name]
+    return Measure(metric.title, score, None if metric.unit == "dB" else round(same.item()))
 
 
 def scores(

@@ -119,6 +119,7 @@ class RunConfig:
     logger: Any = MISSING
     budget: int = 10
     quality: float | None = None
+    quality_metric: str | None = None
     num_inference_steps: int = 50
     seed: int = 0
     num_prompts: int = 16
@@ -135,7 +136,7 @@ class RunConfig:
 ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
-LATER = {"quality": None, "reference": {"num_inference_steps": None}}
+LATER = {"quality": None, "quality_metric": None, "reference": {"num_inference_steps": None}}
 """Settings that were added after the first results, as they are where nobody sets them."""
 LATER_OF_MODELS = {"images": []}
 """The same of models. Those of methods stand in their records, see `About`."""
@@ -169,7 +170,9 @@ def run_name(_root_: DictConfig) -> str:
         return "../evaluations"
     if c.dry_run or c.stage is Stage.calibrate:
         return "../dry_runs"
-    spent = f"K{c.budget}" if c.quality is None else f"{c.quality:g}dB"
+    spent = f"K{c.budget}"
+    if c.quality is not None:
+        spent = f"{c.quality_metric}{c.quality:g}" if c.quality_metric else f"{c.quality:g}dB"
     return f"{choices.model}-{choices.method}-{spent}-T{c.num_inference_steps}-seed{c.seed}-{config_hash(_root_)}"
 
 

@@ -71,9 +71,10 @@ def test_a_record_does_not_count_for_the_name_of_a_run():
 
 def test_settings_of_later_versions_do_not_change_the_name_of_a_run_that_does_not_set_them():
     names = {
-        config_hash(compose("config", more)) for more in ([], ["quality=30"], ["reference.num_inference_steps=99"])
+        config_hash(compose("config", more))
+        for more in ([], ["quality=30"], ["quality=0.5", "quality_metric=ssim"], ["reference.num_inference_steps=99"])
     }
-    assert len(names) == 3
+    assert len(names) == 4
 
 
 def test_the_board_sweeps_every_method():

@@ -25,12 +25,14 @@ from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.kid import KernelInceptionDistance
 from torchvision.models import alexnet
 
+from dpcache import quality
+from dpcache.errors import SettingError
 from dpcache.models.pretrained import EMBEDDED
 from dpcache.sampler import generate
-from eval import metrics
+from eval import metrics, runs
 from eval.metrics import Samples, Settings, fid
 from eval.results import column
-from helpers.commands import ENVIRONMENT, ROOT, TINY, results, run
+from helpers.commands import ENVIRONMENT, ROOT, TINY, compose, results, run
 
 TINY_FLUX = EMBEDDED / "tiny_flux"
 FEATURES = TINY_FLUX / "features_efficientnet_lite0.safetensors"
@@ -204,6 +206,37 @@ def test_lpips_agrees_with_torchmetrics(torch_hub):
         assert min(found[-1]) > 1e-3
     assert np.abs(np.subtract(*found)).min() > 1e-4  # the weights were read each time
     assert score("lpips", x, x) == [0.0] * 3
+
+
+@pytest.mark.ci
+def test_lpips_measures_in_a_search_for_a_quality(torch_hub):
+    x, ref = samples(0, images=images(0, 3, 64)), samples(1, images=images(1, 3, 64))
+    config = compose("quality=0.05", "quality_metric=lpips")
+    with pytest.raises(SettingError, match=r"quality_metric=lpips: ImageNet weights .* cannot be loaded .*: python -c"):
+        runs.check(config)
+    torch.save(alexnet().state_dict(), torch_hub / "alexnet-owt-7be5be79.pth")
+    runs.check(config)
+    measure = runs.measure(config)
+    pair = [part.images.numpy() for part in (x, ref)]
+    assert measure.score(*pair).tolist() == score("lpips", x, ref) and measure.best == 0
+    assert runs.measure(compose("quality=0.9", "quality_metric=ssim")).best == 1
+    own = runs.measure(compose("quality=30", "quality_metric=psnr"))
+    assert own.best is None and own.score(*pair).tolist() == pytest.approx(quality.PSNR.score(*pair))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["quality=101"], "quality=101.0 must be above 0 and at most 100 dB"),
+        (["quality=1", "quality_metric=ssim"], "quality=1.0 must be above 0 and below 1: it is of SSIM"),
+        (["quality=1", "quality_metric=clip"], "quality_metric=clip is not one of latent_error, lpips, psnr, ssim"),
+        (["quality=1", "quality_metric=latent_error"], "needs the latents .*, and a search has images alone"),
+        (["quality_metric=ssim"], "quality_metric=ssim is that of quality=, which is not given"),
+    ],
+)
+def test_a_quality_that_cannot_be_is_told_before_the_model_is_loaded(settings, message):
+    with pytest.raises(SettingError, match=message):
+        runs.check(compose(*settings))
 
 
 # --- CLIP

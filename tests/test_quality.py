@@ -11,7 +11,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 import dpcache
 from baselines.full import full
 from baselines.taylorseer import taylorseer
-from dpcache.quality import find_budget, psnr
+from dpcache.quality import Measure, find_budget, psnr
 from dpcache.sampler import generate, sample
 from helpers.embedded import CALL
 
@@ -39,6 +39,24 @@ def test_the_smallest_budget_that_reaches_it_is_found(pipe, caplog):
     assert calibration.reran == pytest.approx(len(PROMPTS) * sum(runs) / T) and len(found.tried) <= 4
     assert f"{found.budget} computed steps reach" in caplog.text
     assert f"budget={found.budget}: {found.tried[found.budget]:.2f} dB" in found.lines() and not found.predicted
+
+
+def test_a_distance_is_searched_as_its_decibels_are(pipe):
+    """What is searched for is any measure's: here the root mean square difference, of which PSNR is the decibels."""
+
+    def difference(images, reference):
+        return 10 ** (-psnr(images, reference) / 20)
+
+    calibration = dpcache.calibrate(pipe, PROMPTS[:1], T, (), **CALL)
+    make, distance = partial(taylorseer, num_inference_steps=T, lite=True), Measure("RMS", difference, best=0.0)
+    near, far = (find_budget(pipe, make, calibration, *wanted) for wanted in ((30.0,), (10**-1.5, distance)))
+    assert near.budget == far.budget and near.tried.keys() == far.tried.keys()
+    for budget, reached in far.tried.items():
+        assert -20 * np.log10(reached) == pytest.approx(near.tried[budget])
+        assert f"budget={budget}: RMS {reached:.4g}" in far.lines()
+    for wanted in (0.0, 1.0):
+        with pytest.raises(dpcache.SettingError, match=f"quality={wanted} must be above 0 and below 1: it is of RMS"):
+            find_budget(pipe, make, calibration, wanted, distance)
 
 
 class Promising:

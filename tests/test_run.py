@@ -111,6 +111,10 @@ def test_a_quality_in_place_of_a_budget(tmp_path):
     assert (
         result["metrics"]["psnr"]["mean"] > 20 and f"budget={result['budget']}: {tried[result['budget']]:.2f} dB" in out
     )
+    code, out, err = run("quality=0.9", "quality_metric=ssim", *few, folder=tmp_path)
+    assert code == 0, err
+    (other,) = (other for other in results(tmp_path) if other["quality"]["of"] == "SSIM")
+    assert other["quality"]["tried"][str(other["budget"])] >= 0.9 and f"budget={other['budget']}: SSIM 0.9" in out
     code, _, err = run("quality=30", "budget=5", *few, folder=tmp_path)
     assert code == 1 and "budget=5 and quality=30.0: give one of the two" in err
 

@@ -1,4 +1,4 @@
-"""Small models that the tests share."""
+"""Settings of the tests' processes. The fixtures that tests share are in helpers/fixtures.py."""
 
 import os
 
@@ -6,77 +6,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve e
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest
-import torch
 
-from dpcache.models.pretrained import load
-from helpers.by_hand import lively_dit, lively_flux
-from helpers.rollout import MODELS, Rollout
-from helpers.tracing import marks
-
-if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
-    torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
-
-
-@pytest.fixture(scope="session")
-def pipe():
-    """The embedded model, float32 on the CPU."""
-    pipe = load("tiny_flux", "float32", "cpu")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture(scope="session")
-def as_loaded(pipe):
-    return marks(pipe)
-
-
-@pytest.fixture(autouse=True)
-def the_shared_pipe_stays_as_it_was(request):
-    """A test that leaves it changed fails, and not a later one."""
-    if "pipe" not in request.fixturenames:
-        yield
-        return
-    pipe, expected = request.getfixturevalue("pipe"), request.getfixturevalue("as_loaded")
-    assert marks(pipe) == expected, "an earlier test has changed the shared pipeline"
-    yield
-    assert marks(pipe) == expected, "this test has changed the shared pipeline"
-
-
-@pytest.fixture(params=list(MODELS))
-def any_rollout(request):
-    return Rollout(request.param)
-
-
-@pytest.fixture
-def rollout():
-    return Rollout("flux")
-
-
-@pytest.fixture(scope="module")
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def flux():
-    """For the references of `helpers.by_hand`."""
-    return lively_flux()
-
-
-@pytest.fixture(scope="module")
-def dit():
-    return lively_dit()
-
-
-@pytest.fixture
-def fake_uv(tmp_path, monkeypatch):
-    """Makes a `uv` whose environment exists and whose `run` is the given shell command; $5 and $6 are the files."""
-
-    def make(run: str, sync: str = "exit 0"):
-        (tmp_path / "uv").write_text(f"#!/bin/sh\nif [ $1 = sync ]; then {sync}; fi\n{run}\n")
-        (tmp_path / "uv").chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-
-    return make
+def pytest_configure(config):
+    """A process that only hands out tests does not load the libraries, so that those which run them start sooner."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        config.pluginmanager.import_plugin("helpers.fixtures")

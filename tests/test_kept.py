@@ -109,7 +109,14 @@ def test_a_job_after_others_makes_the_bits_that_it_makes_alone(process):
     assert torch.equal(process.latents(METHOD), alone) and process.loads == ["float32"]
 
 
-@pytest.mark.parametrize("changed", ["model.dtype=bfloat16", "model.scheduler.base_shift=2.5", "model.device=cpu:0"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "model.dtype=bfloat16",
+        pytest.param("model.scheduler.base_shift=2.5", marks=pytest.mark.ci),
+        pytest.param("model.device=cpu:0", marks=pytest.mark.ci),
+    ],
+)
 def test_a_pipeline_is_not_given_to_a_job_with_other_settings(process, changed):
     alone = process.latents(METHOD)
     with process.run(changed) as one:

@@ -1,7 +1,7 @@
 """The smallest budget that reaches a quality."""
 
 import logging
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -16,13 +16,17 @@ from dpcache.sampler import generate, sample
 from helpers.embedded import CALL
 
 T, PROMPTS = 8, ["red apple", "dog"]
+FULL = full(T)
+
+
+@cache
+def images(pipe, method):
+    return torch.from_numpy(sample(pipe, method, PROMPTS, [0, 1], **CALL).images).double()
 
 
 def decibels(pipe, method):
     """On the prompts of these tests, by torchmetrics."""
-    made, reference = (
-        torch.from_numpy(sample(pipe, which, PROMPTS, [0, 1], **CALL).images).double() for which in (method, full(T))
-    )
+    made, reference = images(pipe, method), images(pipe, FULL)
     options = {"data_range": 255.0, "reduction": "none", "dim": (1, 2, 3)}
     return peak_signal_noise_ratio(made, reference, **options).mean().item()
 

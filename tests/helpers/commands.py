@@ -23,11 +23,9 @@ LIBRARIES = [
     "diffusers.pipelines.flux.pipeline_flux",
     "hydra.main",
     "matplotlib.pyplot",
-    "open_clip",
     "pandas",
     "torchmetrics",
     "torchvision",
-    "wandb",
 ]
 
 forks = multiprocessing.get_context("forkserver")

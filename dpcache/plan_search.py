@@ -16,8 +16,9 @@ from dpcache.simulator import Simulator
 def search_plans(
     score: Callable[[list[Plan]], np.ndarray], steps: int, starts: Iterable[Sequence[int]]
 ) -> list[tuple[float, Plan]]:
-    """Improve plans until no move helps: one key to any other step, or two neighbours by up to two steps each. With
-    many steps keys are first moved on a grid of about fifty, then by less than its mesh.
+    """Improve plans until no move helps: one key to any other step, or two neighbours by up to two steps each. The best
+    moves of several keys are tried together as well. With many steps keys are first moved on a grid of about fifty,
+    then by less than its mesh.
 
     Args:
         score: simulated decibels of N plans, (N,).
@@ -54,7 +55,10 @@ def search_plans(
         """Moves of the first kind as long as they help, then one of the next kind, and so on."""
         while True:
             for moves in kinds:
-                moved = best([plan, *moves(plan)])
+                alone = moves(plan)
+                best([plan, *alone])
+                better = sorted((move for move in alone if known[move] > known[plan]), key=known.get, reverse=True)
+                moved = best([plan, *_together(plan, better)])
                 if moved != plan:
                     break
             else:
@@ -90,6 +94,18 @@ def open_loop_plan(simulator: Simulator, predictor: Predictor, budget: int) -> P
     T = simulator.recorded.steps
     G = simulator.recorded.gram.mean(0)[:T, :T]
     return tuple(plan_exactly(path_costs(G, predictor, key_axes(predictor, T), simulator.moved), budget, warmup=1))
+
+
+def _together(plan: Plan, moves: Sequence[Plan]) -> list[Plan]:
+    """The plan after the first move, after the first two, and so on; left out are those that move a key again, or to a
+    step that is taken."""
+    found, moved = [], set(plan)
+    for move in moves:
+        gone, new = set(plan).difference(move), set(move).difference(plan)
+        if gone <= moved and not new & moved:
+            moved = moved - gone | new
+            found.append(tuple(sorted(moved)))
+    return found
 
 
 def _moved(plan: Plan, keys: Plan, places: Iterable[Plan], steps: int) -> list[Plan]:

@@ -18,6 +18,7 @@ from dpcache.sampler import Batch, sample
 from dpcache.schedules import EvenlySpaced, Schedule
 from dpcache.session import Report
 
+DIRECTIONS = 128  # of recorded runs at most, by which simulated ones are told; with 127 steps or fewer that is all
 ELEMENTS = 4096  # of the latents at most, by which runs are told; of FLUX.1-dev's at 1024 x 1024 one in 64
 Plan = tuple[int, ...]
 
@@ -79,10 +80,11 @@ class Recorded:
     @cached_property
     def directions(self) -> np.ndarray:
         """(2T+1, r): directions as sums of the recorded predictions and latents, by falling length of what lies along
-        them from the last. Mean over prompts, they are of length 1 and at right angles. Trajectories are smooth, so
-        that few directions hold all but 1e-10 of their squared length."""
+        them from the last. Mean over prompts, they are of length 1 and at right angles. They hold all but 1e-10 of the
+        squared length of what is recorded, which takes T + 1 of them, or are the 128 that hold most of it: on
+        `tiny_dit` with T = 250 all but 5e-7."""
         values, vectors = np.linalg.eigh(self.gram.mean(0))
-        held = values.clip(0).cumsum() > 1e-10 * values.sum()
+        held = np.flatnonzero(values.clip(0).cumsum() > 1e-10 * values.sum())[-DIRECTIONS:]
         return vectors[:, held] / np.sqrt(values[held])
 
     @cached_property

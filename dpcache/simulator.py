@@ -141,17 +141,16 @@ def _hats(steps: int, knots: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Fill:
-    """How N plans fill in their steps: the plans and the predictor's weights as arrays.
+    """How N plans fill in their steps, as arrays.
 
     Attributes:
-        computed: (N, T), bool.
-        sources, weights: (N, T, h), the steps that a skipped one is predicted from, and their weights; source -1 and
-            weight 0 where there are fewer than h.
+        computed: (N, T), bool; step 0 is.
+        weights: (N, T, h), at a skipped step those of the last h computed steps before it, the oldest one first; 0 at
+            the end where there are fewer, and at computed steps.
         own: (N, T), the weight of the input, where the predictor sees it.
     """
 
     computed: np.ndarray
-    sources: np.ndarray
     weights: np.ndarray
     own: np.ndarray | None
 
@@ -159,14 +158,10 @@ class Fill:
     def unweighted(cls, plans: Sequence[Sequence[int]], history: int, sees_input: bool, steps: int) -> "Fill":
         """Of plans that begin with step 0, each skipped step from the last `history` keys; all weights are 0."""
         computed = np.zeros((len(plans), steps), bool)
-        sources = np.full((len(plans), steps, min(history, max(map(len, plans)))), -1)
-        for n, plan in enumerate(plans):
-            computed[n, list(plan)] = True
-            for i, (key, end) in enumerate(zip(plan, [*plan[1:], steps])):
-                tail = plan[max(i - history + 1, 0) : i + 1]
-                sources[n, key + 1 : end, : len(tail)] = tail
-        own = np.zeros(computed.shape) if sees_input else None
-        return cls(computed, sources, np.zeros(sources.shape), own)
+        for row, plan in zip(computed, plans):
+            row[list(plan)] = True
+        weights = np.zeros((len(plans), steps, min(history, max(map(len, plans)))))
+        return cls(computed, weights, np.zeros(computed.shape) if sees_input else None)
 
     @classmethod
     def of(cls, method: Method) -> "Fill":
@@ -174,38 +169,24 @@ class Fill:
         predictor, plan, T = method.predictor, method.schedule.steps, method.num_inference_steps
         fill = cls.unweighted([plan], predictor.history, predictor.sees_input, T)
         for step in sorted(set(range(T)) - set(plan)):
-            keys = [key for key in fill.sources[0, step].tolist() if key >= 0]
+            keys = fill.keys(0, step)
             weights = list(predictor.weights(keys, step))
             if fill.own is not None:
                 fill.own[0, step] = weights.pop()
             fill.weights[0, step, len(keys) - len(weights) : len(keys)] = weights
         return fill
 
+    def keys(self, number: int, step: int) -> list[int]:
+        """The computed steps that a skipped step of one plan is predicted from."""
+        return np.flatnonzero(self.computed[number, :step])[-self.weights.shape[2] :].tolist()
+
     def table(self, number: int) -> dict[int, tuple[float, ...]]:
-        """Of one plan's skipped steps the weights of their sources, and of the input where it is seen."""
+        """Of one plan's skipped steps the weights of their keys, and of the input where it is seen."""
         weights = {}
         for step in np.flatnonzero(~self.computed[number]).tolist():
-            row = self.weights[number, step, self.sources[number, step] >= 0].tolist()
+            row = self.weights[number, step, : len(self.keys(number, step))].tolist()
             weights[step] = tuple(row if self.own is None else [*row, self.own[number, step].item()])
         return weights
-
-    @classmethod
-    def join(cls, fills: Sequence["Fill"]) -> "Fill":
-        """All of their plans."""
-        if len(fills) == 1:
-            return fills[0]
-        longest = max(fill.weights.shape[2] for fill in fills)
-
-        def pad(x: np.ndarray, value: int = 0) -> np.ndarray:
-            return np.pad(x, ((0, 0), (0, 0), (0, longest - x.shape[2])), constant_values=value)
-
-        own = [np.zeros(fill.computed.shape) if fill.own is None else fill.own for fill in fills]
-        return cls(
-            np.concatenate([fill.computed for fill in fills]),
-            np.concatenate([pad(fill.sources, -1) for fill in fills]),
-            np.concatenate([pad(fill.weights) for fill in fills]),
-            np.concatenate(own) if any(fill.own is not None for fill in fills) else None,
-        )
 
 
 class Weights:
@@ -232,6 +213,56 @@ class Weights:
         for length in {len(tail) for tail in tails}:
             rows = [tail for tail in tails if len(tail) == length]
             self.known.update(zip(rows, weight_tables(self.predictor, np.array(rows), self.steps)))
+
+
+class _Keys:
+    """The last h predictions that each of N plans has computed, and least squares over them.
+
+    Attributes:
+        values: (N, h, r), the oldest one first; 0 at the end where there are fewer.
+        products: (h, h, N), of the values among each other. They change with a computed step alone.
+    """
+
+    def __init__(self, plans: int, history: int, width: int):
+        self.values, self.count = np.zeros((plans, history, width)), np.zeros(plans, int)
+        self.products = np.zeros((history, history, plans))
+
+    def add(self, plans: np.ndarray, prediction: np.ndarray) -> None:
+        """What these plans have computed, (n, r)."""
+        last = self.values.shape[1] - 1
+        full = plans[self.count[plans] > last]
+        self.values[full, :-1] = self.values[full, 1:]
+        self.products[:-1, :-1, full] = self.products[1:, 1:, full]
+        place = np.minimum(self.count[plans], last)
+        self.values[plans, place] = prediction
+        new = np.einsum("nhr,nr->hn", self.values[plans], prediction)
+        self.products[:, place, plans] = new
+        self.products[place, :, plans] = new.T
+        self.count[plans] += 1
+
+    def weights(self, aim: np.ndarray, seen: np.ndarray | None, ridge: float) -> np.ndarray:
+        """Those with which the values, and `seen` where it is given, come nearest to the aim: (h, N) or (h + 1, N).
+
+        Args:
+            aim, seen: (N, r).
+            ridge: in units of the mean squared length of what is predicted from.
+        """
+        h, known = len(self.products), len(self.products) + (seen is not None)
+        system = np.empty((known, known + 1, aim.shape[0]))  # the last column is the right side
+        system[:h, :h] = self.products
+        system[:h, -1] = np.einsum("nhr,nr->hn", self.values, aim)
+        if seen is not None:
+            system[:h, h] = system[h, :h] = np.einsum("nhr,nr->hn", self.values, seen)
+            system[h, h], system[h, -1] = np.einsum("nr,nr->n", seen, seen), np.einsum("nr,nr->n", seen, aim)
+        diagonal = np.arange(known)
+        system[diagonal, diagonal] += ridge * system[diagonal, diagonal].mean(0)
+        for i in range(known):  # elimination, of all plans at once
+            for j in range(i + 1, known):
+                system[j, i + 1 :] -= system[j, i] / system[i, i] * system[i, i + 1 :]
+        found = system[:, -1]
+        for i in reversed(range(known)):
+            found[i] = (found[i] - (system[i, i + 1 : -1] * found[i + 1 :]).sum(0)) / system[i, i]
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,7 +319,7 @@ class Simulator:
         paths = (part.astype(np.float32) for part in parts[:2])
         recorded = Recorded(*paths, LinearSampler(*parts[6:], bool(noisy)), bool(fits), bool(finer))
         vars(recorded)["directions"] = parts[2]  # another machine might find them with other signs
-        return cls(recorded, *parts[3:6])
+        return cls(recorded, parts[3], parts[4] if mixed else None, parts[5])
 
     @cached_property
     def _space(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -305,14 +336,11 @@ class Simulator:
         carried = self.recorded.sampler.response[-1] ** 2
         return carried if self.growth is None else carried * (1 + self.growth)
 
-    def errors(self, fill: Fill) -> np.ndarray:
-        """Relative errors of the final latents, (N, P)."""
-        return self._ends(*self.run(fill))
-
-    def _ends(self, squares: np.ndarray, made: np.ndarray) -> np.ndarray:
-        """Relative errors, (N, P), of what `run` returns."""
+    def errors(self, fill: Fill, ridge: float | None = None) -> np.ndarray:
+        """Relative errors of the final latents, (N, P). With a ridge the weights are found, and written into `fill`."""
+        squares, made = self.run(fill, ridge, follow=self.growth is not None)
         if self.growth is not None:
-            squares = squares + (made @ self.growth)[:, None]
+            squares += (made @ self.growth)[:, None]
         return np.sqrt(np.maximum(squares, 1e-20))
 
     def closed_loop(
@@ -330,45 +358,59 @@ class Simulator:
         if sees_input:
             self.recorded.check_inputs()
         fill = Fill.unweighted(plans, history, sees_input, self.recorded.steps)
-        return self._ends(*self.run(fill, ridge)), fill
+        return self.errors(fill, ridge), fill
 
-    def run(self, fill: Fill, ridge: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """|dx_T|^2, (N, P), and response[T, s]^2 |e_s|^2 of the skipped steps, (N, T), the mean over prompts. With a
-        ridge, the weights are found and written into `fill`."""
+    def run(self, fill: Fill, ridge: float | None = None, follow: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
+        """|dx_T|^2, (N, P), and response[T, s]^2 |e_s|^2 of the skipped steps, (N, T), the mean over prompts.
+
+        Args:
+            ridge: given, the weights are found, and written into `fill`.
+            follow: whether the second is wanted, which takes the model's answers at skipped steps; else it is None.
+        """
         sampler, (m, v, x, metrics) = self.recorded.sampler, self._space
-        T, shape = self.recorded.steps, (len(fill.computed), v.shape[1])
-        mixed = 0 if self.mixing is None else self.mixing.shape[1]
-        q, dv, dx = np.zeros((T, *shape)), np.zeros((T, *shape)), np.zeros((T + 1, *shape))
-        made = np.zeros(fill.computed.shape)
+        T, (N, _, h), r = self.recorded.steps, fill.weights.shape, v.shape[1]
+        keys, memory = _Keys(N, h, r), sampler.drive.shape[1]
+        dv, dx, made = [], [np.zeros((N, r))], np.zeros((N, T)) if follow else None
         for s in range(T):
-            dx[s + 1] = sampler.carried(s, dx, dv)
-            drive = sampler.drive[s, 0]
-            skip = np.flatnonzero(~fill.computed[:, s])
-            q[s] = m[s] + self.response[s] * dx[s]  # the model's answer
-            if mixed:
-                q[s, :, -mixed:] += dx[s, :, -mixed:] @ self.mixing[s]
-            if len(skip):
-                sources = fill.sources[skip, s]
-                seen = q[sources, skip[:, None]] * (sources >= 0)[..., None]  # (n, h, r)
-                weights = fill.weights[skip, s]
-                if fill.own is not None:
-                    seen = np.concatenate([seen, (x[s] + dx[s, skip])[:, None]], 1)
-                    weights = np.concatenate([weights, fill.own[skip, s, None]], 1)
+            moved, drive, computed = sampler.carried(s, dx, dv), sampler.drive[s, 0], fill.computed[:, s]
+            which = np.flatnonzero(computed)
+            if len(which) == N:
+                q = self._answers(s, dx[s])
+            else:
+                seen = None if fill.own is None else x[s] + dx[s]
                 if ridge is not None:
-                    aim = v[s] - (dx[s + 1, skip] / drive if drive else 0)
-                    among = seen @ seen.swapaxes(1, 2)
-                    noise = ridge * np.trace(among, axis1=1, axis2=2) / among.shape[1]
-                    among += noise[:, None, None] * np.eye(among.shape[1])
-                    weights = np.linalg.solve(among, seen @ aim[..., None])[..., 0]
-                    fill.weights[skip, s] = weights[:, : sources.shape[1]]
-                    if fill.own is not None:
-                        fill.own[skip, s] = weights[:, -1]
-                predicted = (weights[:, None] @ seen)[:, 0]
-                made[skip, s] = np.square(predicted - (q[s, skip] + v[s] - m[s])).sum(1)
-                q[s, skip] = predicted
-            dv[s] = q[s] - v[s]
-            dx[s + 1] += drive * dv[s]
-        return np.einsum("pnr,nr->np", dx[T] @ metrics, dx[T]), made * sampler.response[-1] ** 2
+                    found = keys.weights(v[s] - (moved / drive if drive else 0), seen, ridge)
+                    found[:, computed] = 0
+                    fill.weights[:, s] = found[:h].T
+                    if seen is not None:
+                        fill.own[:, s] = found[h]
+                q = (fill.weights[:, s, None] @ keys.values)[:, 0]
+                if seen is not None:
+                    q += fill.own[:, s, None] * seen
+                if follow:
+                    answers = self._answers(s, dx[s])
+                    off = q - answers - (v[s] - m[s])
+                    made[:, s] = np.where(computed, 0, np.einsum("nr,nr->n", off, off))
+                    q[which] = answers[which]
+                else:
+                    q[which] = self._answers(s, dx[s][which])
+            keys.add(which, q[which])
+            dv.append(q - v[s])
+            dx.append(moved + drive * dv[s])
+            if s >= memory:
+                dv[s - memory] = dx[s - memory] = None  # nothing looks back at them
+        if follow:
+            made *= sampler.response[-1] ** 2
+        return np.einsum("pnr,nr->np", dx[T] @ metrics, dx[T]), made
+
+    def _answers(self, step: int, error: np.ndarray) -> np.ndarray:
+        """What the model predicts at latents with these errors, (n, r)."""
+        answers = self.response[step] * error
+        answers += self._space[0][step]
+        if self.mixing is not None:
+            mixed = self.mixing.shape[1]
+            answers[:, -mixed:] += error[:, -mixed:] @ self.mixing[step]
+        return answers
 
 
 def fit_simulator(recorded: Recorded, answers: Answers, probes: Sequence[Probe]) -> Simulator:

@@ -20,7 +20,7 @@ from dpcache.predictors import AdamsBashforth, Lagrange, Taylor
 from dpcache.recorded import random_probes, record
 from dpcache.sampler import generate, sample
 from dpcache.schedules import Schedule
-from dpcache.simulator import Fill, Weights, decibels, fit_simulator
+from dpcache.simulator import Weights, decibels, fit_simulator
 from eval.files import write_text
 
 CALLS = {
@@ -98,8 +98,7 @@ def main():
         weights = {name: Weights(predictor, T) for name, predictor in predictors.items()}
         for budget in args.budgets:
             plans = random_plans(args.plans, budget)
-            fill = Fill.join([table.fill(plans) for table in weights.values()])
-            predicted = decibels(simulator.errors(fill))
+            predicted = np.concatenate([decibels(simulator.errors(table.fill(plans))) for table in weights.values()])
             measured = decibels(np.array([real(n, predictors[n], plan) for n in weights for plan in plans]))
             off = predicted - measured
             print(

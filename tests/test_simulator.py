@@ -20,7 +20,7 @@ from dpcache.recorded import Answers, Probe, Recorded, at_times, random_probes, 
 from dpcache.sampler import sample
 from dpcache.schedules import EvenlySpaced, Schedule
 from dpcache.simulated import SimulatedPlan, SimulatedRuns, make_method, simulator_of, successive_halving
-from dpcache.simulator import Fill, Simulator, Weights, decibels, fit_growth, fit_mixing, fit_response
+from dpcache.simulator import Simulator, Weights, decibels, fit_growth, fit_mixing, fit_response
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 LINEAR = {
@@ -245,12 +245,16 @@ def test_a_plan_that_computes_every_step_has_no_error():
 def test_a_batch_of_plans_gives_what_they_give_one_by_one(seed):
     toy, random = ToyRun("UniPC, flow", rates(12)), np.random.default_rng(seed)
     simulator = Simulator(toy.recorded(), toy.rates)
-    parts = []
+    plans = [[0, *sorted(1 + random.permutation(11)[: random.integers(1, 8)])] for _ in range(5)]  # some shorter
     for predictor in (Taylor(2), AdamsBashforth(4), toy.recorded().least_squares(2, True)):
-        plans = [[0, *sorted(1 + random.permutation(11)[: random.integers(1, 8)])] for _ in range(5)]
-        parts += [Weights(predictor, 12).fill([plan]) for plan in plans]
-    together = simulator.errors(Fill.join(parts))
-    np.testing.assert_allclose(together, np.concatenate([simulator.errors(part) for part in parts]), rtol=1e-6)
+        together = simulator.errors(Weights(predictor, 12).fill(plans))
+        alone = [simulator.errors(Weights(predictor, 12).fill([plan])) for plan in plans]
+        np.testing.assert_allclose(together, np.concatenate(alone), rtol=1e-6)
+    together, fill = simulator.closed_loop(plans, 3, True)
+    for number, plan in enumerate(plans):
+        alone, own = simulator.closed_loop([plan], 3, True)
+        np.testing.assert_allclose(together[number], alone[0], rtol=1e-3, atol=1e-6)
+        assert fill.table(number).keys() == own.table(0).keys() == set(range(12)) - set(plan)
 
 
 def test_weights_are_those_of_the_predictor():
@@ -261,7 +265,8 @@ def test_weights_are_those_of_the_predictor():
             expected = np.zeros(9)
             weights = predictor.weights(keys, step)
             expected[keys[len(keys) - len(weights) :]] = weights
-            found = np.bincount(fill.sources[0, step].clip(0), fill.weights[0, step], minlength=9)
+            found = np.zeros(9)
+            found[fill.keys(0, step)] = fill.table(0)[step]
             np.testing.assert_allclose(found, expected, atol=1e-12)
 
 

@@ -31,12 +31,13 @@ def search_plans(
     known: dict[Plan, float] = {}
     mesh = max(steps // 50, 1)
 
-    def best(plans: Iterable[Plan]) -> Plan:
+    def ranked(plans: Iterable[Plan]) -> list[Plan]:
+        """The best one first."""
         plans = list(dict.fromkeys(plans))
         new = [plan for plan in plans if plan not in known]
         if new:
             known.update(zip(new, score(new).tolist()))
-        return max(plans, key=known.__getitem__)
+        return sorted(plans, key=known.__getitem__, reverse=True)
 
     def anywhere(plan: Plan) -> list[Plan]:
         places = [(step,) for step in range(mesh, steps, mesh)]
@@ -55,10 +56,8 @@ def search_plans(
         """Moves of the first kind as long as they help, then one of the next kind, and so on."""
         while True:
             for moves in kinds:
-                alone = moves(plan)
-                best([plan, *alone])
-                better = sorted((move for move in alone if known[move] > known[plan]), key=known.get, reverse=True)
-                moved = best([plan, *_together(plan, better)])
+                better = [move for move in ranked([plan, *moves(plan)]) if known[move] > known[plan]]
+                moved = ranked([plan, *_together(plan, better)])[0]
                 if moved != plan:
                     break
             else:

@@ -43,7 +43,10 @@ class Measure:
 
     def value(self, decibels: float) -> float:
         """What has so many decibels."""
-        return decibels if self.best is None else float(self.best + (1 - 2 * self.best) * 10 ** (-decibels / 20))
+        if self.best is None:
+            return decibels
+        distance = float(10 ** (-decibels / 20))
+        return distance if self.best == 0 else self.best - distance
 
     def text(self, value: float) -> str:
         """For readers."""
@@ -137,7 +140,7 @@ def find_budget(
     wanted, T = measure.decibels(quality), calibration.num_inference_steps
     widest = make(T)
     if isinstance(widest, Method) and isinstance(widest.schedule, OnlineSchedule):
-        raise SettingError("this method's threshold is given: a search for a quality has nothing to vary")
+        raise SettingError(f"quality={quality}: this method's threshold is given, which leaves nothing to search for")
     calibration.measure(pipe, widest.statistics or ())
     reference, _ = _images(pipe, Method(EvenlySpaced(T, T), "output", Reuse()), calibration)
 
@@ -150,7 +153,7 @@ def find_budget(
 
     knob = make((T + 1) // 2).knob(calibration) if hasattr(widest, "knob") else None
     if knob is not None:
-        return _by_setting(confirm, knob, wanted, measure)
+        return _by_setting(confirm, knob, quality, measure)
     methods, tried = {}, {}
 
     @cache
@@ -185,7 +188,7 @@ def find_budget(
         low, high = (low, budget) if reaches(budget) else (budget, high)
     if high > T:
         best = measure.text(measure.value(tried[T]))
-        raise SettingError(f"{measure.text(quality)} is not reached: with all {T} steps this method is at {best}")
+        raise SettingError(f"quality={quality} is not reached: with all {T} steps this method is at {best}")
     predicted = {}
     if simulated:
         shown = np.unique(np.geomspace(1, T, 12).round().astype(int)).tolist()
@@ -206,11 +209,11 @@ def _smallest(enough: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def _by_setting(
-    confirm: Callable[[Runnable], tuple[float, float]], knob: Knob, wanted: float, measure: Measure
+    confirm: Callable[[Runnable], tuple[float, float]], knob: Knob, quality: float, measure: Measure
 ) -> Found:
     """The largest value of the setting that reaches the quality: from the first one on doubled or halved until one does
     and one does not, then their geometric mean, until their computed steps differ by half a step or less."""
-    enough, short, value, known, tried = None, None, knob.first, {}, {}
+    enough, short, value, known, tried, wanted = None, None, knob.first, {}, {}, measure.decibels(quality)
     for _ in range(TRIES):
         value = max(round(value), 1) if knob.whole else value
         if value in known:
@@ -225,8 +228,8 @@ def _by_setting(
             break
         value = (enough * short) ** 0.5
     if enough is None:
-        best, wanted = (measure.text(measure.value(d)) for d in (max(reached for reached, _ in known.values()), wanted))
-        raise SettingError(f"{wanted} is not reached: with {knob.setting}={min(known):.3g} it is {best}")
+        best = measure.text(measure.value(max(reached for reached, _ in known.values())))
+        raise SettingError(f"quality={quality} is not reached: with {knob.setting}={min(known):.3g} it is {best}")
     method, spent = knob.make(enough), known[enough][1]
     method = replace(method, decided={**method.decided, knob.setting: enough, "spent": spent})
     return Found(method, max(round(spent), 1), measure, dict(sorted(tried.items())))

@@ -220,49 +220,42 @@ class _Keys:
 
     Attributes:
         values: (N, h, r), the oldest one first; 0 at the end where there are fewer.
-        products: (h, h, N), of the values among each other. They change with a computed step alone.
+        products: (N, h, h), of the values among each other. They change with a computed step alone.
     """
 
     def __init__(self, plans: int, history: int, width: int):
         self.values, self.count = np.zeros((plans, history, width)), np.zeros(plans, int)
-        self.products = np.zeros((history, history, plans))
+        self.products = np.zeros((plans, history, history))
 
     def add(self, plans: np.ndarray, prediction: np.ndarray) -> None:
         """What these plans have computed, (n, r)."""
         last = self.values.shape[1] - 1
         full = plans[self.count[plans] > last]
         self.values[full, :-1] = self.values[full, 1:]
-        self.products[:-1, :-1, full] = self.products[1:, 1:, full]
+        self.products[full, :-1, :-1] = self.products[full, 1:, 1:]
         place = np.minimum(self.count[plans], last)
         self.values[plans, place] = prediction
-        new = np.einsum("nhr,nr->hn", self.values[plans], prediction)
-        self.products[:, place, plans] = new
-        self.products[place, :, plans] = new.T
+        new = np.einsum("nhr,nr->nh", self.values[plans], prediction)
+        self.products[plans, place] = self.products[plans, :, place] = new
         self.count[plans] += 1
 
     def weights(self, aim: np.ndarray, seen: np.ndarray | None, ridge: float) -> np.ndarray:
-        """Those with which the values, and `seen` where it is given, come nearest to the aim: (h, N) or (h + 1, N).
+        """Those with which the values, and `seen` where it is given, come nearest to the aim: (N, h) or (N, h + 1). As
+        of `dpcache.predictors.ridge_regression`, which is slower, because it also takes values that coincide.
 
         Args:
             aim, seen: (N, r).
-            ridge: in units of the mean squared length of what is predicted from.
+            ridge: above 0, in units of the mean squared length of what is predicted from.
         """
-        h, known = len(self.products), len(self.products) + (seen is not None)
-        system = np.empty((known, known + 1, aim.shape[0]))  # the last column is the right side
-        system[:h, :h] = self.products
-        system[:h, -1] = np.einsum("nhr,nr->hn", self.values, aim)
+        N, h = self.values.shape[:2]
+        known = h + (seen is not None)
+        among, towards = np.empty((N, known, known)), np.empty((N, known, 1))
+        among[:, :h, :h], towards[:, :h, 0] = self.products, np.einsum("nhr,nr->nh", self.values, aim)
         if seen is not None:
-            system[:h, h] = system[h, :h] = np.einsum("nhr,nr->hn", self.values, seen)
-            system[h, h], system[h, -1] = np.einsum("nr,nr->n", seen, seen), np.einsum("nr,nr->n", seen, aim)
-        diagonal = np.arange(known)
-        system[diagonal, diagonal] += ridge * system[diagonal, diagonal].mean(0)
-        for i in range(known):  # elimination, of all plans at once
-            for j in range(i + 1, known):
-                system[j, i + 1 :] -= system[j, i] / system[i, i] * system[i, i + 1 :]
-        found = system[:, -1]
-        for i in reversed(range(known)):
-            found[i] = (found[i] - (system[i, i + 1 : -1] * found[i + 1 :]).sum(0)) / system[i, i]
-        return found
+            among[:, :h, h] = among[:, h, :h] = np.einsum("nhr,nr->nh", self.values, seen)
+            among[:, h, h], towards[:, h, 0] = np.einsum("nr,nr->n", seen, seen), np.einsum("nr,nr->n", seen, aim)
+        noise = ridge * np.trace(among, axis1=1, axis2=2) / known
+        return np.linalg.solve(among + noise[:, None, None] * np.eye(known), towards)[..., 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -380,10 +373,10 @@ class Simulator:
                 seen = None if fill.own is None else x[s] + dx[s]
                 if ridge is not None:
                     found = keys.weights(v[s] - (moved / drive if drive else 0), seen, ridge)
-                    found[:, computed] = 0
-                    fill.weights[:, s] = found[:h].T
+                    found[computed] = 0
+                    fill.weights[:, s] = found[:, :h]
                     if seen is not None:
-                        fill.own[:, s] = found[h]
+                        fill.own[:, s] = found[:, h]
                 q = (fill.weights[:, s, None] @ keys.values)[:, 0]
                 if seen is not None:
                     q += fill.own[:, s, None] * seen

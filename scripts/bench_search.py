@@ -18,7 +18,7 @@ SIZES = ((50, 9), (50, 17), (250, 25))  # T and K
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny_dit", choices=list(CALLS))
     parser.add_argument("--prompts", type=int, default=4)
     args = parser.parse_args()

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import LogLocator
 from PIL import Image
 
 from dpcache.errors import SettingError
@@ -141,8 +142,9 @@ def quality_curve(
         axes.plot(list(predicted), list(predicted.values()), color=COMPUTED, lw=1, label="predicted")
     axes.plot(list(tried), list(tried.values()), "o", color=COMPUTED, markersize=4, label="on the calibration prompts")
     axes.set(xscale="log", xlabel="computed steps", ylabel=of)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.minorticks_off()
     axes.legend()
     axes.spines[["top", "right"]].set_visible(False)
     return save(figure, path)

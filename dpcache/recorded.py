@@ -328,14 +328,19 @@ def _answers(plan: Plan, prompts: Sequence[int], recorded: Recorded, q: np.ndarr
 
 
 def random_probes(number: int, num_inference_steps: int, seed: int = 0) -> list[tuple[Plan, Predictor]]:
-    """Plans of an eighth to four tenths of the steps, one at random in each of as many equal parts, with three
-    predictors in turn: their errors are of several sizes, but not so large that the model answers in another way than
-    it does to those of good plans."""
-    random, T = np.random.default_rng(seed), num_inference_steps
-    probes = []
-    for turn in range(number):
+    """Plans to learn from, with three predictors in turn. Each computes step 0 and one at random in each of some parts:
+
+    - the first half of the plans in equal parts, an eighth to four tenths of the steps: their errors are of several
+      sizes, but not so large that the model answers in another way than it does to those of good plans;
+    - the others in parts of two steps, and a long one. It lies elsewhere in each of these plans, and together they
+      cover the run. So each tells what errors of one stage do to the end.
+    """
+    random, T, windows = np.random.default_rng(seed), num_inference_steps, number // 2
+    parts = []
+    for _ in range(number - windows):
         budget = max(round(T * float(np.exp(random.uniform(np.log(0.125), np.log(0.4))))), 2)
-        edges = np.linspace(1, T, budget).round().astype(int)
-        plan = (0, *(int(random.integers(low, high)) for low, high in pairwise(edges)))
-        probes.append((plan, (Taylor(1), Lagrange(2), AdamsBashforth(2))[turn % 3]))
-    return probes
+        parts.append(np.linspace(1, T, budget).round().astype(int))
+    for low, high in pairwise(np.linspace(1, T, windows + 1).round().astype(int).tolist()):
+        parts.append(sorted({*range(1, low, 2), low, *range(high, T, 2), T}))
+    plans = [(0, *(int(random.integers(low, high)) for low, high in pairwise(edges))) for edges in parts]
+    return [(plan, (Taylor(1), Lagrange(2), AdamsBashforth(2))[turn % 3]) for turn, plan in enumerate(plans)]

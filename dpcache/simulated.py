@@ -34,7 +34,7 @@ class SimulatedRuns(Rerun):
         finer: accelerated runs are to end on those of so many times T steps.
     """
 
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     probes: int = 12
     finer: int = 1
 

@@ -98,7 +98,7 @@ def fit_mixing(
     return np.tensordot(hats / remaining[:, None], found, 1)
 
 
-def fit_growth(probes: Sequence[Probe], simulator: "Simulator", knots: int = 4, smooth: float = 1.0) -> np.ndarray:
+def fit_growth(probes: Sequence[Probe], simulator: "Simulator", knots: int = 6, smooth: float = 1.0) -> np.ndarray:
     """By how much errors grow in ways that are not simulated, (T,), in units of the square of what the sampler alone
     would carry to the end: linear between evenly spaced steps, with the least squares of log(squared final error as
     simulated / as measured) over the probes' runs.
@@ -116,7 +116,7 @@ def fit_growth(probes: Sequence[Probe], simulator: "Simulator", knots: int = 4, 
         real.append(np.maximum(probe.errors, 1e-10) ** 2)
     known, made, real = (np.concatenate(parts) for parts in (known, made, real))
     # Where no run errs, the curve would be free but for these.
-    held = np.concatenate([smooth * np.diff(np.eye(knots), axis=0), 0.05 * np.eye(knots)])
+    held = np.concatenate([smooth * np.diff(np.eye(knots), axis=0), 0.01 * np.eye(knots)])
 
     def misses(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What is to be small, and its derivatives."""

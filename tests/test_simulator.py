@@ -270,6 +270,19 @@ def test_weights_are_those_of_the_predictor():
             np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
+@given(st.integers(1, 14), st.integers(3, 60), st.integers(0, 99))
+def test_probes_are_plans_and_the_long_parts_of_the_second_half_cover_the_run(number, steps, seed):
+    probes = random_probes(number, steps, seed)
+    assert len(probes) == number
+    for plan, _ in probes:
+        assert plan[0] == 0 and list(plan) == sorted(set(plan)) and plan[-1] < steps
+    windows = [plan for plan, _ in probes[number - number // 2 :]]
+    for turn, plan in enumerate(windows):
+        low, high = np.linspace(1, steps, len(windows) + 1).round().astype(int)[turn : turn + 2].tolist()
+        assert sum(low <= step < high for step in plan) == (low < high)
+        assert all({step, step + 1, step + 2} & set(plan) for step in [*range(low - 2), *range(high, steps - 2)])
+
+
 def test_the_response_of_a_linear_model_is_found_from_its_answers():
     toy = ToyRun("DDIM", rates(20))
     recorded = toy.recorded()

@@ -55,7 +55,7 @@ class SimulatedPlan:
 
     Step 0 alone is fixed. The simulator finds the best plan of every predictor. It is too hopeful, as it knows no
     answers that are not proportional to their errors, and most of all about the plans that a search ends with: of many
-    plans these are the ones that it is most wrong about. So plans of four kinds (`search`) are run in turn, of each
+    plans these are the ones that it is most wrong about. So plans of three kinds (`search`) are run in turn, of each
     kind the best ones: all of them on one calibration prompt or more, the better half on further prompts, and so on
     (successive halving). In these runs the weights of "closed" predictors are learnt (`dpcache.closed_loop`), and the
     best plan's from further prompts, as far as the runs last.
@@ -79,7 +79,7 @@ class SimulatedPlan:
     budget: int
     num_inference_steps: int
     predictors: Sequence[str] = PREDICTORS
-    finalists: int = 6
+    finalists: int = 3
     trajectories: float = 5.0
     probes: int = 12
     finer: int = 1
@@ -157,14 +157,14 @@ class SimulatedPlan:
     def search(self, simulator: Simulator) -> list[dict]:
         """Predictors, plans and their promised decibels, in the order in which they are worth a run.
 
-        They are of four kinds: what the search finds; what it finds from the third kind where the simulator knows the
-        response alone, and nothing of `fit_mixing` and `fit_growth`; the exact plan over open-loop costs
-        (`open_loop_plan`), which takes no advantage of what the simulator is wrong about; and even spacing. The best of
-        every kind come first, then the second best, and so on. What promises `HOPELESS` decibels less than the best
-        that was searched comes last.
+        They are of three kinds: what the search finds; what it finds from the third kind where the simulator knows the
+        response alone, and nothing of `fit_mixing` and `fit_growth`; and the exact plan over open-loop costs
+        (`open_loop_plan`), which takes no advantage of what the simulator is wrong about. The best of every kind come
+        first, then the second best, and so on. What promises `HOPELESS` decibels less than the best that was searched
+        comes last.
         """
         recorded, T, kinds = simulator.recorded, self.num_inference_steps, {}
-        simpler, even = Simulator(recorded, simulator.response), tuple(EvenlySpaced(self.budget, T).steps)
+        simpler = Simulator(recorded, simulator.response)
         searched: Plan | None = None
 
         @cache
@@ -183,7 +183,6 @@ class SimulatedPlan:
                 "searched": (promised, searched),
                 "searched by the response alone": search_plans(scorer(simpler, name), T, [exact])[0],
                 "exact": (float(score([exact])[0]), exact),
-                "even": (float(score([even])[0]), even),
             }
             for kind, (promised, plan) in plans.items():
                 trial = {"kind": kind, "predictor": name, "steps": list(plan), "promised": promised}

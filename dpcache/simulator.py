@@ -98,7 +98,7 @@ def fit_mixing(
     return np.tensordot(hats / remaining[:, None], found, 1)
 
 
-def fit_growth(probes: Sequence[Probe], simulator: "Simulator", knots: int = 6, smooth: float = 1.0) -> np.ndarray:
+def fit_growth(probes: Sequence[Probe], simulator: "Simulator", knots: int = 6, smooth: float = 0.3) -> np.ndarray:
     """By how much errors grow in ways that are not simulated, (T,), in units of the square of what the sampler alone
     would carry to the end: linear between evenly spaced steps, with the least squares of log(squared final error as
     simulated / as measured) over the probes' runs.

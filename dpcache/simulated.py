@@ -28,7 +28,7 @@ PREDICTORS = ("closed2", "closed3", "closed4", "closed2x", "closed3x", "closed4x
 @dataclass(frozen=True)
 class SimulatedRuns(Rerun):
     """What the simulator needs: `Simulator.pack`. It takes every prompt once with all steps and `probes` accelerated
-    runs of two prompts each, about five full runs for twelve. Where `finer` is 1, the full-step latents come with it.
+    runs of two prompts each, about eight full runs for twelve. Where `finer` is 1, the full-step latents come with it.
 
     Args:
         finer: accelerated runs are to end on those of so many times T steps.

@@ -13,6 +13,7 @@ order 2, 3 for UniPC of order 2:
     dx_{s+1} = sum_{j<p} carry[s, j] dx_{s-j} + drive[s, j] dm_{s-j}.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,6 +72,10 @@ class LinearSampler:
         return found
 
 
+HANDED_BACK = "old_pred_original_sample"
+"""The argument with which CogVideoX's scheduler is given what its last step has returned beside the latents."""
+
+
 @torch.no_grad()
 def read_sampler(scheduler, calls: Sequence[dict]) -> LinearSampler:
     """Run a copy of `scheduler` on unit vectors: element 0 of the latents starts at 1, element r + 1 is given a
@@ -90,11 +95,15 @@ def read_sampler(scheduler, calls: Sequence[dict]) -> LinearSampler:
     noise = [torch.Generator().manual_seed(0) for _ in range(steps + 3)]
     twin, shape = copy_of_scheduler(scheduler), (steps + 3, 1, 1, 1)
     vars(twin).update(_on_the_cpu(vars(twin)))  # a GPU's would not go with the unit vectors
-    latents, trajectory = inputs[0].reshape(shape), [inputs[0]]
+    latents, trajectory, returned = inputs[0].reshape(shape), [inputs[0]], ()
+    hands_back = HANDED_BACK in inspect.signature(twin.step).parameters
     for prediction, call in zip(inputs[1:], map(_on_the_cpu, calls)):
         if "generator" in call:
             call = call | {"generator": noise}
-        latents = twin.step(model_output=prediction.reshape(shape), sample=latents, **call)[0]
+        if hands_back:
+            call = call | {HANDED_BACK: returned[1] if returned else None, "return_dict": False}
+        returned = twin.step(model_output=prediction.reshape(shape), sample=latents, **call)
+        latents = returned[0]
         trajectory.append(latents.double().flatten())
     trajectory = torch.stack(trajectory).numpy()
     added, linear = trajectory[:, -1:], trajectory[:, :-1] - trajectory[:, -1:]

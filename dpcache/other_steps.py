@@ -42,14 +42,15 @@ def carry(
     them, and accelerated runs besides.
 
     Args:
-        statistics: what the recipe needs: `SimulatedRuns`.
+        statistics: what the recipe needs: `SimulatedRuns`, of site=output alone.
         prompts: how many; with these alone finalists are then run.
 
     Raises SettingError for other statistics, which cannot be carried, and where the calibration was made for another
     model or call than this pipeline's.
     """
     T, call = calibration.num_inference_steps, calibration.made_from["call"]
-    if others := [statistic.name for statistic in statistics if not isinstance(statistic, SimulatedRuns)]:
+    carried = [statistic for statistic in statistics if isinstance(statistic, SimulatedRuns) and not statistic.stack]
+    if others := [statistic.name for statistic in statistics if statistic not in carried]:
         raise SettingError(
             f"num_inference_steps={num_inference_steps}: this calibration was made for {T}, and {', '.join(others)} "
             "cannot be carried to another number of steps: calibrate for it"

@@ -8,10 +8,11 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 from dpcache._diffusers import StepListener, copy_of_scheduler, watching
 from dpcache.errors import SettingError
-from dpcache.linear_sampler import LinearSampler, read_sampler
+from dpcache.linear_sampler import HANDED_BACK, LinearSampler, read_sampler
 from dpcache.method import Method
 from dpcache.predictors import AdamsBashforth, Lagrange, LeastSquares, Predictor, Reuse, Taylor
 from dpcache.sampler import Batch, sample
@@ -197,7 +198,7 @@ class _Recorder(StepListener):
                 f"{type(scheduler).__name__} takes predictions {tuple(prediction.shape)} for latents "
                 f"{tuple(latents.shape)}: the simulator takes one value for each"
             )
-        rest = ("model_output", "sample", "return_dict")
+        rest = ("model_output", "sample", "return_dict", HANDED_BACK)
         self.calls.append({name: value for name, value in arguments.items() if name not in rest})
         self.predictions.append(kept_elements(prediction, self.prompts))
         self.latents.append(kept_elements(latents, self.prompts))
@@ -248,8 +249,8 @@ def record(
     steps, shapes = finer * T, {}
     full = Method(EvenlySpaced(steps, steps), "output", Reuse())
 
-    def observe(branch, step, name, tensor):
-        shapes[name] = tuple(tensor.shape)
+    def observe(branch, step, name, value):
+        shapes[name] = [tensor.shape for tensor in tree_leaves(value)]
 
     for number, (prompts, seeds) in enumerate(batches):
         recorder, m, x, batch = _run(pipe, full, prompts, seeds, call, observe)
@@ -280,7 +281,7 @@ def record(
         np.concatenate(predictions),
         np.concatenate(states),
         sampler,
-        input_fits=shapes["input"] == shapes["output"],
+        input_fits=shapes.get("input") == shapes["output"],
         finer=steps != T,
     )
     answers = [_answers(plan, some, recorded, q, y) for plan, _, some, q, y in probed]

@@ -13,6 +13,7 @@ from dpcache.closed_loop import ClosedLoopFit
 from dpcache.errors import SettingError
 from dpcache.lsq import LEAST_SQUARES, FittedWeights
 from dpcache.method import Method
+from dpcache.output_layers import measure_output_layers
 from dpcache.plan_search import open_loop_plan, search_plans, starting_plans
 from dpcache.predictors import LeastSquares, Predictor, short_names
 from dpcache.recorded import Plan, Recorded, random_probes, record
@@ -32,11 +33,20 @@ class SimulatedRuns(Rerun):
 
     Args:
         finer: accelerated runs are to end on those of so many times T steps.
+        stack: whether site=stack is to be simulated, too. That takes one more run of every prompt, see
+            `dpcache.output_layers`.
+
+    Raises SettingError for `stack` with `finer` above 1.
     """
 
     version: ClassVar[int] = 5
     probes: int = 12
     finer: int = 1
+    stack: bool = False
+
+    def __post_init__(self):
+        if self.stack and self.finer > 1:
+            raise SettingError(f"finer={self.finer}: site=stack is simulated with finer=1")
 
     def measure(self, pipe, calibration):
         T, call = calibration.num_inference_steps, calibration.made_from["call"]
@@ -46,7 +56,11 @@ class SimulatedRuns(Rerun):
         )
         if self.finer == 1:
             calibration.latents = latents
-        return fit_simulator(recorded, answers, ends).pack()
+        simulator = fit_simulator(recorded, answers, ends)
+        if self.stack:
+            layers = measure_output_layers(pipe, recorded, calibration.batches(), calibration.count, **call)
+            simulator = replace(simulator, layers=layers)
+        return simulator.pack()
 
 
 @dataclass(frozen=True)
@@ -254,12 +268,13 @@ def make_method(simulator: Simulator, name: str, steps: Sequence[int]) -> Method
     return Method(Schedule(list(steps), simulator.recorded.steps), "output", predictor)
 
 
-def simulator_of(calibration: Calibration, probes: int = 12, finer: int = 1) -> Simulator:
+def simulator_of(calibration: Calibration, probes: int = 12, finer: int = 1, stack: bool = False) -> Simulator:
     """The simulator that a calibration holds. Raises SettingError if it has none that was made with these settings."""
-    return Simulator.unpack(calibration[SimulatedRuns(probes, finer)])
+    return Simulator.unpack(calibration[SimulatedRuns(probes, finer, stack)])
 
 
 def predict_error(calibration: Calibration, method: Method) -> float:
     """`Simulator.predict_error` of the simulator that a calibration holds: to be had by
-    `dpcache.calibrate(pipe, prompts, T, statistics=(SimulatedRuns(),))`."""
-    return simulator_of(calibration).predict_error(method)
+    `dpcache.calibrate(pipe, prompts, T, statistics=(SimulatedRuns(),))`, for methods at site=stack by
+    `SimulatedRuns(stack=True)`."""
+    return simulator_of(calibration, stack=method.site.name == "stack").predict_error(method)

@@ -35,9 +35,12 @@ where e_s is by what step s was predicted wrong, against the model's own answer 
 response[T, s] how far the sampler alone would carry it, and growth a curve that is fitted to the final errors of the
 accelerated runs (`fit_growth`).
 
-What is left out: answers that do not grow in proportion to their errors. And only predictions are simulated
-(site=output): at site=stack a skipped step still runs the output layers, which change with time, and plans rank
-otherwise.
+What is left out: answers that do not grow in proportion to their errors.
+
+At site=stack a skipped step still runs the output layers, which change with time. What they make of features of other
+steps is measured (`output_layers`), and an answer counts there as at its own step:
+
+    skipped step    q_s = b_s + sum_a u_a (f_s(h_a) - b_s + q_a - m_a)
 """
 
 import math
@@ -51,6 +54,7 @@ from dpcache.errors import SettingError
 from dpcache.gram import weight_tables
 from dpcache.linear_sampler import LinearSampler
 from dpcache.method import Method
+from dpcache.output_layers import OutputLayers, normed
 from dpcache.predictors import Predictor
 from dpcache.recorded import Answers, Probe, Recorded
 from dpcache.schedules import OnlineSchedule
@@ -227,8 +231,8 @@ class _Keys:
         self.values, self.count = np.zeros((plans, history, width)), np.zeros(plans, int)
         self.products = np.zeros((plans, history, history))
 
-    def add(self, plans: np.ndarray, prediction: np.ndarray) -> None:
-        """What these plans have computed, (n, r)."""
+    def add(self, plans: np.ndarray, step: int, prediction: np.ndarray) -> None:
+        """What these plans have computed at a step, (n, r)."""
         last = self.values.shape[1] - 1
         full = plans[self.count[plans] > last]
         self.values[full, :-1] = self.values[full, 1:]
@@ -238,6 +242,10 @@ class _Keys:
         new = np.einsum("nhr,nr->nh", self.values[plans], prediction)
         self.products[plans, place] = self.products[plans, :, place] = new
         self.count[plans] += 1
+
+    def predict(self, step: int, weights: np.ndarray) -> np.ndarray:
+        """What skipped steps are filled in with, (N, r), with weights (N, h)."""
+        return (weights[:, None] @ self.values)[:, 0]
 
     def weights(self, aim: np.ndarray, seen: np.ndarray | None, ridge: float) -> np.ndarray:
         """Those with which the values, and `seen` where it is given, come nearest to the aim: (N, h) or (N, h + 1). As
@@ -258,6 +266,37 @@ class _Keys:
         return np.linalg.solve(among + noise[:, None, None] * np.eye(known), towards)[..., 0]
 
 
+class _Features:
+    """The last h features that each of N plans has computed: of which steps, (N, h), the oldest one first, and how far
+    the predictions from them were off, (N, h, r).
+
+    Args:
+        own: (T, r), the predictions of the recorded runs.
+        layers: what other steps' output layers make of the features.
+    """
+
+    def __init__(self, plans: int, history: int, own: np.ndarray, layers: OutputLayers):
+        self.own, self.layers = own, layers
+        self.steps, self.count = np.zeros((plans, history), int), np.zeros(plans, int)
+        self.errors = np.zeros((plans, history, own.shape[1]))
+
+    def add(self, plans: np.ndarray, step: int, prediction: np.ndarray) -> None:
+        """What these plans have computed at a step, (n, r)."""
+        last = self.steps.shape[1] - 1
+        full = plans[self.count[plans] > last]
+        for kept in (self.steps, self.errors):
+            kept[full, :-1] = kept[full, 1:]
+        place = np.minimum(self.count[plans], last)
+        self.steps[plans, place], self.errors[plans, place] = step, prediction - self.own[step]
+        self.count[plans] += 1
+
+    def predict(self, step: int, weights: np.ndarray) -> np.ndarray:
+        """What the output layers make of weighted features (N, h) at a skipped step, (N, r)."""
+        shares = normed(self.layers.lengths, weights, self.steps)
+        made = self.layers.at(step)[self.steps] + self.errors
+        return self.layers.empty[step] + (shares[:, None] @ made)[:, 0]
+
+
 @dataclass(frozen=True, eq=False)
 class Simulator:
     """Accelerated runs of the recorded prompts, simulated.
@@ -267,27 +306,32 @@ class Simulator:
         response: (T,), lambda.
         mixing: (T, r, r), what else an answer holds, see `fit_mixing`; None: nothing.
         growth: (T,), what else the errors of skipped steps do to the end, see `fit_growth`; None: nothing.
+        layers: the model's output layers, for site=stack; None: only site=output is simulated.
     """
 
     recorded: Recorded
     response: np.ndarray
     mixing: np.ndarray | None = None
     growth: np.ndarray | None = None
+    layers: OutputLayers | None = None
 
     def predict_error(self, method: Method) -> float:
         """The relative error that `method` will leave in the final latents, |x - full-step x| / |full-step x|: the
         geometric mean over the recorded prompts, so that its decibels are the mean of theirs.
 
-        Raises SettingError for a method whose steps are not fixed, or that keeps something else than the prediction.
+        Raises SettingError for a method whose steps are not fixed, or that keeps something else than the prediction or
+        the last block's output.
         """
         T = self.recorded.steps
         if isinstance(method.schedule, OnlineSchedule):
             raise SettingError(f"{type(method.schedule).__name__} decides online: the simulator takes fixed steps")
         if method.num_inference_steps != T:
             raise SettingError(f"num_inference_steps={method.num_inference_steps}: the simulator was made for {T}")
-        if method.site.name != "output":
-            raise SettingError(f"site={method.site.name}: the simulator takes site=output")
-        errors = self.errors(Fill.of(method))
+        at_stack = method.site.name == "stack"
+        if method.site.name != "output" and not (at_stack and self.layers is not None):
+            sites = "output" if self.layers is None else "output or stack"
+            raise SettingError(f"site={method.site.name}: this simulator takes site={sites}")
+        errors = self.errors(Fill.of(method), at_stack=at_stack)
         return float(10 ** (-decibels(errors)[0] / 20))
 
     def pack(self) -> np.ndarray:
@@ -299,7 +343,8 @@ class Simulator:
         growth = np.zeros(T) if self.growth is None else self.growth
         parts = [known.predictions, known.states, known.directions, self.response, mixing, growth]
         parts += [sampler.response, sampler.start, sampler.carry, sampler.drive]
-        return np.concatenate([head, *(part.ravel() for part in parts)])
+        layers = [] if self.layers is None else [self.layers.pack()]
+        return np.concatenate([head, *(part.ravel() for part in parts), *layers])
 
     @classmethod
     def unpack(cls, packed: np.ndarray) -> "Simulator":
@@ -307,21 +352,26 @@ class Simulator:
         T, P, E, r, mixed, memory, noisy, fits, finer = packed[:9].astype(int)
         shapes = [(P, T, E), (P, T + 1, E), (2 * T + 1, r), (T,), (T, mixed, mixed), (T,)]
         shapes += [(T + 1, T), (T + 1,), (T, memory), (T, memory)]
-        ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-        parts = [part.reshape(shape) for part, shape in zip(np.split(packed[9:], ends), shapes)]
+        *each, layers = np.split(packed[9:], np.cumsum([math.prod(shape) for shape in shapes]))
+        parts = [part.reshape(shape) for part, shape in zip(each, shapes)]
         paths = (part.astype(np.float32) for part in parts[:2])
         recorded = Recorded(*paths, LinearSampler(*parts[6:], bool(noisy)), bool(fits), bool(finer))
         vars(recorded)["directions"] = parts[2]  # another machine might find them with other signs
-        return cls(recorded, parts[3], parts[4] if mixed else None, parts[5])
+        layers = OutputLayers.unpack(layers) if len(layers) else None
+        return cls(recorded, parts[3], parts[4] if mixed else None, parts[5], layers)
 
     @cached_property
     def _space(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Coordinates of m_0 .. m_{T-1}, of v_0 .. v_{T-1} and of x_0 .. x_T, (T, r) and (T+1, r), and every prompt's
-        Gram matrix of the r axes, whose mean over prompts is the identity."""
+        Gram matrix of the r axes, whose mean over prompts is the identity. The last of these are `directions`."""
         each, dual, T = self.recorded.gram, self.recorded.directions, self.recorded.steps
         m, x = np.split(each.mean(0) @ dual, [T])
         v = self.recorded.sampler.predictions_between(x, m) if self.recorded.finer else m
-        return m, v, x, dual.T @ each @ dual
+        if self.layers is None:
+            return m, v, x, dual.T @ each @ dual
+        metrics = self.layers.metrics
+        m, v, x = (np.pad(part, ((0, 0), (metrics.shape[1] - part.shape[1], 0))) for part in (m, v, x))
+        return m, v, x, metrics
 
     @property
     def moved(self) -> np.ndarray:
@@ -329,9 +379,10 @@ class Simulator:
         carried = self.recorded.sampler.response[-1] ** 2
         return carried if self.growth is None else carried * (1 + self.growth)
 
-    def errors(self, fill: Fill, ridge: float | None = None) -> np.ndarray:
-        """Relative errors of the final latents, (N, P). With a ridge the weights are found, and written into `fill`."""
-        squares, made = self.run(fill, ridge, follow=self.growth is not None)
+    def errors(self, fill: Fill, ridge: float | None = None, at_stack: bool = False) -> np.ndarray:
+        """Relative errors of the final latents, (N, P). With a ridge the weights are found, and written into `fill`.
+        `at_stack`: see `run`."""
+        squares, made = self.run(fill, ridge, self.growth is not None, at_stack)
         if self.growth is not None:
             squares += (made @ self.growth)[:, None]
         return np.sqrt(np.maximum(squares, 1e-20))
@@ -353,16 +404,19 @@ class Simulator:
         fill = Fill.unweighted(plans, history, sees_input, self.recorded.steps)
         return self.errors(fill, ridge), fill
 
-    def run(self, fill: Fill, ridge: float | None = None, follow: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
+    def run(
+        self, fill: Fill, ridge: float | None = None, follow: bool = True, at_stack: bool = False
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """|dx_T|^2, (N, P), and response[T, s]^2 |e_s|^2 of the skipped steps, (N, T), the mean over prompts.
 
         Args:
             ridge: given, the weights are found, and written into `fill`.
             follow: whether the second is wanted, which takes the model's answers at skipped steps; else it is None.
+            at_stack: whether features are weighed, which takes `layers`, given weights, and no weight of the input.
         """
         sampler, (m, v, x, metrics) = self.recorded.sampler, self._space
         T, (N, _, h), r = self.recorded.steps, fill.weights.shape, v.shape[1]
-        keys, memory = _Keys(N, h, r), sampler.drive.shape[1]
+        keys, memory = _Features(N, h, m, self.layers) if at_stack else _Keys(N, h, r), sampler.drive.shape[1]
         dv, dx, made = [], [np.zeros((N, r))], np.zeros((N, T)) if follow else None
         for s in range(T):
             moved, drive, computed = sampler.carried(s, dx, dv), sampler.drive[s, 0], fill.computed[:, s]
@@ -377,7 +431,7 @@ class Simulator:
                     fill.weights[:, s] = found[:, :h]
                     if seen is not None:
                         fill.own[:, s] = found[:, h]
-                q = (fill.weights[:, s, None] @ keys.values)[:, 0]
+                q = keys.predict(s, fill.weights[:, s])
                 if seen is not None:
                     q += fill.own[:, s, None] * seen
                 if follow:
@@ -387,7 +441,7 @@ class Simulator:
                     q[which] = answers[which]
                 else:
                     q[which] = self._answers(s, dx[s][which])
-            keys.add(which, q[which])
+            keys.add(which, s, q[which])
             dv.append(q - v[s])
             dx.append(moved + drive * dv[s])
             if s >= memory:

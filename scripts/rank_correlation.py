@@ -1,14 +1,17 @@
 """Does the simulator know which plan is better? ``python -m scripts.rank_correlation``
 
-Random plans are simulated and run for real at site=output, on prompts that the simulator has not seen. Per model and
-budget the table has Spearman's rank correlation of the predicted and the real error of the final latents, the root mean
-square of their difference in dB, and its mean (positive: the simulator is too hopeful), over all plans and predictors.
+Random plans are simulated and run for real at two sites, on prompts that the simulator has not seen. Per model, site
+and budget the table has Spearman's rank correlation of the predicted and the real error of the final latents, the root
+mean square of their difference in dB, and its mean (positive: the simulator is too hopeful), over all plans and
+predictors.
 
 Real runs are kept in a file, so that nothing is run twice.
 """
 
 import argparse
 import json
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,8 @@ import torch
 
 from dpcache.method import Method
 from dpcache.models.pretrained import load
-from dpcache.predictors import AdamsBashforth, Lagrange, Taylor
+from dpcache.output_layers import measure_output_layers
+from dpcache.predictors import AdamsBashforth, Lagrange, LeastSquares, Taylor
 from dpcache.recorded import random_probes, record
 from dpcache.sampler import generate, sample
 from dpcache.schedules import Schedule
@@ -41,12 +45,12 @@ class RealRuns:
         self.known = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.reference = None
 
-    def __call__(self, name: str, predictor, plan: list[int]) -> list[float]:
-        key = f"{name} {plan}"
+    def __call__(self, site: str, name: str, predictor, plan: list[int]) -> list[float]:
+        key = f"{site} {name} {plan}"
         if key not in self.known:
             if self.reference is None:
                 self.reference = self.flat(generate(self.pipe, self.prompts, self.which, T, decode=False, **self.call))
-            method = Method(Schedule(plan, T), "output", predictor)
+            method = Method(Schedule(plan, T), site, predictor)
             moved = self.flat(sample(self.pipe, method, self.prompts, self.which, decode=False, **self.call))
             errors = (moved - self.reference).norm(dim=1) / self.reference.norm(dim=1)
             self.known[key] = errors.tolist()
@@ -77,6 +81,7 @@ def spearman(one: np.ndarray, two: np.ndarray) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(CALLS), choices=list(CALLS))
+    parser.add_argument("--sites", nargs="+", default=["output", "stack"], choices=["output", "stack"])
     parser.add_argument("--budgets", nargs="+", type=int, default=[5, 7, 9, 13, 17])
     parser.add_argument("--plans", type=int, default=24, help="random plans per budget, each with four predictors")
     parser.add_argument("--prompts", type=int, default=4, help="unseen prompts that each plan is run on")
@@ -85,7 +90,7 @@ def main():
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
 
-    print("| model | K | real dB | Spearman | rms dB | mean dB |\n|---|---|---|---|---|---|")
+    print("| model | site | K | real dB | Spearman | rms dB | mean dB |\n|---|---|---|---|---|---|---|")
     for model in args.models:
         pipe = load(model, "float32", "cpu")
         pipe.set_progress_bar_config(disable=True)
@@ -93,16 +98,20 @@ def main():
         batches = [([lines(model)[i] for i in CALIBRATION], CALIBRATION)]
         recorded, answers, ends, _ = record(pipe, batches, T, random_probes(args.probes, T), **CALLS[model])
         simulator = fit_simulator(recorded, answers, ends)
-        predictors = {"taylor1": Taylor(1), "lagrange2": Lagrange(2), "ab2": AdamsBashforth(2)}
-        predictors["lsq3"] = recorded.least_squares(3)
-        weights = {name: Weights(predictor, T) for name, predictor in predictors.items()}
-        for budget in args.budgets:
+        if "stack" in args.sites:
+            simulator = replace(simulator, layers=measure_output_layers(pipe, recorded, batches, **CALLS[model]))
+        for site, budget in product(args.sites, args.budgets):
+            predictors = {"taylor1": Taylor(1), "lagrange2": Lagrange(2), "ab2": AdamsBashforth(2)}
+            at_stack = site == "stack"
+            predictors["lsq3"] = LeastSquares(simulator.layers.lengths, 3) if at_stack else recorded.least_squares(3)
             plans = random_plans(args.plans, budget)
-            predicted = np.concatenate([decibels(simulator.errors(table.fill(plans))) for table in weights.values()])
-            measured = decibels(np.array([real(n, predictors[n], plan) for n in weights for plan in plans]))
+            filled = [Weights(predictor, T).fill(plans) for predictor in predictors.values()]
+            predicted = np.concatenate([decibels(simulator.errors(fill, at_stack=at_stack)) for fill in filled])
+            pairs = product(predictors.items(), plans)
+            measured = decibels(np.array([real(site, *named, plan) for named, plan in pairs]))
             off = predicted - measured
             print(
-                f"| {model} | {budget} | {measured.min():.0f} to {measured.max():.0f} | "
+                f"| {model} | {site} | {budget} | {measured.min():.0f} to {measured.max():.0f} | "
                 f"{spearman(predicted, measured):.3f} | {np.sqrt((off**2).mean()):.2f} | {off.mean():+.2f} |",
                 flush=True,
             )

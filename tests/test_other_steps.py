@@ -50,6 +50,8 @@ def test_a_method_is_planned_on_a_carried_calibration(calibration, pipe):
 def test_what_cannot_be_carried_is_refused(calibration, pipe):
     with pytest.raises(dpcache.SettingError, match=r"made for 20, and Gram\.1 site=output cannot be carried"):
         carry(pipe, calibration, 10, (Gram("output"),))
+    with pytest.raises(dpcache.SettingError, match="stack=True cannot be carried"):
+        carry(pipe, calibration, 10, (SimulatedRuns(4, stack=True),))
     other = dpcache.calibrate(pipe, PROMPTS[:1], 20, (), **CALL)
     with pytest.raises(dpcache.SettingError, match="does not hold SimulatedRuns"):
         carry(pipe, other, 10, (RUNS,))

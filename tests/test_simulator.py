@@ -1,6 +1,5 @@
 """The simulator against real runs of models that answer errors linearly, and schedulers against their own steps."""
 
-import inspect
 from dataclasses import replace
 from itertools import combinations
 
@@ -16,40 +15,20 @@ from dpcache.linear_sampler import read_sampler, unroll
 from dpcache.method import Method
 from dpcache.plan_search import search_plans
 from dpcache.predictors import AdamsBashforth, Chebyshev, FoCa, Hermite, Lagrange, Reuse, Taylor, Zeus
-from dpcache.recorded import Answers, Probe, Recorded, at_times, random_probes, record
+from dpcache.recorded import Answers, Probe, at_times, random_probes, record
 from dpcache.sampler import sample
 from dpcache.schedules import EvenlySpaced, Schedule
 from dpcache.simulated import SimulatedPlan, SimulatedRuns, make_method, simulator_of, successive_halving
 from dpcache.simulator import Simulator, Weights, decibels, fit_growth, fit_mixing, fit_response
+from helpers.cases import case
+from helpers.toy_runs import LINEAR, ToyRun, rates, ready
 
-FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
-LINEAR = {
-    "Euler, flow": (diffusers.FlowMatchEulerDiscreteScheduler, {"shift": 3.0}, 1),
-    "DDIM": (diffusers.DDIMScheduler, {"clip_sample": False}, 1),
-    "DDIM, velocity": (diffusers.DDIMScheduler, {"clip_sample": False, "prediction_type": "v_prediction"}, 1),
-    "DDPM": (diffusers.DDPMScheduler, {"clip_sample": False}, 1),
-    "DPM-Solver++ 2": (diffusers.DPMSolverMultistepScheduler, {}, 2),
-    "DPM-Solver++ 3": (diffusers.DPMSolverMultistepScheduler, {"solver_order": 3}, 3),
-    "DPM-Solver++, flow": (diffusers.DPMSolverMultistepScheduler, FLOW, 2),
-    "SDE-DPM-Solver++": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, 2),
-    "UniPC 2": (diffusers.UniPCMultistepScheduler, {}, 3),
-    "UniPC 3": (diffusers.UniPCMultistepScheduler, {"solver_order": 3}, 4),
-    "UniPC, flow": (diffusers.UniPCMultistepScheduler, FLOW, 3),
-}
 NOT_LINEAR = [
     (diffusers.DDIMScheduler, {"clip_sample": True}),
     (diffusers.DDPMScheduler, {"thresholding": True, "clip_sample": False}),
 ]
 PREDICTORS = [Reuse(), Taylor(1), Taylor(2), Taylor(2, since=2), Hermite(2), Lagrange(2), Lagrange(3)]
 PREDICTORS += [AdamsBashforth(2), AdamsBashforth(3), FoCa(), Zeus()]
-
-
-def ready(kind, config, steps):
-    """A scheduler with its timesteps set, and the arguments of its steps beside prediction and latents."""
-    scheduler = kind(**config)
-    scheduler.set_timesteps(steps)
-    noisy = "generator" in inspect.signature(scheduler.step).parameters
-    return scheduler, [{"timestep": time} | ({"generator": None} if noisy else {}) for time in scheduler.timesteps]
 
 
 def sampled(scheduler, calls, start, predictions):
@@ -114,51 +93,6 @@ def test_reading_a_scheduler_leaves_it_as_it_was():
     read_sampler(scheduler, calls)
     assert scheduler.step_index is None and scheduler.last_sample is None
     assert "step" not in vars(scheduler)
-
-
-class ToyRun:
-    """A real sampling loop of a toy model with a real scheduler, with a plan or (None) with every step computed.
-
-    The model is v = rate(s) x + a vector that changes from step to step, so it answers every error of x with rate(s)
-    times the error.
-    """
-
-    def __init__(self, name, rates, seed=0, size=40):
-        kind, config, _ = LINEAR[name]
-        self.make = lambda: ready(kind, config, len(rates))
-        self.rates = rates
-        random = torch.Generator().manual_seed(seed)
-        self.own = torch.randn(len(rates), size, generator=random, dtype=torch.float64).cumsum(0) / 4
-        self.start = torch.randn(1, size, generator=random, dtype=torch.float64)
-        self.sampler = read_sampler(*self.make())
-
-    def __call__(self, plan=None, predictor=None):
-        """Predictions (T, size) and latents (T+1, size)."""
-        scheduler, calls = self.make()
-        x, used, latents = self.start, [], [self.start]
-        for s, call in enumerate(calls):
-            if plan is None or s in plan:
-                used.append(self.rates[s] * x + self.own[s])
-            else:
-                keys = [key for key in plan if key < s]
-                weights = list(predictor.weights(keys, s))
-                seen = weights.pop() * x if predictor.sees_input else 0
-                used.append(seen + sum(w * used[k] for w, k in zip(weights, keys[-len(weights) :])))
-            x = scheduler.step(used[-1], sample=x, return_dict=False, **call)[0]
-            latents.append(x)
-        return torch.cat(used).numpy(), torch.cat(latents).numpy()
-
-    def recorded(self):
-        v, x = self()
-        return Recorded(v[None], x[None], self.sampler)
-
-    def error(self, plan, predictor):
-        truth, moved = self()[1][-1], self(plan, predictor)[1][-1]
-        return np.linalg.norm(moved - truth) / np.linalg.norm(truth)
-
-
-def rates(steps):
-    return np.linspace(0.9, 0.1, steps)
 
 
 @pytest.mark.parametrize("name", ["Euler, flow", "DDIM", "DPM-Solver++, flow", "UniPC, flow"])
@@ -400,6 +334,18 @@ def test_recorded_runs_of_a_pipeline_foretell_an_accelerated_run(pipe):
     method = Method(Schedule([0, 3, 6, 8], 10), "output", Taylor(1))
     real = np.exp(np.log(real_errors(pipe, method, recorded)).mean())
     assert simulator.predict_error(method) == pytest.approx(real, rel=0.15)
+
+
+# Of models that return several tensors, one for each sample in a list, and of a scheduler that is handed back what it
+# has returned beside the latents.
+@pytest.mark.parametrize("family", ["ltx2", "z_image", "cogvideox"])
+def test_unusual_pipelines_are_foretold(family):
+    calibration = case(family).calibration((SimulatedRuns(),))
+    simulator = simulator_of(calibration)
+    for plan, predictor in [([0, 1, 2, 4, 6, 7], Reuse()), ([0, 2, 4, 5, 6], Taylor(1))]:
+        method = Method(Schedule(plan, 8), "output", predictor)
+        real = decibels(simulator.recorded.errors(calibration.rerun(case(family).pipe, method)[0]))
+        assert simulator.predict_error(method) == pytest.approx(10 ** (-real / 20), rel=0.15)
 
 
 def test_a_calibration_foretells_errors_once_it_holds_a_simulator(pipe):

@@ -58,14 +58,14 @@ class ThinnedAttention(Site):
             attention = getattr(block, known.attention, None)
             if attention is None:
                 raise SettingError(f"site={self.name} does not know the self-attention of a {known.kind}")
-            pairs.append((attention, ThinHook(session, index, patches(config), known.text_first)))
+            pairs.append((attention, ThinHook(session, index, config, known.text_first)))
         return pairs
 
 
 def patches(config: Mapping) -> tuple[int, int, int]:
     """Frames, rows and columns of the latents that make a token."""
     size = config.get("patch_size", 1)
-    return (config.get("patch_size_t", 1), size, size) if isinstance(size, int) else tuple(size)
+    return (config.get("patch_size_t") or 1, size, size) if isinstance(size, int) else tuple(size)
 
 
 def split(grid: tuple[int, int, int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,13 +157,14 @@ class ThinHook(SessionHook):
 
     Args:
         index: of its block.
-        patch: see `patches`.
+        config: the model's.
         text_first: whether the text's tokens come before the video's; where there are any.
     """
 
-    def __init__(self, session, index: int, patch: tuple[int, int, int], text_first: bool):
+    def __init__(self, session, index: int, config: Mapping, text_first: bool):
         super().__init__(session)
-        self.index, self.patch, self.text_first = index, patch, text_first
+        self.index, self.text_first = index, text_first
+        self.patch, self.channels = patches(config), config.get("in_channels")
         self.latest, self.parted = None, ()  # step and grid, and how their tokens are split
 
     @leave_uncompiled
@@ -180,7 +181,8 @@ class ThinHook(SessionHook):
         branch, shape = session.current, session.current.signature[0][0]
         if len(shape) != 5:
             raise SettingError(f"AsymRnR thins the tokens of videos, and this model's input is {shape}")
-        grid = tuple(length // size for length, size in zip(shape[2:], self.patch))
+        frames = shape[2] if shape[1] == self.channels else shape[1]  # CogVideoX has them before the channels
+        grid = tuple(length // size for length, size in zip((frames, *shape[3:]), self.patch))
         count, length = grid[0] * grid[1] * grid[2], query.shape[2]
         if key.shape[2] != length or length < count or is_causal:
             raise SettingError(f"AsymRnR: a self-attention of {length} tokens does not hold the video's {count}")

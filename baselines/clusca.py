@@ -137,8 +137,9 @@ def own_feed_forwards(block: torch.nn.Module) -> list[tuple[str, str]]:
 
 
 def stream_of(feed_forward: str) -> str:
-    """ "text" or "image", which diffusers tells by the feed-forward's name."""
-    return "text" if "context" in feed_forward or "txt" in feed_forward else "image"
+    """ "text" or "image", which diffusers tells by the feed-forward's name (HiDream's are `ff_t` and `ff_i`)."""
+    text = "context" in feed_forward or "txt" in feed_forward or feed_forward.endswith("_t")
+    return "text" if text else "image"
 
 
 class ClusterHook(StreamHook):

@@ -38,6 +38,7 @@ class DBCache(LibraryCache):
     mask: tuple[int, ...] | None = None
     calibrator: str | None = None
     separate_cfg: bool | None = None
+    package = "cache_dit"
     partial = True
 
     def start(self, pipe, transformer):

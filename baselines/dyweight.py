@@ -171,6 +171,12 @@ def weighted(scheduler, weights: torch.Tensor, scales: torch.Tensor, window: int
 class _WeightedSteps:
     """What `weighted` puts before a scheduler's class."""
 
+    def __deepcopy__(self, memo):
+        """As LTX-2 takes one for the sound. Tensors are shared: no step changes one, and a graph has no copy."""
+        twin = memo[id(self)] = copy.copy(self)
+        vars(twin).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name == "step"})
+        return twin
+
     def set_timesteps(self, *args, **kwargs):
         super().set_timesteps(*args, **kwargs)
         count = len(self.weights)

@@ -274,7 +274,7 @@ def gradient(
     wanted = answers(pipe, states[:-1], prompts, seeds, **call)
     leaf = scores.clone().requires_grad_()
     router = routed(scores=leaf)
-    with with_gradients(pipe), router.at_work(), _Compare(pipe.scheduler, router, wanted, proxies).told():
+    with with_gradients(pipe), router.at_work(), _Compare(pipe, router, wanted, proxies).told():
         generate(pipe, prompts, seeds, T, decode=False, **call)
     return leaf.grad
 
@@ -293,8 +293,9 @@ class EndOfSteps(Steps):
 class _Compare(EndOfSteps):
     """Differentiates every step's prediction by itself, and hands it to the scheduler without its graph."""
 
-    def __init__(self, scheduler, router, wanted: torch.Tensor, proxies: torch.Tensor):
-        super().__init__(scheduler, router.end_step)
+    def __init__(self, pipe, router, wanted: torch.Tensor, proxies: torch.Tensor):
+        super().__init__(pipe.scheduler, router.end_step)
+        self.guider = getattr(pipe, "guider", None)
         self.router, self.wanted, self.proxies = router, wanted, proxies
 
     def begin(self, arguments):
@@ -305,3 +306,6 @@ class _Compare(EndOfSteps):
             error = (own - wanted.to(own.device)).square().mean()
             (self.proxies[step].item() * error).backward()
         arguments["model_output"] = prediction.detach()
+        for part in () if self.guider is None else (self.guider, *vars(self.guider).values()):
+            kept = getattr(part, "__dict__", {})  # HunyuanImage's adds a mean over the steps before
+            kept.update({name: _apart(value) for name, value in kept.items() if torch.is_tensor(value)})

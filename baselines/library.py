@@ -1,9 +1,11 @@
 """Caches that libraries bring along: switched on and off, and watched, as a `dpcache.method.Runnable`."""
 
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
@@ -30,12 +32,14 @@ class LibraryCache(ABC):
         decided, made_for: see `dpcache.method.Runnable`.
 
     Attributes:
+        package: the library's package, where that is not diffusers.
         partial: whether it also skips parts of steps: the budget is then spent in full-step equivalents, by FLOPs.
     """
 
     num_inference_steps: int
     decided: Mapping[str, object] = field(default_factory=dict, kw_only=True)
     made_for: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    package: ClassVar[str] = ""
     partial: ClassVar[bool] = False
     statistics: ClassVar[None] = None
     example: ClassVar[None] = None
@@ -206,6 +210,16 @@ class LibrarySession(Session):
         self.times = scheduler.timesteps.tolist()[skipped:]  # once: on a GPU every look waits for it
         self.sigmas = None if sigmas is None else sigmas.tolist()[skipped:]
 
+    def forwarded(self, forward: Callable, args: tuple, kwargs: dict):
+        """What `forward` returns. Raises SettingError where the library's own code does not run on this model."""
+        try:
+            return forward(*args, **kwargs)
+        except (TypeError, AssertionError) as error:
+            place, package = traceback.extract_tb(error.__traceback__)[-1].filename, self.library.package
+            if not package or package not in Path(place).parts:
+                raise
+            raise SettingError(f"{package} does not run on {self.parts[0]}: {error}") from error
+
     def run(self, branch, forward, args, kwargs):
         """Tells the library where the sampler is, and sees what it computes."""
         if len(self.branches) > 1 and not self.apart:
@@ -220,7 +234,7 @@ class LibrarySession(Session):
             position["sigma"] = self.sigmas[step]
         named = getattr(part.module, "cache_context", None)
         with named(branch.name, **position) if named else nullcontext(), part.watch.call(branch.signature):
-            output = forward(*args, **kwargs)
+            output = self.forwarded(forward, args, kwargs)
         if all(layer is not self.attention for layer, _ in part.watch.ran):
             branch.computed.pop()
             branch.skip = True

@@ -436,7 +436,9 @@ class Simulator:
                     q += fill.own[:, s, None] * seen
                 if follow:
                     answers = self._answers(s, dx[s])
-                    off = q - answers - (v[s] - m[s])
+                    off = q - answers
+                    if self.recorded.finer:
+                        off -= v[s] - m[s]
                     made[:, s] = np.where(computed, 0, np.einsum("nr,nr->n", off, off))
                     q[which] = answers[which]
                 else:

@@ -42,8 +42,11 @@ PARTIAL = ("tokens", "blocks")  # whose skipped steps compute something
 METHODS = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml"))
 REFUSALS = (  # of a method on a family that it is not made for
     "has another shape than its prediction|diffusers offers none of its caches|one cache for all guidance branches|"
-    "for schedulers of the first order|does not take these arguments|another stream than|site=tokens does not know|"
-    "takes features of one tensor|not one of the schedulers that weights are trained for|"
+    "for schedulers of the first order|does not take these arguments|another stream than|"
+    "site=(tokens|modules|clusters|matching) does not know|has two streams to keep|runs twice in one call of the model|"
+    "takes features of one tensor|not one of the schedulers that weights are trained for|and this method is for|"
+    "looks at more than its latest prediction|adds noise, so that runs of more steps end elsewhere|"
+    "SeaCache needs noise levels|has no attention to watch|cache_dit does not run on|"
     "AsymRnR thins the tokens of videos"
 )
 
@@ -265,6 +268,24 @@ def test_a_method_spends_its_budget_gives_the_same_twice_and_leaves_no_trace(ind
         whole = len(report.computed[branch])  # steps; `spent` has the parts of others, too
         assert report.computed[branch][0] == 0 and report.computed_counts[branch] == [whole]
         assert min(abs(spent - budget), abs(whole - budget)) <= 1 or "is out of reach" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_runs_on_a_family_or_says_why_not(family, name):
+    """The whole matrix, which takes half an hour; above, each method meets one family that takes it."""
+    if name.startswith("dbcache"):
+        pytest.importorskip("cache_dit")
+    reference, before = family.reference, snapshot(family.pipe.transformer)
+    try:
+        latents, report = family.run(family.method(name))
+    except dpcache.SettingError as refusal:
+        assert re.search(REFUSALS, str(refusal)) and "\n" not in str(refusal)
+    else:
+        assert latents.isfinite().all() and latents.shape == reference.shape and report.computed
+    finally:
+        assert snapshot(family.pipe.transformer) == before
 
 
 def test_a_scheduler_that_calls_the_model_twice_a_step_is_refused():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import dpcache
 from baselines.bac import Likeness, bac, bubbled, sampled, update_steps
-from baselines.clusca import clusca, draw, k_means, numbers, spread
+from baselines.clusca import clusca, draw, k_means, numbers, spread, stream_of
 from baselines.delta_dit import delta_dit
 from baselines.full import full
 from baselines.smoothcache import LayerErrors, computed, layer_types, smoothcache
@@ -376,6 +376,15 @@ def test_every_cluster_draws_one_of_its_tokens_and_moves_the_others():
 def test_clusca_spends_its_budget(pipe):
     method, _ = check_spending(pipe, clusca(6, T), 6)
     assert method.schedule.steps == EvenlySpaced(method.decided["full"], T, 3).steps
+
+
+def test_a_block_with_two_feed_forwards_at_a_time_has_one_for_the_text():
+    pairs = [
+        [name for _, name in block.feed_forwards]
+        for block in known_blocks().values()
+        if block.part != "single" and len({name for _, name in block.feed_forwards}) > 1
+    ]
+    assert len(pairs) > 5 and all(sorted(map(stream_of, names)) == ["image", "text"] for names in pairs)
 
 
 def test_clusca_refuses_what_it_does_not_know(rollout):

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import math
 import re
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -191,15 +192,16 @@ def run(case, name: str):
     return method, report.computed, {branch: calls[i :: len(branches)] for i, branch in enumerate(branches)}
 
 
-SHALLOW = [
-    pytest.param(name, False, id=name, marks=[] if name in ("FLUX.1-dev", "DiT-XL/2") else pytest.mark.ci)
-    for name in FAMILIES
-]
-DEEP = pytest.param("FLUX.1-dev", True, marks=pytest.mark.slow, id="FLUX.1-dev with all blocks")
+def cells():
+    """Every method with every family; in the normal suite with FLUX.1-dev and DiT-XL/2 in turn."""
+    for name, usual in zip(METHODS, cycle(("FLUX.1-dev", "DiT-XL/2"))):
+        for family in FAMILIES:
+            marks = [] if family == usual else pytest.mark.ci
+            yield pytest.param(name, family, False, marks=marks, id=f"{name}-{family}")
+        yield pytest.param(name, "FLUX.1-dev", True, marks=pytest.mark.slow, id=f"{name}-FLUX.1-dev with all blocks")
 
 
-@pytest.mark.parametrize("family, deep", [*SHALLOW, DEEP])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name, family, deep", cells())
 def test_devices_and_dtypes_agree_and_the_host_waits_at_decisions_alone(name, family, deep):
     if name.startswith("dbcache"):
         pytest.importorskip("cache_dit")

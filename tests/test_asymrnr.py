@@ -9,9 +9,12 @@ from baselines.asymrnr import CHUNK, Redundancy, ThinnedAttention, asymrnr, leas
 from baselines.full import full
 from dpcache.errors import SettingError
 from dpcache.method import Method
+from dpcache.models.family import block_of
 from dpcache.predictors import Reuse
 from dpcache.schedules import Schedule
+from dpcache.sites import transformer_blocks
 from eval import timing
+from helpers.by_hand import distance
 from helpers.cases import K, T, case
 
 
@@ -81,6 +84,20 @@ def test_it_spends_what_pytorch_counts_and_changes_nothing_where_nothing_is_thin
     expected = T * counted(thinned) / counted(full(T))
     for (spent,) in report.spent.values():
         assert spent == pytest.approx(expected, rel=0.005) and spent < T - 0.1
+
+
+@pytest.mark.parametrize("kind", ["hunyuan_video", "hunyuan_video15", "cogvideox"])
+def test_queries_of_the_text_are_none_of_those_that_are_left_out(kind):
+    one, step, found = case(kind), 1, []
+    block = transformer_blocks(one.pipe.transformer)[0]
+    attention = getattr(block, block_of(block).attention)
+    handle = attention.register_forward_hook(lambda module, args, output: found.append([*map(torch.clone, output)]))
+    one.run(Method(Schedule([0, 3, 6], T), ThinnedAttention(), Reuse()), which=(0,))
+    calls = len(found) // T
+    one.run(Method(Schedule([0, 3, 6], T), ThinnedAttention({0: [step]}, {}, 0.9), Reuse()), which=(0,))
+    handle.remove()
+    (video, text), (thinned, untouched) = found[step * calls], found[(T + step) * calls]
+    assert distance(text, untouched) < 1e-6 and distance(video, thinned) > 1e-3
 
 
 def test_the_redundancy_tells_the_blocks_and_steps_that_are_thinned():

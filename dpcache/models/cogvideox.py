@@ -48,7 +48,15 @@ FAMILY = Family(
     "CogVideoXTransformer3DModel",
     # Its feed-forward takes the text's tokens and the image's together, but the norm before it apart: ToCa's place is
     # not there.
-    blocks=(Block("CogVideoXBlock", kept=("attn1", "ff"), attention="attn1", modulated_input=modulated_input),),
+    blocks=(
+        Block(
+            "CogVideoXBlock",
+            text_first=True,
+            kept=("attn1", "ff"),
+            attention="attn1",
+            modulated_input=modulated_input,
+        ),
+    ),
     embedders=("patch_embed",),
     published={
         "THUDM/CogVideoX-2b": _5B

@@ -45,7 +45,8 @@ class Block:
     Attributes:
         kind: name of the class.
         streams: None: those that diffusers' own registry has.
-        text_first: whether the image's stream also holds the text, before the image's tokens.
+        text_first: whether the text's tokens come before the image's where the block has both in one sequence: in the
+            image's stream, or in its attention alone.
         part: "double" (image and text in two streams) or "single" (both in one), in models that have double-stream
             blocks first and then single-stream ones; None: in other models.
         square_grid: whether its tokens are those of a square image, row by row, and no others.

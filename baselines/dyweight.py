@@ -174,7 +174,8 @@ class _WeightedSteps:
     def __deepcopy__(self, memo):
         """As LTX-2 takes one for the sound. Tensors are shared: no step changes one, and a graph has no copy."""
         twin = memo[id(self)] = copy.copy(self)
-        vars(twin).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name == "step"})
+        if "step" in vars(self):  # what watches the scheduler's steps
+            twin.step = copy.deepcopy(self.step, memo)
         return twin
 
     def set_timesteps(self, *args, **kwargs):

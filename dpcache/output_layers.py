@@ -15,7 +15,7 @@ steps, and is led back to that run's latents by the scheduler's step. So guidanc
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ class _Forced(StepListener):
 class _Given(Method):
     """Fills in skipped steps with `feature(branch, step)`."""
 
-    feature: Callable[[str, int], torch.Tensor] = lambda branch, step: None
+    feature: Callable[[str, int], torch.Tensor] = field(kw_only=True)
 
     def session(self, pipe, observe=None):
         return _GivenSession(pipe, self, observe)

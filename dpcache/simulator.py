@@ -219,7 +219,24 @@ class Weights:
             self.known.update(zip(rows, weight_tables(self.predictor, np.array(rows), self.steps)))
 
 
-class _Keys:
+class _Latest:
+    """What belongs to the last h computed steps of each of N plans."""
+
+    def __init__(self, plans: int, history: int):
+        self.count, self.history = np.zeros(plans, int), history
+
+    def make_room(self, plans: np.ndarray, *kept: np.ndarray) -> np.ndarray:
+        """Where these plans' next computed step goes in arrays (N, h, ...), (n,). Where all places are taken, the
+        oldest one is given up."""
+        full = plans[self.count[plans] >= self.history]
+        for array in kept:
+            array[full, :-1] = array[full, 1:]
+        place = np.minimum(self.count[plans], self.history - 1)
+        self.count[plans] += 1
+        return place
+
+
+class _Keys(_Latest):
     """The last h predictions that each of N plans has computed, and least squares over them.
 
     Attributes:
@@ -228,20 +245,15 @@ class _Keys:
     """
 
     def __init__(self, plans: int, history: int, width: int):
-        self.values, self.count = np.zeros((plans, history, width)), np.zeros(plans, int)
-        self.products = np.zeros((plans, history, history))
+        super().__init__(plans, history)
+        self.values, self.products = np.zeros((plans, history, width)), np.zeros((plans, history, history))
 
     def add(self, plans: np.ndarray, step: int, prediction: np.ndarray) -> None:
         """What these plans have computed at a step, (n, r)."""
-        last = self.values.shape[1] - 1
-        full = plans[self.count[plans] > last]
-        self.values[full, :-1] = self.values[full, 1:]
-        self.products[full, :-1, :-1] = self.products[full, 1:, 1:]
-        place = np.minimum(self.count[plans], last)
+        place = self.make_room(plans, self.values, self.products, self.products.swapaxes(1, 2))
         self.values[plans, place] = prediction
         new = np.einsum("nhr,nr->nh", self.values[plans], prediction)
         self.products[plans, place] = self.products[plans, :, place] = new
-        self.count[plans] += 1
 
     def predict(self, step: int, weights: np.ndarray) -> np.ndarray:
         """What skipped steps are filled in with, (N, r), with weights (N, h)."""
@@ -266,7 +278,7 @@ class _Keys:
         return np.linalg.solve(among + noise[:, None, None] * np.eye(known), towards)[..., 0]
 
 
-class _Features:
+class _Features(_Latest):
     """The last h features that each of N plans has computed: of which steps, (N, h), the oldest one first, and how far
     the predictions from them were off, (N, h, r).
 
@@ -276,19 +288,14 @@ class _Features:
     """
 
     def __init__(self, plans: int, history: int, own: np.ndarray, layers: OutputLayers):
+        super().__init__(plans, history)
         self.own, self.layers = own, layers
-        self.steps, self.count = np.zeros((plans, history), int), np.zeros(plans, int)
-        self.errors = np.zeros((plans, history, own.shape[1]))
+        self.steps, self.errors = np.zeros((plans, history), int), np.zeros((plans, history, own.shape[1]))
 
     def add(self, plans: np.ndarray, step: int, prediction: np.ndarray) -> None:
         """What these plans have computed at a step, (n, r)."""
-        last = self.steps.shape[1] - 1
-        full = plans[self.count[plans] > last]
-        for kept in (self.steps, self.errors):
-            kept[full, :-1] = kept[full, 1:]
-        place = np.minimum(self.count[plans], last)
+        place = self.make_room(plans, self.steps, self.errors)
         self.steps[plans, place], self.errors[plans, place] = step, prediction - self.own[step]
-        self.count[plans] += 1
 
     def predict(self, step: int, weights: np.ndarray) -> np.ndarray:
         """What the output layers make of weighted features (N, h) at a skipped step, (N, r)."""

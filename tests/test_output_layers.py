@@ -116,13 +116,13 @@ def test_between_two_delays_features_are_on_the_line():
     np.testing.assert_allclose(layers.at(5)[:, 0], [3.5, 2.75, 2.0, 1.25, 0.5])  # of steps 0 to 4, 5 to 1 ago
 
 
-class Squared(torch.nn.Module):
+class Waves(torch.nn.Module):
     def forward(self, x):
         return (8 * x).sin()
 
 
 def test_output_layers_that_are_not_linear_are_refused(monkeypatch):
     pipe = load("tiny_flux", "float32", "cpu")
-    monkeypatch.setattr(pipe.transformer, "proj_out", torch.nn.Sequential(pipe.transformer.proj_out, Squared()))
+    monkeypatch.setattr(pipe.transformer, "proj_out", torch.nn.Sequential(pipe.transformer.proj_out, Waves()))
     with pytest.raises(dpcache.SettingError, match="output layers of FluxTransformer2DModel"):
         measured(pipe, "tiny_flux")

@@ -64,7 +64,7 @@ def test_one_sample_has_no_interval_and_bad_values_are_refused():
         statistics.paired_difference([1.0], [1.0, 2.0])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=30))
 def test_the_interval_lies_within_the_values(values):
     lo, hi = statistics.summarise(values)["ci95"]
@@ -447,7 +447,7 @@ def beaten_by_hand(points: list[tuple[float, float]], higher: bool) -> set[int]:
     return beaten
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.integers(2, 12), st.integers(-3, 3)), min_size=1, max_size=12), st.booleans())
 def test_the_front_is_what_no_other_run_beats_whichever_direction_is_better(points, higher):
     gains, values = np.array(points, dtype=float).T

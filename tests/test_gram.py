@@ -54,7 +54,7 @@ def test_gram_is_the_mean_of_products(dtype):
 
 
 @given(seeds, st.integers(1, 200))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_gram_does_not_depend_on_the_chunk(seed, chunk):
     features = walk(seed, 6, 97).float()
     np.testing.assert_allclose(gram(features, chunk), gram(features), rtol=1e-12)
@@ -68,7 +68,7 @@ def test_parts_are_joined_row_by_row():
 
 
 @given(seeds, st.integers(2, 8), st.integers(1, 3), st.integers(1, 3))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_costs_with_the_input_are_those_of_a_regression_on_keys_and_input(seed, steps, keys, history):
     features, inputs = walk(seed, steps), walk(seed + 1, steps)
     matrix = gram([features, inputs])
@@ -85,7 +85,7 @@ def test_costs_with_the_input_are_those_of_a_regression_on_keys_and_input(seed, 
 
 
 @given(seeds, st.sampled_from(["span", "zero"]))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_an_input_that_says_nothing_new_gets_no_weight(seed, kind):
     features = walk(seed, 6)
     inputs = features[:1].expand(6, -1) if kind == "span" else torch.zeros(6, features.shape[1])
@@ -99,7 +99,7 @@ def test_an_input_that_says_nothing_new_gets_no_weight(seed, kind):
 
 
 @given(seeds, st.integers(2, 7), st.integers(1, 3), st.sampled_from([*LINEAR, "least squares", "with input"]))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_coherent_costs_are_squared_lengths_of_summed_errors(seed, steps, keys, predictor):
     samples, inputs = ([walk(seed + n + shift, steps) for n in range(2)] for shift in (0, 9))
     mean = np.mean([gram(sample) for sample in samples], axis=0)
@@ -131,7 +131,7 @@ def test_coherent_costs_are_squared_lengths_of_summed_errors(seed, steps, keys, 
 
 
 @given(seeds, st.integers(1, 8), st.integers(1, 3), st.sampled_from([*LINEAR, "least squares"]), st.booleans())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_every_cost_is_the_mean_squared_error_over_all_samples(seed, steps, keys, predictor, weighted):
     samples = [walk(seed + n, steps) for n in range(2)]
     mean = np.mean([gram(sample) for sample in samples], axis=0)
@@ -156,7 +156,7 @@ def test_every_cost_is_the_mean_squared_error_over_all_samples(seed, steps, keys
 
 
 @given(seeds, st.integers(1, 3), st.sampled_from(LINEAR))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_nothing_linear_beats_least_squares_on_its_own_features(seed, keys, other):
     matrix = gram(walk(seed, 9))
     best, cost = (path_costs(matrix, p, keys) for p in (LeastSquares(matrix, keys, ridge=1e-12), other))
@@ -193,7 +193,7 @@ def test_ridge_is_noise_on_the_keys():
 
 
 @given(seeds, st.sampled_from([0, 1, 2]), st.sampled_from(["few", "same", "zero"]), st.sampled_from([0, 1e-12, 1e-6]))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_singular_gram_matrices_stay_finite(seed, extra, kind, ridge):
     features = {"few": walk(seed, 8, 1 + extra), "same": walk(seed, 1).expand(8, -1), "zero": torch.zeros(8, 5)}[kind]
     matrix = gram(features)
@@ -218,7 +218,7 @@ def test_least_squares_keeps_its_own_copy_and_has_a_short_stable_name():
 
 
 @given(seeds, st.integers(2, 9), st.integers(1, 3), st.sampled_from([Reuse(), Taylor(2), Taylor(2, 1), "ls2", "ls3"]))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_exact_plan_has_the_smallest_open_loop_error_of_all_schedules(seed, steps, warmup, predictor):
     features, warmup = walk(seed, steps), min(warmup, steps)
     matrix = gram(features)

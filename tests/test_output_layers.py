@@ -84,7 +84,7 @@ def test_methods_at_the_stack_take_a_simulator_that_knows_the_output_layers():
 
 
 @given(st.integers(0, 10**6))
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 def test_output_layers_that_change_nothing_simulate_as_the_output_does(seed):
     toy, random = ToyRun("UniPC, flow", rates(12), seed), np.random.default_rng(seed)
     simulator = Simulator(toy.recorded(), toy.rates, growth=random.uniform(0, 2, 12))

@@ -64,7 +64,7 @@ def cost_by_hand(features, order, max_lookback=None, path_aware=True):
 
 
 @given(st.integers(2, 12), st.integers(0, 3), st.sampled_from([None, 1, 3]), st.booleans(), st.integers(1, 40))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_every_entry_is_that_of_a_loop_by_hand(steps, order, max_lookback, path_aware, chunk):
     features = trajectory(steps)
     cost = l1_cost(features, Taylor(order), max_lookback, chunk, path_aware=path_aware)

@@ -66,7 +66,7 @@ def paper_by_hand(cost, warmup, max_jump):
 
 
 @given(problems())
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_exact_is_the_best_of_all_schedules(problem):
     cost, warmup, max_jump = problem
     steps = cost.shape[-1] - 1
@@ -82,14 +82,14 @@ def test_exact_is_the_best_of_all_schedules(problem):
 
 
 @given(problems(axes=(3,)))
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_paper_follows_its_recurrence(problem):
     cost, warmup, max_jump = problem
     assert plan_all(cost, warmup, "paper", max_jump) == paper_by_hand(cost, warmup, max_jump)
 
 
 @given(problems(), st.sampled_from(["exact", "paper"]))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_plan_is_plan_all_at_one_budget(problem, solver):
     cost, warmup, max_jump = problem
     cost = cost[(0,) * (cost.ndim - 3)] if solver == "paper" else cost

@@ -97,7 +97,7 @@ def test_reading_a_scheduler_leaves_it_as_it_was():
 
 @pytest.mark.parametrize("name", ["Euler, flow", "DDIM", "DPM-Solver++, flow", "UniPC, flow"])
 @given(seed=st.integers(0, 10**6), steps=st.integers(6, 14))
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 def test_simulated_and_real_errors_of_a_linear_model_agree(name, seed, steps):
     toy, random = ToyRun(name, rates(steps), seed), np.random.default_rng(seed)
     recorded = toy.recorded()
@@ -124,7 +124,7 @@ def test_weights_found_in_the_simulated_run_do_in_a_real_one_what_was_promised(n
 
 
 @given(st.integers(0, 10**6))
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 def test_no_other_weights_end_a_skipped_step_closer_to_the_full_run(seed):
     random, steps = np.random.default_rng(seed), 9
     toy, plan = ToyRun("Euler, flow", rates(steps), seed), [0, 2, 5]
@@ -175,7 +175,7 @@ def test_a_plan_that_computes_every_step_has_no_error():
 
 
 @given(st.integers(0, 10**6))
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 def test_a_batch_of_plans_gives_what_they_give_one_by_one(seed):
     toy, random = ToyRun("UniPC, flow", rates(12)), np.random.default_rng(seed)
     simulator = Simulator(toy.recorded(), toy.rates)

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 from dpcache.models.pretrained import load
 from helpers.by_hand import lively_dit, lively_flux
@@ -12,6 +13,10 @@ from helpers.tracing import marks
 
 if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
+# No limit on an example's seconds: the first one of a test may wait for a library to load on a busy machine.
+settings.register_profile("dpcache", deadline=None)
+settings.load_profile("dpcache")
 
 
 @pytest.fixture(scope="session")

@@ -10,14 +10,13 @@ from functools import partial, wraps
 import numpy as np
 import torch
 from diffusers import DDIMScheduler
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from baselines.fewer_steps import fewer_steps
 from baselines.full import full
 from baselines.search import with_decided
-from baselines.solver import OtherScheduler
+from baselines.solver import OtherScheduler, OtherSteps, of_flow_matching, variant
 from baselines.trajectory import calling
 from dpcache._diffusers import with_gradients
 from dpcache.calibration import Calibration
@@ -159,16 +158,14 @@ def weighted(scheduler, weights: torch.Tensor, scales: torch.Tensor, window: int
     Raises SettingError for a scheduler of another kind than `DyWeight` takes.
     """
     time_of(scheduler)
-    kind, twin = type(scheduler), copy.copy(scheduler)
-    for name in ("step", "set_timesteps"):  # what was put on the scheduler itself would act on that one
-        vars(twin).pop(name, None)
-    signature = wraps(kind.set_timesteps)(_WeightedSteps.set_timesteps)  # pipelines look for arguments such as `mu`
-    twin.__class__ = type(kind.__name__, (_WeightedSteps, kind), {"set_timesteps": signature})
+    twin = variant(scheduler, _WeightedSteps)
+    # pipelines look for arguments such as `mu`
+    type(twin).set_timesteps = wraps(type(scheduler).set_timesteps)(_WeightedSteps.set_timesteps)
     twin.weights, twin.scales, twin.window, twin.final = weights, scales, window, None
     return twin
 
 
-class _WeightedSteps:
+class _WeightedSteps(OtherSteps):
     """What `weighted` puts before a scheduler's class."""
 
     def __deepcopy__(self, memo):
@@ -179,6 +176,8 @@ class _WeightedSteps:
         return twin
 
     def set_timesteps(self, *args, **kwargs):
+        if kwargs.get("timesteps") is not None:
+            raise SettingError("the times that this pipeline tells its model need not follow from its noise levels")
         super().set_timesteps(*args, **kwargs)
         count = len(self.weights)
         if len(self.timesteps) != count:
@@ -190,39 +189,41 @@ class _WeightedSteps:
         self.times, self.taken, self.predictions = times, 0, []
         scaled = torch.stack(times[:-1]) * self.scales
         self.timesteps = told(scaled).to(self.timesteps.device, torch.float32)
+        if of_flow_matching(self):
+            self.sigmas = torch.stack(times).detach().to(self.sigmas)  # pipelines make a given image as noisy
 
-    def step(self, model_output, timestep, sample, return_dict: bool = True):
+    def advance(self, prediction, timestep, latents):
         step, count = self.taken, len(self.weights)
-        self.predictions = [*self.predictions, model_output][-self.window :]
+        self.predictions = [*self.predictions, prediction][-self.window :]
         row = self.weights[step, step + 1 - len(self.predictions) : step + 1]
         slope = sum(weight * prediction.float() for weight, prediction in zip(row, self.predictions))
-        state = sample.float() * self.norm(self.times[step])
+        state = latents.float() * self.norm(self.times[step])
         state = state + (self.grid[step + 1] - self.times[step]) * slope
         self.taken = step + 1
         last = self.taken == count
-        latents = (state / self.norm(self.grid[count] if last else self.times[step + 1])).to(sample.dtype)
+        latents = (state / self.norm(self.grid[count] if last else self.times[step + 1])).to(latents.dtype)
         if last:
             self.predictions = []
             self.final = latents
             latents = latents.detach()
-        return SchedulerOutput(latents) if return_dict else (latents,)
+        return latents
 
 
 def time_of(scheduler) -> tuple[torch.Tensor | None, Callable, Callable]:
     """The grid of K + 1 times, float64 (None before `set_timesteps`); the factor of the latents at a time that makes
     them a state in which a step is Euler's; and the timesteps that tell the model of times.
 
-    Raises SettingError for other schedulers than those of flow matching, and DDIM with noise predictions.
+    Raises SettingError for other schedulers than those of flow matching, and DDIM with noise predictions that are not
+    clipped.
     """
     config, set_already = scheduler.config, scheduler.timesteps is not None
-    flow = type(scheduler).__name__.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
-    if flow:
+    if of_flow_matching(scheduler):
         grid = scheduler.sigmas.double().cpu() if set_already else None
         return grid, lambda time: 1.0, lambda times: times * config.num_train_timesteps
-    if not isinstance(scheduler, DDIMScheduler) or config.prediction_type != "epsilon":
+    if not isinstance(scheduler, DDIMScheduler) or config.prediction_type != "epsilon" or config.clip_sample:
         raise SettingError(
             f"{type(scheduler).__name__}, as it is configured, is not one of the schedulers that weights are trained "
-            "for: of flow matching, or DDIM with noise predictions"
+            "for: of flow matching, or DDIM with noise predictions that are not clipped"
         )
     table = scheduler.alphas_cumprod.double()
     levels, last = (1 / table - 1).sqrt(), (1 / scheduler.final_alpha_cumprod.double() - 1).sqrt()

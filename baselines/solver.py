@@ -4,10 +4,12 @@ DPM-Solver++ (Lu et al., arXiv 2211.01095) and UniPC (Zhao et al., arXiv 2302.04
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import diffusers
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from baselines.fewer_steps import fewer_steps
 from dpcache.errors import SettingError
@@ -38,35 +40,98 @@ class OtherScheduler(Method, ABC):
 
 @dataclass(frozen=True, eq=False)
 class Solver(OtherScheduler):
-    """A scheduler of diffusers.
+    """A multistep scheduler of diffusers, at the noise levels of the pipeline's own.
+
+    Flow matching: the grid, with its shifts, and all else that pipelines ask a scheduler for are the own scheduler's;
+    only the steps between its noise levels are the solver's. Other schedulers: the solver makes a grid of K steps as
+    the own one's settings say.
 
     Args:
         scheduler: name of its class.
-        settings: what it is configured with beyond the pipeline's own scheduler.
+        order: of the solver.
     """
 
     scheduler: str = field(kw_only=True)
-    settings: Mapping[str, object] = field(kw_only=True)
+    order: int = field(kw_only=True)
 
     def scheduler_for(self, own):
-        """Raises SettingError for schedulers that are neither of flow matching nor such as `self.scheduler`."""
-        kind, settings = getattr(diffusers, self.scheduler), dict(self.settings)
-        if type(own).__name__.startswith("FlowMatch"):
-            kind = type(kind.__name__, (_ForFlowMatch, kind), {})
-            settings |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-            settings |= {"flow_shift": own.config.shift, "use_dynamic_shifting": own.config.use_dynamic_shifting}
-        elif kind not in own.compatibles:
+        """Raises SettingError for schedulers that are neither of flow matching nor such as `self.scheduler`, and for
+        those that clip what they predict."""
+        kind, config = getattr(diffusers, self.scheduler), own.config
+        if of_flow_matching(own):
+            twin = variant(own, _MultistepOnItsGrid)
+            twin.make_solver = partial(kind, solver_order=self.order, **FLOW)
+            return twin
+        if kind not in own.compatibles:
             raise SettingError(f"{kind.__name__} cannot take the place of this model's {type(own).__name__}")
-        return kind.from_config(own.config, **settings)
+        if config.get("clip_sample"):
+            raise SettingError(
+                f"{kind.__name__} cannot take the place of this model's {type(own).__name__}: clip_sample=True"
+            )
+        twin = kind.from_config(config, solver_order=self.order)
+        left = own.alphas_cumprod  # of the image in the latents; a solver divides by it
+        twin.alphas_cumprod = left.where(left > 0, left.where(left > 0, 1.0).min() / 4)
+        return twin
 
 
-class _ForFlowMatch:
-    """Stands before the class of a scheduler that takes the place of one of flow matching."""
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
-    def scale_noise(self, sample, timestep, noise):
-        """What pipelines that start from an image, or keep a part of one, ask schedulers of flow matching for:
-        (1 - sigma) sample + sigma noise, where sigma is the noise level of this time."""
-        return self.add_noise(sample, noise, timestep)
+
+def of_flow_matching(scheduler) -> bool:
+    """Whether its `sigmas` are the noise levels of flow matching (Mochi's: what is left of the image) from 1 to 0, and
+    its predictions are the slope of the latents. Cosmos 2 sets others, up to 80, in a scheduler of flow matching."""
+    config, multistep = scheduler.config, (diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler)
+    if isinstance(scheduler, multistep):
+        return config.prediction_type == "flow_prediction"
+    return isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler) and (config.get("sigma_max") or 1) <= 1
+
+
+def variant(scheduler, behaviour: type):
+    """A copy of `scheduler` whose class has `behaviour` before its own. What was put in place of its methods would act
+    on the first one, and is left out."""
+    kind = type(type(scheduler).__name__, (behaviour, type(scheduler)), {})
+    twin = kind.__new__(kind)
+    vars(twin).update({name: value for name, value in vars(scheduler).items() if name not in ("step", "set_timesteps")})
+    return twin
+
+
+class OtherSteps(ABC):
+    """Stands before the class of a scheduler that goes its way in other steps."""
+
+    @abstractmethod
+    def advance(self, prediction: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The latents after this step."""
+
+    def scale_model_input(self, sample, timestep=None):
+        """Bria's pipeline asks for it where it does not know the class."""
+        return sample
+
+    def step(self, model_output, timestep, sample, *, generator=None, per_token_timesteps=None, return_dict=True):
+        if per_token_timesteps is not None:
+            raise SettingError("this call gives tokens times of their own, but the method steps all of them together")
+        counts = of_flow_matching(self)  # its place on the grid, from which pipelines tell how noisy a given image is
+        if counts and self.step_index is None:
+            self._init_step_index(timestep)
+        latents = self.advance(model_output, timestep, sample)
+        if counts:
+            self._step_index += 1
+        return SchedulerOutput(latents) if return_dict else (latents,)
+
+
+class _MultistepOnItsGrid(OtherSteps):
+    """A scheduler of flow matching with the steps of another solver, which `make_solver` makes anew for each run."""
+
+    def _init_step_index(self, timestep):
+        super()._init_step_index(timestep)
+        self.solver = self.make_solver()
+        self.solver.set_timesteps(len(self.timesteps))
+        levels = 1 - self.sigmas if self.config.get("invert_sigmas") else self.sigmas
+        self.solver.sigmas = levels.cpu().clamp(max=1 - 1e-6)  # it divides by what is left of the image
+        self.solver.set_begin_index(self.step_index)
+
+    def advance(self, prediction, timestep, latents):
+        towards_noise = -prediction if self.config.get("invert_sigmas") else prediction
+        return self.solver.step(towards_noise, timestep, latents, return_dict=False)[0]
 
 
 def solver(budget: int, num_inference_steps: int, scheduler: str, order: int = 2) -> Method:
@@ -79,5 +144,4 @@ def solver(budget: int, num_inference_steps: int, scheduler: str, order: int = 2
     if scheduler not in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
         raise SettingError(f"scheduler={scheduler} is not one of DPMSolverMultistepScheduler, UniPCMultistepScheduler")
     plain = fewer_steps(budget, num_inference_steps)
-    settings = {"solver_order": order}
-    return Solver(plain.schedule, plain.site, plain.predictor, scheduler=scheduler, settings=settings)
+    return Solver(plain.schedule, plain.site, plain.predictor, scheduler=scheduler, order=order)

@@ -6,14 +6,12 @@ from operator import attrgetter
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from torch._dynamo.utils import counters
 
 import dpcache
 from baselines.fewer_steps import fewer_steps
 from baselines.fora import fora
 from baselines.full import full
-from baselines.solver import solver
 from baselines.taylorseer import taylorseer
 from baselines.teacache import teacache
 from baselines.uniform_skip import uniform_skip
@@ -24,7 +22,6 @@ from dpcache.predictors import Reuse, Taylor
 from dpcache.sampler import generate, sample
 from dpcache.schedules import EvenlySpaced, Schedule
 from dpcache.sites import SITES, transformer_blocks
-from helpers.cases import case
 from helpers.embedded import CALL
 from helpers.rollout import STEPS, Rollout
 from helpers.tracing import count_calls, state_of
@@ -280,42 +277,6 @@ def test_mistakes_are_named(pipe, rollout):
         from dpcache.planned import dpcache as planned
 
         dpcache.enable(rollout.model, planned(5, 10))
-
-
-SECOND_ORDER = ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"]
-
-
-def test_solvers_take_the_schedulers_place_for_as_long_as_they_are_attached(pipe):
-    own = pipe.scheduler
-    exact = generate(pipe, ["dog"], [0], 100, decode=False, **CALL).latents
-    errors = []
-    for method in (fewer_steps(20, 50), *(solver(20, 50, scheduler) for scheduler in SECOND_ORDER)):
-        made = sample(pipe, method, ["dog"], [0], decode=False, **CALL)
-        assert made.report.computed == {"cond": list(range(20))} and pipe.scheduler is own
-        errors.append((made.latents - exact).norm())
-    assert max(errors[1:]) < errors[0]
-
-
-@pytest.mark.parametrize("scheduler", SECOND_ORDER)
-def test_solvers_start_from_an_image_at_the_noise_level_of_the_first_step(scheduler):
-    """Flow matching: (1 - sigma) image + sigma noise, and the timestep is 1000 sigma, cut off to an integer."""
-    twin = solver(4, 8, scheduler).scheduler_for(FlowMatchEulerDiscreteScheduler(shift=3.0))
-    twin.set_timesteps(10)
-    twin.set_begin_index(6)
-    image, noise, time = torch.randn(2, 5, 4), torch.randn(2, 5, 4), twin.timesteps[6:7]
-    sigma = float(time) / 1000
-    assert 0.4 < sigma < 0.8
-    assert torch.allclose(twin.scale_noise(image, time, noise), (1 - sigma) * image + sigma * noise, atol=1e-2)
-
-
-def test_a_solver_fills_in_a_picture():
-    filling = case("flux_fill")
-    latents, report = filling.run(solver(4, 8, "UniPCMultistepScheduler"))
-    assert latents.isfinite().all() and report.computed == {"default": [0, 1, 2, 3]}
-    with pytest.raises(SettingError, match="does not support custom sigmas"):
-        filling.run(solver(4, 8, "DPMSolverMultistepScheduler"))
-    with pytest.raises(SettingError, match="UniPCMultistepScheduler cannot take the place of this model's EDMEuler"):
-        solver(4, 8, "UniPCMultistepScheduler").scheduler_for(EDMEulerScheduler())
 
 
 def test_a_reused_prediction_is_the_callers_own(rollout):

@@ -76,7 +76,6 @@ DIFFUSERS = (
 NO_CACHE = "diffusers offers none of its caches for"  # their classes lack its CacheMixin
 SAME_SHAPE = "has another shape than its prediction"  # which takes out what the model adds to its input
 ONE_AFTER_THE_OTHER = "has one cache for all guidance branches"
-NO_SIGMAS = "does not support custom sigmas schedules"  # which these pipelines give to every scheduler
 VIDEOS = "AsymRnR thins the tokens of videos"
 NO_TEXT = "'transformer_blocks_Bn_residual' not found"  # cache-dit: SD3's last block returns no text stream
 GUIDED = [name for name, family in FAMILIES.items() if len(family.branches) > 1]
@@ -85,7 +84,6 @@ REFUSED = {  # the words in which a method or its library says that it does not 
     **{(name, "DiT-XL/2"): SAME_SHAPE for name in ("easycache", "ertacache")},
     **{("asymrnr", family): VIDEOS for family in FAMILIES if "ideo" not in family and "Wan" not in family},
     **{(name, family): ONE_AFTER_THE_OTHER for name in ("fastercache", "pab") for family in GUIDED},
-    **{("dpm_solver", family): NO_SIGMAS for family in ("HunyuanVideo", "Qwen-Image")},
     **{(name, "SD3.5 medium"): NO_TEXT for name in ("dbcache_foca", "dbcache_scm", "dbcache_taylorseer")},
 }
 DECISIONS = {  # the steps at which an online method has to know what the device has found

@@ -7,6 +7,7 @@ from diffusers import SeaCacheConfig
 
 from baselines.library import DiffusersCache
 from baselines.search import Search
+from baselines.solver import of_flow_matching
 from dpcache.arguments import argument
 from dpcache.errors import SettingError
 from dpcache.models.family import family_of
@@ -22,9 +23,12 @@ class SeaCache(DiffusersCache):
     max_skip: int
 
     def config(self, pipe):
-        sigmas = getattr(pipe.scheduler, "sigmas", None)
-        if sigmas is None or not 0 <= float(sigmas.max()) <= 1:
-            raise SettingError(f"SeaCache needs noise levels from 0 to 1, {type(pipe.scheduler).__name__} has none")
+        scheduler = pipe.scheduler
+        if not of_flow_matching(scheduler) or scheduler.config.get("invert_sigmas"):
+            raise SettingError(
+                f"SeaCache needs the noise levels of flow matching, from 1 to 0, as its scheduler's sigmas; those of "
+                f"this {type(scheduler).__name__} are others"
+            )
         return SeaCacheConfig(self.threshold, max_consecutive_cached=self.max_skip, raw_vision_callback=latents_of)
 
 

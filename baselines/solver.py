@@ -64,7 +64,8 @@ class Solver(OtherScheduler):
             return twin
         if kind not in own.compatibles:
             raise SettingError(f"{kind.__name__} cannot take the place of this model's {type(own).__name__}")
-        if config.get("clip_sample"):
+        # CogVideoX's have the setting and do not look at it.
+        if config.get("clip_sample") and not type(own).__name__.startswith("CogVideoX"):
             raise SettingError(
                 f"{kind.__name__} cannot take the place of this model's {type(own).__name__}: clip_sample=True"
             )

@@ -46,7 +46,7 @@ REFUSALS = (  # of a method on a family that it is not made for
     "site=(tokens|modules|clusters|matching) does not know|has two streams to keep|runs twice in one call of the model|"
     "takes features of one tensor|not one of the schedulers that weights are trained for|and this method is for|"
     "looks at more than its latest prediction|adds noise, so that runs of more steps end elsewhere|"
-    "SeaCache needs noise levels|has no attention to watch|cache_dit does not run on|"
+    "SeaCache needs the noise levels|has no attention to watch|cache_dit does not run on|"
     "AsymRnR thins the tokens of videos"
 )
 

@@ -43,7 +43,7 @@ KINDS = {
     "LTX2Pipeline": [],  # a copy for the sound
     "LTXConditionPipeline": ["dyweight", "solver"],  # times for each token
     "Cosmos2TextToImagePipeline": ["dyweight", "solver"],  # noise levels up to 80
-    "CogVideoXPipeline": ["dyweight", "solver"],  # clipped, and drawing noise
+    "PixArtSigmaPipeline": ["dyweight", "solver"],  # clipped
 }
 
 
@@ -82,8 +82,8 @@ NOISE_PROCESSES = [
     diffusers.DDIMScheduler(clip_sample=False),
     diffusers.DDIMScheduler(clip_sample=False, beta_schedule="squaredcos_cap_v2"),
     diffusers.DDIMScheduler(clip_sample=False, **ZERO_SNR),
-    diffusers.CogVideoXDDIMScheduler(clip_sample=False, snr_shift_scale=1.0, **TRAINED, **ZERO_SNR),
-    diffusers.CogVideoXDDIMScheduler(clip_sample=False, snr_shift_scale=3.0, **TRAINED, **ZERO_SNR),
+    diffusers.CogVideoXDDIMScheduler(snr_shift_scale=1.0, **TRAINED, **ZERO_SNR),
+    diffusers.CogVideoXDDIMScheduler(snr_shift_scale=3.0, **TRAINED, **ZERO_SNR),
     diffusers.EulerDiscreteScheduler(use_karras_sigmas=True, **TRAINED),
     diffusers.PNDMScheduler(skip_prk_steps=True, **TRAINED),
 ]

@@ -5,7 +5,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import partial
 
 import numpy as np
 import torch
@@ -159,8 +159,6 @@ def weighted(scheduler, weights: torch.Tensor, scales: torch.Tensor, window: int
     """
     time_of(scheduler)
     twin = variant(scheduler, _WeightedSteps)
-    # pipelines look for arguments such as `mu`
-    type(twin).set_timesteps = wraps(type(scheduler).set_timesteps)(_WeightedSteps.set_timesteps)
     twin.weights, twin.scales, twin.window, twin.final = weights, scales, window, None
     return twin
 

@@ -5,9 +5,10 @@ DPM-Solver++ (Lu et al., arXiv 2211.01095) and UniPC (Zhao et al., arXiv 2302.04
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 
 import diffusers
+import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
@@ -40,11 +41,13 @@ class OtherScheduler(Method, ABC):
 
 @dataclass(frozen=True, eq=False)
 class Solver(OtherScheduler):
-    """A multistep scheduler of diffusers, at the noise levels of the pipeline's own.
+    """A multistep scheduler of diffusers.
 
-    Flow matching: the grid, with its shifts, and all else that pipelines ask a scheduler for are the own scheduler's;
-    only the steps between its noise levels are the solver's. Other schedulers: the solver makes a grid of K steps as
-    the own one's settings say.
+    Flow matching: the steps are the solver's, and all else that pipelines ask a scheduler for is the own one's, the
+    shift of the noise levels too. These are the pipeline's; where it leaves them to the scheduler, they part the way
+    from 1 to 0 equally, as diffusers has it for these solvers. (The own one's last is next to 0, at a signal-to-noise
+    ratio far above the one before, and the solvers extrapolate in its logarithm.) Other schedulers: the solver makes a
+    grid of K steps as the own one's settings say.
 
     Args:
         scheduler: name of its class.
@@ -59,7 +62,7 @@ class Solver(OtherScheduler):
         those that clip what they predict."""
         kind, config = getattr(diffusers, self.scheduler), own.config
         if of_flow_matching(own):
-            twin = variant(own, _MultistepOnItsGrid)
+            twin = variant(own, _MultistepSteps)
             twin.make_solver = partial(kind, solver_order=self.order, **FLOW)
             return twin
         if kind not in own.compatibles:
@@ -90,7 +93,13 @@ def of_flow_matching(scheduler) -> bool:
 def variant(scheduler, behaviour: type):
     """A copy of `scheduler` whose class has `behaviour` before its own. What was put in place of its methods would act
     on the first one, and is left out."""
-    kind = type(type(scheduler).__name__, (behaviour, type(scheduler)), {})
+    own = type(scheduler)
+
+    @wraps(own.set_timesteps)  # pipelines look for arguments such as `mu`
+    def set_timesteps(self, *args, **kwargs):
+        return super(kind, self).set_timesteps(*args, **kwargs)
+
+    kind = type(own.__name__, (behaviour, own), {"set_timesteps": set_timesteps})
     twin = kind.__new__(kind)
     vars(twin).update({name: value for name, value in vars(scheduler).items() if name not in ("step", "set_timesteps")})
     return twin
@@ -119,8 +128,18 @@ class OtherSteps(ABC):
         return SchedulerOutput(latents) if return_dict else (latents,)
 
 
-class _MultistepOnItsGrid(OtherSteps):
-    """A scheduler of flow matching with the steps of another solver, which `make_solver` makes anew for each run."""
+class SolversGrid(OtherSteps):
+    """A scheduler of flow matching whose noise levels are those for `Solver`."""
+
+    def set_timesteps(self, num_inference_steps=None, device=None, **given):
+        left_to_it = given.get("sigmas") is None and given.get("timesteps") is None
+        if left_to_it and isinstance(self, diffusers.FlowMatchEulerDiscreteScheduler):
+            given["sigmas"] = np.linspace(1, 1 / self.config.num_train_timesteps, num_inference_steps + 1)[:-1]
+        super().set_timesteps(num_inference_steps, device, **given)
+
+
+class _MultistepSteps(SolversGrid):
+    """With the steps of another solver, which `make_solver` makes anew for each run."""
 
     def _init_step_index(self, timestep):
         super()._init_step_index(timestep)

@@ -43,11 +43,13 @@ class OtherScheduler(Method, ABC):
 class Solver(OtherScheduler):
     """A multistep scheduler of diffusers.
 
-    Flow matching: the steps are the solver's, and all else that pipelines ask a scheduler for is the own one's, the
-    shift of the noise levels too. These are the pipeline's; where it leaves them to the scheduler, they part the way
-    from 1 to 0 equally, as diffusers has it for these solvers. (The own one's last is next to 0, at a signal-to-noise
-    ratio far above the one before, and the solvers extrapolate in its logarithm.) Other schedulers: the solver makes a
-    grid of K steps as the own one's settings say.
+    Flow matching: the own scheduler stays, and only its steps are the solver's. The noise levels are those that the
+    pipeline gives. Where it leaves them to the scheduler, they are evenly spaced from 1 to 0 before the shift, as
+    diffusers has it for these solvers: the own scheduler's last level is next to 0, and a step of second order that
+    ends there overshoots.
+
+    Other schedulers: the solver makes a grid of K steps by the own one's settings, and the noise at each time is the
+    own one's.
 
     Args:
         scheduler: name of its class.
@@ -91,8 +93,8 @@ def of_flow_matching(scheduler) -> bool:
 
 
 def variant(scheduler, behaviour: type):
-    """A copy of `scheduler` whose class has `behaviour` before its own. What was put in place of its methods would act
-    on the first one, and is left out."""
+    """A copy of `scheduler` whose class has `behaviour` before its own. What listens to the steps of `scheduler` does
+    not listen to the copy's."""
     own = type(scheduler)
 
     @wraps(own.set_timesteps)  # pipelines look for arguments such as `mu`
@@ -106,7 +108,7 @@ def variant(scheduler, behaviour: type):
 
 
 class OtherSteps(ABC):
-    """Stands before the class of a scheduler that goes its way in other steps."""
+    """Stands before the class of a scheduler and steps in another way, see `variant`."""
 
     @abstractmethod
     def advance(self, prediction: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

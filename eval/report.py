@@ -175,7 +175,7 @@ def _run(row, names: list[str], items: list[tuple[int, str]], shown: int, apart:
         "memory": {name: _number(getattr(row, name, None)) for name in MEMORY},
         "calibration": {name: _number(value) for name, value in cost.items()} if isinstance(cost, dict) else None,
         "schedule": [round(counts.get(step, 0) / len(batches), 3) for step in range(grid)] if counts else [],
-        "command": row.command,
+        "command": row.command if isinstance(row.command, str) else None,
         "scores": {
             name: [
                 _number(values[item[0]]) if _has(row, item) else None

@@ -134,6 +134,16 @@ def test_every_run_says_which_command_makes_it_again(outputs):
     assert set(collect(outputs)["command"]) >= {run["command"] for run in board["runs"]}
 
 
+def test_a_run_whose_settings_are_gone_has_no_command(outputs, tmp_path, monkeypatch):
+    folder = shutil.copytree(outputs, tmp_path / "outputs")
+    gone = next(folder.rglob("result.json")).parent
+    shutil.rmtree(gone / ".hydra")
+    monkeypatch.setattr("sys.argv", ["leaderboard", str(folder)])
+    leaderboard.main()
+    commands = [run["command"] for board in embedded(folder)["boards"] for run in board["runs"]]
+    assert commands.count(None) == 1 and len(commands) > 1
+
+
 def test_the_board_can_show_fewer_prompts_and_stand_in_another_folder(outputs, tmp_path, monkeypatch):
     before = (outputs / "report.html").read_bytes()
     monkeypatch.setattr("sys.argv", ["leaderboard", str(outputs), "--out", str(tmp_path / "new"), "--prompts", "1"])

@@ -26,7 +26,7 @@ class SeaCache(DiffusersCache):
         scheduler = pipe.scheduler
         if not of_flow_matching(scheduler) or scheduler.config.get("invert_sigmas"):
             raise SettingError(
-                f"SeaCache needs the noise levels of flow matching, from 1 to 0, as its scheduler's sigmas; those of "
+                "SeaCache needs the noise levels of flow matching, from 1 to 0, as its scheduler's sigmas; those of "
                 f"this {type(scheduler).__name__} are others"
             )
         return SeaCacheConfig(self.threshold, max_consecutive_cached=self.max_skip, raw_vision_callback=latents_of)

@@ -62,25 +62,21 @@ class Solver(OtherScheduler):
     def scheduler_for(self, own):
         """Raises SettingError for schedulers that are neither of flow matching nor such as `self.scheduler`, and for
         those that clip what they predict."""
-        kind, config = getattr(diffusers, self.scheduler), own.config
+        kind, name = getattr(diffusers, self.scheduler), type(own).__name__
         if of_flow_matching(own):
             twin = variant(own, _MultistepSteps)
-            twin.make_solver = partial(kind, solver_order=self.order, **FLOW)
+            flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+            twin.make_solver = partial(kind, solver_order=self.order, **flow)
             return twin
-        if kind not in own.compatibles:
-            raise SettingError(f"{kind.__name__} cannot take the place of this model's {type(own).__name__}")
         # CogVideoX's have the setting and do not look at it.
-        if config.get("clip_sample") and not type(own).__name__.startswith("CogVideoX"):
-            raise SettingError(
-                f"{kind.__name__} cannot take the place of this model's {type(own).__name__}: clip_sample=True"
-            )
-        twin = kind.from_config(config, solver_order=self.order)
+        clipped, fits = own.config.get("clip_sample") and not name.startswith("CogVideoX"), kind in own.compatibles
+        if clipped or not fits:
+            why = ": clip_sample=True" if fits else ""
+            raise SettingError(f"{kind.__name__} cannot take the place of this model's {name}{why}")
+        twin = kind.from_config(own.config, solver_order=self.order)
         left = own.alphas_cumprod  # of the image in the latents; a solver divides by it
         twin.alphas_cumprod = left.where(left > 0, left.where(left > 0, 1.0).min() / 4)
         return twin
-
-
-FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 
 def of_flow_matching(scheduler) -> bool:

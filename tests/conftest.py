@@ -17,12 +17,8 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Modules that start programs come first, then those with most tests: a process takes one module at a time, and a
     long one at the end would leave the other processes idle."""
-    counts = Counter(item.module for item in items)
-
-    def place(item):
-        starts_programs = any(
-            getattr(value, "__module__", "") == "helpers.commands" for value in vars(item.module).values()
-        )
-        return not starts_programs, -counts[item.module]
-
-    items.sort(key=place)
+    places = {
+        module: (all(getattr(value, "__module__", "") != "helpers.commands" for value in vars(module).values()), -count)
+        for module, count in Counter(item.module for item in items).items()
+    }
+    items.sort(key=lambda item: places[item.module])

@@ -54,11 +54,10 @@ class EulerSteps(SolversGrid):
         return latents + ahead * prediction
 
 
-def wrong(name, method):
+def wrong(record, pipe, method):
     """How far a step of the method, of first order, is from Euler's, or None where it is refused. On the own
     scheduler's noise levels, if the pipeline gives them; else `solver` has others."""
-    record = PIPELINES[name]
-    pipe, one = record.build(), next(iter(record.cases))
+    one = next(iter(record.cases))
     own, expected = pipe.scheduler, record.call(pipe, one)
     try:
         if method == "solver" and of_flow_matching(own):
@@ -76,7 +75,8 @@ def wrong(name, method):
 @pytest.mark.parametrize("method", EULERS)
 @pytest.mark.parametrize("name", KINDS)
 def test_a_step_of_first_order_is_eulers(name, method):
-    found = wrong(name, method)
+    record = PIPELINES[name]
+    found = wrong(record, record.build(), method)
     assert found is None if method in KINDS[name] else found < 1e-5
 
 
@@ -84,9 +84,11 @@ def test_a_step_of_first_order_is_eulers(name, method):
 @pytest.mark.parametrize("method", EULERS)
 @pytest.mark.parametrize("name", [name for name in PIPELINES if PIPELINES[name].kind in classes()])
 def test_a_step_of_first_order_is_right_or_refused_on_all_pipelines(name, method):
-    if type(PIPELINES[name].build().scheduler) is not diffusers.FlowMatchEulerDiscreteScheduler:
+    record = PIPELINES[name]
+    pipe = record.build()
+    if type(pipe.scheduler) is not diffusers.FlowMatchEulerDiscreteScheduler:
         pytest.skip("the own scheduler's steps are not Euler's")
-    found = wrong(name, method)
+    found = wrong(record, pipe, method)
     assert found is None or found < 1e-5
 
 

@@ -219,57 +219,95 @@ class Weights:
             self.known.update(zip(rows, weight_tables(self.predictor, np.array(rows), self.steps)))
 
 
+class _Prefixes:
+    """Which of N plans have been filled in alike so far. A search moves few keys of a plan at a time, and what comes
+    before them is simulated once for all of these plans.
+
+    Attributes:
+        group: (T, N), after each step the number of every plan's group.
+    """
+
+    def __init__(self, fill: Fill):
+        self.order = np.lexsort(fill.computed.T[::-1])  # by their first step that differs
+        parts = [fill.computed, *np.moveaxis(fill.weights, 2, 0)]
+        parts = [part.T[:, self.order] for part in (parts if fill.own is None else [*parts, fill.own])]
+        differ = np.logical_or.reduce([part[:, 1:] != part[:, :-1] for part in parts])
+        # (T, N): whether a plan is the first of its group, in this order.
+        self.first = np.pad(np.logical_or.accumulate(differ), ((0, 0), (1, 0)), constant_values=True)
+        self.group = np.empty(self.first.shape, int)
+        self.group[:, self.order] = self.first.cumsum(1) - 1
+
+    def plans(self, step: int) -> np.ndarray:
+        """One plan of each group, (G,)."""
+        return self.order[self.first[step]]
+
+    def parts(self, step: int) -> np.ndarray | None:
+        """Of which groups of the step before those of this step are parts, (G,); None if they are the same."""
+        if not step or self.first[step].sum() == self.first[step - 1].sum():
+            return None
+        return self.group[step - 1, self.plans(step)]
+
+
 class _Latest:
-    """What belongs to the last h computed steps of each of N plans."""
+    """What belongs to the last h computed steps of each of G groups of plans."""
 
-    def __init__(self, plans: int, history: int):
-        self.count, self.history = np.zeros(plans, int), history
+    kept: tuple[str, ...]  # the names of these arrays
 
-    def make_room(self, plans: np.ndarray, *kept: np.ndarray) -> np.ndarray:
-        """Where these plans' next computed step goes in arrays (N, h, ...), (n,). Where all places are taken, the
+    def __init__(self, history: int):
+        self.count, self.history = np.zeros(1, int), history
+
+    def split(self, groups: np.ndarray) -> None:
+        """Go on with parts of these groups."""
+        for name in ("count", *self.kept):
+            setattr(self, name, getattr(self, name)[groups])
+
+    def make_room(self, groups: np.ndarray, *kept: np.ndarray) -> np.ndarray:
+        """Where these groups' next computed step goes in arrays (G, h, ...), (n,). Where all places are taken, the
         oldest one is given up."""
-        full = plans[self.count[plans] >= self.history]
+        full = groups[self.count[groups] >= self.history]
         for array in kept:
             array[full, :-1] = array[full, 1:]
-        place = np.minimum(self.count[plans], self.history - 1)
-        self.count[plans] += 1
+        place = np.minimum(self.count[groups], self.history - 1)
+        self.count[groups] += 1
         return place
 
 
 class _Keys(_Latest):
-    """The last h predictions that each of N plans has computed, and least squares over them.
+    """The last h predictions that each of G groups of plans has computed, and least squares over them.
 
     Attributes:
-        values: (N, h, r), the oldest one first; 0 at the end where there are fewer.
-        products: (N, h, h), of the values among each other. They change with a computed step alone.
+        values: (G, h, r), the oldest one first; 0 at the end where there are fewer.
+        products: (G, h, h), of the values among each other. They change with a computed step alone.
     """
 
-    def __init__(self, plans: int, history: int, width: int):
-        super().__init__(plans, history)
-        self.values, self.products = np.zeros((plans, history, width)), np.zeros((plans, history, history))
+    kept = ("values", "products")
 
-    def add(self, plans: np.ndarray, step: int, prediction: np.ndarray) -> None:
-        """What these plans have computed at a step, (n, r)."""
-        place = self.make_room(plans, self.values, self.products, self.products.swapaxes(1, 2))
-        self.values[plans, place] = prediction
-        new = np.einsum("nhr,nr->nh", self.values[plans], prediction)
-        self.products[plans, place] = self.products[plans, :, place] = new
+    def __init__(self, history: int, width: int):
+        super().__init__(history)
+        self.values, self.products = np.zeros((1, history, width)), np.zeros((1, history, history))
+
+    def add(self, groups: np.ndarray, step: int, prediction: np.ndarray) -> None:
+        """What these groups have computed at a step, (n, r)."""
+        place = self.make_room(groups, self.values, self.products, self.products.swapaxes(1, 2))
+        self.values[groups, place] = prediction
+        new = np.einsum("nhr,nr->nh", self.values[groups], prediction)
+        self.products[groups, place] = self.products[groups, :, place] = new
 
     def predict(self, step: int, weights: np.ndarray) -> np.ndarray:
-        """What skipped steps are filled in with, (N, r), with weights (N, h)."""
+        """What skipped steps are filled in with, (G, r), with weights (G, h)."""
         return (weights[:, None] @ self.values)[:, 0]
 
     def weights(self, aim: np.ndarray, seen: np.ndarray | None, ridge: float) -> np.ndarray:
-        """Those with which the values, and `seen` where it is given, come nearest to the aim: (N, h) or (N, h + 1). As
+        """Those with which the values, and `seen` where it is given, come nearest to the aim: (G, h) or (G, h + 1). As
         of `dpcache.predictors.ridge_regression`, which is slower, because it also takes values that coincide.
 
         Args:
-            aim, seen: (N, r).
+            aim, seen: (G, r).
             ridge: above 0, in units of the mean squared length of what is predicted from.
         """
-        N, h = self.values.shape[:2]
+        G, h = self.values.shape[:2]
         known = h + (seen is not None)
-        among, towards = np.empty((N, known, known)), np.empty((N, known, 1))
+        among, towards = np.empty((G, known, known)), np.empty((G, known, 1))
         among[:, :h, :h], towards[:, :h, 0] = self.products, np.einsum("nhr,nr->nh", self.values, aim)
         if seen is not None:
             among[:, :h, h] = among[:, h, :h] = np.einsum("nhr,nr->nh", self.values, seen)
@@ -279,26 +317,28 @@ class _Keys(_Latest):
 
 
 class _Features(_Latest):
-    """The last h features that each of N plans has computed: of which steps, (N, h), the oldest one first, and how far
-    the predictions from them were off, (N, h, r).
+    """The last h features that each of G groups of plans has computed: of which steps, (G, h), the oldest one first,
+    and how far the predictions from them were off, (G, h, r).
 
     Args:
         own: (T, r), the predictions of the recorded runs.
         layers: what other steps' output layers make of the features.
     """
 
-    def __init__(self, plans: int, history: int, own: np.ndarray, layers: OutputLayers):
-        super().__init__(plans, history)
-        self.own, self.layers = own, layers
-        self.steps, self.errors = np.zeros((plans, history), int), np.zeros((plans, history, own.shape[1]))
+    kept = ("steps", "errors")
 
-    def add(self, plans: np.ndarray, step: int, prediction: np.ndarray) -> None:
-        """What these plans have computed at a step, (n, r)."""
-        place = self.make_room(plans, self.steps, self.errors)
-        self.steps[plans, place], self.errors[plans, place] = step, prediction - self.own[step]
+    def __init__(self, history: int, own: np.ndarray, layers: OutputLayers):
+        super().__init__(history)
+        self.own, self.layers = own, layers
+        self.steps, self.errors = np.zeros((1, history), int), np.zeros((1, history, own.shape[1]))
+
+    def add(self, groups: np.ndarray, step: int, prediction: np.ndarray) -> None:
+        """What these groups have computed at a step, (n, r)."""
+        place = self.make_room(groups, self.steps, self.errors)
+        self.steps[groups, place], self.errors[groups, place] = step, prediction - self.own[step]
 
     def predict(self, step: int, weights: np.ndarray) -> np.ndarray:
-        """What the output layers make of weighted features (N, h) at a skipped step, (N, r)."""
+        """What the output layers make of weighted features (G, h) at a skipped step, (G, r)."""
         shares = normed(self.layers.lengths, weights, self.steps)
         made = self.layers.at(step)[self.steps] + self.errors
         return self.layers.empty[step] + (shares[:, None] @ made)[:, 0]
@@ -423,30 +463,37 @@ class Simulator:
         """
         sampler, (m, v, x, metrics) = self.recorded.sampler, self._space
         T, (N, _, h), r = self.recorded.steps, fill.weights.shape, v.shape[1]
-        keys, memory = _Features(N, h, m, self.layers) if at_stack else _Keys(N, h, r), sampler.drive.shape[1]
-        dv, dx, made = [], [np.zeros((N, r))], np.zeros((N, T)) if follow else None
+        keys, memory = _Features(h, m, self.layers) if at_stack else _Keys(h, r), sampler.drive.shape[1]
+        dv, dx, made = [], [np.zeros((1, r))], np.zeros((N, T)) if follow else None
+        alike = _Prefixes(fill)
         for s in range(T):
-            moved, drive, computed = sampler.carried(s, dx, dv), sampler.drive[s, 0], fill.computed[:, s]
+            plans, group, parts = alike.plans(s), alike.group[s], alike.parts(s)
+            if parts is not None:
+                keys.split(parts)
+                for values in (dx, dv):
+                    lately = slice(max(s - memory + 1, 0), None)
+                    values[lately] = [value[parts] for value in values[lately]]
+            moved, drive, computed = sampler.carried(s, dx, dv), sampler.drive[s, 0], fill.computed[plans, s]
             which = np.flatnonzero(computed)
-            if len(which) == N:
+            if len(which) == len(plans):
                 q = self._answers(s, dx[s])
             else:
                 seen = None if fill.own is None else x[s] + dx[s]
                 if ridge is not None:
                     found = keys.weights(v[s] - (moved / drive if drive else 0), seen, ridge)
                     found[computed] = 0
-                    fill.weights[:, s] = found[:, :h]
+                    fill.weights[:, s] = found[group, :h]
                     if seen is not None:
-                        fill.own[:, s] = found[:, h]
-                q = keys.predict(s, fill.weights[:, s])
+                        fill.own[:, s] = found[group, h]
+                q = keys.predict(s, fill.weights[plans, s])
                 if seen is not None:
-                    q += fill.own[:, s, None] * seen
+                    q += fill.own[plans, s, None] * seen
                 if follow:
                     answers = self._answers(s, dx[s])
                     off = q - answers
                     if self.recorded.finer:
                         off -= v[s] - m[s]
-                    made[:, s] = np.where(computed, 0, np.einsum("nr,nr->n", off, off))
+                    made[:, s] = np.where(computed, 0, np.einsum("nr,nr->n", off, off))[group]
                     q[which] = answers[which]
                 else:
                     q[which] = self._answers(s, dx[s][which])
@@ -457,7 +504,8 @@ class Simulator:
                 dv[s - memory] = dx[s - memory] = None  # nothing looks back at them
         if follow:
             made *= sampler.response[-1] ** 2
-        return np.einsum("pnr,nr->np", dx[T] @ metrics, dx[T]), made
+        squares = np.einsum("pnr,nr->np", dx[T] @ metrics, dx[T])
+        return squares[group], made
 
     def _answers(self, step: int, error: np.ndarray) -> np.ndarray:
         """What the model predicts at latents with these errors, (n, r)."""

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -30,9 +31,14 @@ def session():
         yield
 
 
+@cache
+def composed(*overrides: str):
+    return compose("config", list(overrides))
+
+
 def made(*overrides: str):
     """The composed settings, all references resolved, and their method."""
-    config = compose("config", list(overrides))
+    config = composed(*overrides)
     OmegaConf.to_container(config, resolve=True)
     if "dbcache" in config.method._target_:
         pytest.importorskip("cache_dit")
@@ -49,7 +55,7 @@ def test_a_choice_composes_with_the_others_defaults(group, name):
 
 @pytest.mark.parametrize("name", names("method"))
 def test_a_method_has_a_record_that_says_what_it_is(name):
-    about = compose("config", [f"method={name}"]).about
+    about = composed(f"method={name}").about
     assert about.title and about.group is not Group.other
     assert OmegaConf.to_object(about) == methods.about(name)  # the board reads the file as the command does
     if about.paper and "arxiv" in about.paper:

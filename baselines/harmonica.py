@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from baselines.search import spent, with_decided
-from baselines.trajectory import Steps, answers, calling, recorded
-from dpcache._diffusers import with_gradients
+from baselines.trajectory import answers, calling, recorded
+from dpcache._diffusers import StepListener, watching, with_gradients
 from dpcache.calibration import Calibration
 from dpcache.denoisers import denoiser
 from dpcache.errors import SettingError
@@ -257,7 +257,7 @@ def image_errors(pipe, routed: Callable, scores: torch.Tensor, batch: tuple, cal
     for step in range(1, T):
         before, some = latents, torch.cat([scores[: step + 1], torch.ones_like(scores[step + 1 :])])
         router = routed(scores=some)
-        with router.at_work(), EndOfSteps(pipe.scheduler, router.end_step).told():
+        with router.at_work(), watching(pipe.scheduler, EndOfSteps(router.end_step)):
             latents = generate(pipe, *batch, T, decode=False, **call).latents
         proxies[step] = (latents - before).square().mean()
     return proxies
@@ -269,24 +269,24 @@ def gradient(
     """Of lambda_t |prediction - model|^2 with respect to the scores, (T, M), along the trajectory that they lead to."""
     T, (prompts, seeds) = len(scores), batch
     router = routed(scores=scores)
-    with router.at_work(), EndOfSteps(pipe.scheduler, router.end_step).told():
+    with router.at_work(), watching(pipe.scheduler, EndOfSteps(router.end_step)):
         states = recorded(pipe, prompts, seeds, T, **call).states
     wanted = answers(pipe, states[:-1], prompts, seeds, **call)
     leaf = scores.clone().requires_grad_()
     router = routed(scores=leaf)
-    with with_gradients(pipe), router.at_work(), _Compare(pipe, router, wanted, proxies).told():
+    compare = _Compare(pipe, router, wanted, proxies)
+    with with_gradients(pipe), router.at_work(), watching(pipe.scheduler, compare):
         generate(pipe, prompts, seeds, T, decode=False, **call)
     return leaf.grad
 
 
-class EndOfSteps(Steps):
+class EndOfSteps(StepListener):
     """Calls `end_step` at the end of each step."""
 
-    def __init__(self, scheduler, end_step: Callable[[], None]):
-        super().__init__(scheduler)
+    def __init__(self, end_step: Callable[[], None]):
         self.end_step = end_step
 
-    def end(self, stepped):
+    def after_step(self, scheduler, output):
         self.end_step()
 
 
@@ -294,11 +294,11 @@ class _Compare(EndOfSteps):
     """Differentiates every step's prediction by itself, and hands it to the scheduler without its graph."""
 
     def __init__(self, pipe, router, wanted: torch.Tensor, proxies: torch.Tensor):
-        super().__init__(pipe.scheduler, router.end_step)
+        super().__init__(router.end_step)
         self.guider = getattr(pipe, "guider", None)
         self.router, self.wanted, self.proxies = router, wanted, proxies
 
-    def begin(self, arguments):
+    def given(self, scheduler, arguments):
         step, prediction = self.router.step, arguments["model_output"]
         if step:
             wanted = self.wanted[step]

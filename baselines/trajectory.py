@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -54,78 +54,43 @@ class Run:
     scheduler: str
 
 
-class Steps(StepListener):
-    """Is told of the steps of one scheduler; not of its copies, with which some pipelines step other latents.
-
-    Raises SettingError for a scheduler whose steps take something before the time, as CogVideoX's DPM solver does.
-    """
-
-    def __init__(self, scheduler):
-        self.scheduler = scheduler
-        names = list(inspect.signature(scheduler.step).parameters)[:3]
-        if names != ["model_output", "timestep", "sample"]:
-            raise SettingError(
-                f"{type(scheduler).__name__}: its step takes {', '.join(names)}, and this method is for schedulers of "
-                "the first order, whose steps take a prediction, a time and latents"
-            )
-
-    def given(self, scheduler, arguments):
-        if scheduler is self.scheduler:
-            self.begin(arguments)
-
-    def after_step(self, scheduler, output):
-        if scheduler is self.scheduler:
-            self.end(_stepped(output))
-
-    def begin(self, arguments: dict) -> None:
-        """A step begins. `arguments`: what it is given, by name ("model_output", "timestep", "sample" and others); may
-        be changed."""
-
-    def end(self, stepped: torch.Tensor) -> None:
-        """A step ends with these latents, which may be changed in place."""
-
-    def told(self) -> AbstractContextManager[None]:
-        """Within it."""
-        return watching(self.scheduler, self)
-
-
-class _Record(Steps):
+class _Record(StepListener):
     """Keeps what the steps are given, of the first `count` samples: guidance may double the batch."""
 
-    def __init__(self, scheduler, count: int):
-        super().__init__(scheduler)
+    def __init__(self, count: int):
         self.count, self.states, self.slopes, self.timesteps, self.factors = count, [], [], [], []
 
-    def begin(self, arguments):
+    def given(self, scheduler, arguments):
         prediction, time, sample = (arguments[name] for name in ("model_output", "timestep", "sample"))
         self.timesteps.append(float(time))
-        self.factors.append(_factors(self.scheduler, prediction, time, sample))
+        self.factors.append(_factors(scheduler, prediction, time, sample))
         self.states.append(sample[: self.count].float().cpu())
         self.slopes.append(prediction[: self.count, : sample.shape[1]].float().cpu())
 
 
-class _Answers(Steps):
+class _Answers(StepListener):
     """Keeps the predictions, and lets every step end at the next of `wanted`, (T, B, ...)."""
 
-    def __init__(self, scheduler, wanted: torch.Tensor):
-        super().__init__(scheduler)
+    def __init__(self, wanted: torch.Tensor):
         self.wanted, self.slopes = wanted, []
 
-    def begin(self, arguments):
+    def given(self, scheduler, arguments):
         channels = arguments["sample"].shape[1]
         self.slopes.append(arguments["model_output"][: self.wanted.shape[1], :channels].float().cpu())
 
-    def end(self, stepped):
+    def after_step(self, scheduler, output):
         if len(self.slopes) < len(self.wanted):
-            wanted = self.wanted[len(self.slopes)]
+            wanted, stepped = self.wanted[len(self.slopes)], _stepped(output)
             stepped.copy_(torch.cat([wanted] * (len(stepped) // len(wanted))))  # guidance may double the batch
 
 
 @torch.no_grad()
 def recorded(pipe, prompts: Sequence[str], seeds: Sequence[int], num_inference_steps: int, **call) -> Run:
-    """Sample without a cache and record."""
-    record = _Record(pipe.scheduler, len(seeds))
-    with record.told():
+    """Sample without a cache and record. Raises SettingError for a scheduler whose steps take something before the
+    time, as CogVideoX's DPM solver does."""
+    _check_arguments(pipe.scheduler)
+    record = _Record(len(seeds))
+    with watching(pipe.scheduler, record):
         last = generate(pipe, prompts, seeds, num_inference_steps, decode=False, **call).latents
     name = type(pipe.scheduler).__name__
     return Run(torch.stack([*record.states, last]), torch.stack(record.slopes), record.timesteps, record.factors, name)
@@ -170,10 +135,19 @@ def answers(pipe, states: torch.Tensor, prompts: Sequence[str], seeds: Sequence[
     Args:
         states: the first is not looked at: it is the pipeline's own.
     """
-    steps = _Answers(pipe.scheduler, states)
-    with steps.told():
+    listener = _Answers(states)
+    with watching(pipe.scheduler, listener):
         generate(pipe, prompts, seeds, len(states), decode=False, **call)
-    return torch.stack(steps.slopes)
+    return torch.stack(listener.slopes)
+
+
+def _check_arguments(scheduler) -> None:
+    names = list(inspect.signature(scheduler.step).parameters)[:3]
+    if names != ["model_output", "timestep", "sample"]:
+        raise SettingError(
+            f"{type(scheduler).__name__}: its step takes {', '.join(names)}, and this method is for schedulers of the "
+            "first order, whose steps take a prediction, a time and latents"
+        )
 
 
 def _stepped(output) -> torch.Tensor:

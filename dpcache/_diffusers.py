@@ -198,23 +198,25 @@ class _WatchedStep:
     """In the place of a scheduler's `step`: tells the listeners of every call. Pipelines that copy their scheduler get
     a copy that is watched, too."""
 
-    def __init__(self, scheduler, listeners: list[StepListener]):
-        self.scheduler, self.listeners = scheduler, listeners
+    def __init__(self, scheduler):
+        self.scheduler, self.is_copy = scheduler, False
+        self.listeners: list[tuple[StepListener, bool]] = []  # and whether it is told of copies, too
         self.replaced = vars(scheduler).get("step")  # somebody else's, in the same place
         self.original = scheduler.step
         self.__signature__ = inspect.signature(self.original)  # pipelines look for arguments such as `eta`
 
     def __call__(self, *args, **kwargs):
         sample = kwargs["sample"] if "sample" in kwargs else args[2] if len(args) > 2 else None
-        for listener in list(self.listeners):
+        listeners = [listener for listener, copies in self.listeners if copies or not self.is_copy]
+        for listener in listeners:
             listener.before_step(self.scheduler, sample, kwargs)
-        for listener in list(self.listeners):
+        for listener in listeners:
             if type(listener).given is not StepListener.given:  # binding the arguments takes time
                 bound = self.__signature__.bind(*args, **kwargs)
                 listener.given(self.scheduler, bound.arguments)
                 args, kwargs = bound.args, bound.kwargs
         output = self.original(*args, **kwargs)
-        for listener in list(self.listeners):
+        for listener in listeners:
             listener.after_step(self.scheduler, output)
         return output
 
@@ -222,7 +224,7 @@ class _WatchedStep:
         scheduler = memo[id(self.scheduler)]
         watched = object.__new__(_WatchedStep)
         vars(watched).update(
-            vars(self), scheduler=scheduler, original=types.MethodType(type(scheduler).step, scheduler)
+            vars(self), scheduler=scheduler, is_copy=True, original=types.MethodType(type(scheduler).step, scheduler)
         )
         return watched
 
@@ -240,16 +242,22 @@ def copy_of_scheduler(scheduler):
     return twin
 
 
-def watch_steps(scheduler, listener: StepListener) -> Callable[[], None]:
+def watch_steps(scheduler, listener: StepListener, copies: bool = False) -> Callable[[], None]:
     """From now on `listener` is told of every `scheduler.step`. Returns what undoes it: with its last listener gone the
-    scheduler is as it was before."""
+    scheduler is as it was before.
+
+    Args:
+        copies: whether it is also told of the steps of the scheduler's copies, with which some pipelines step something
+            else beside the image.
+    """
     step = vars(scheduler).get("step")
     if not isinstance(step, _WatchedStep):
-        scheduler.step = step = _WatchedStep(scheduler, [])
-    step.listeners.append(listener)
+        scheduler.step = step = _WatchedStep(scheduler)
+    entry = listener, copies
+    step.listeners.append(entry)
 
     def unwatch() -> None:
-        step.listeners.remove(listener)
+        step.listeners.remove(entry)
         if not step.listeners and vars(scheduler).get("step") is step:
             del scheduler.step
             if step.replaced is not None:
@@ -259,9 +267,9 @@ def watch_steps(scheduler, listener: StepListener) -> Callable[[], None]:
 
 
 @contextmanager
-def watching(scheduler, listener: StepListener) -> Iterator[None]:
+def watching(scheduler, listener: StepListener, copies: bool = False) -> Iterator[None]:
     """`watch_steps` for as long as it is entered."""
-    unwatch = watch_steps(scheduler, listener)
+    unwatch = watch_steps(scheduler, listener, copies)
     try:
         yield
     finally:

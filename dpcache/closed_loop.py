@@ -69,7 +69,7 @@ class ClosedLoopFit:
         size, errors = calibration.made_from["batch_size"], []
         for first in range(start, limit, size):
             last = min(first + size, limit)
-            learner = _Learner(self, pipe.scheduler, slice(first, last))
+            learner = _Learner(self, slice(first, last))
             method = Method(Schedule(self.plan, self.recorded.steps), "output", learner)
             with watching(pipe.scheduler, learner):
                 latents, _ = calibration.rerun(pipe, method, last, start=first)
@@ -97,9 +97,9 @@ class _Learner(StepListener, Predictor):
     """The predictor of one batch's run, which it follows at its scheduler: it fits the weights of each skipped step as
     that is reached."""
 
-    def __init__(self, fit: ClosedLoopFit, scheduler, prompts: slice):
+    def __init__(self, fit: ClosedLoopFit, prompts: slice):
         recorded = fit.recorded
-        self.fit, self.scheduler, self.sizes = fit, scheduler, recorded.sizes[prompts, None]
+        self.fit, self.sizes = fit, recorded.sizes[prompts, None]
         self.history, self.sees_input = fit.simulated.history, fit.simulated.sees_input
         self.v, self.x = recorded.aims[prompts], recorded.states[prompts]
         # What was predicted so far, and the latents, (B, E) each; and how far both are from the reference run's.
@@ -110,16 +110,13 @@ class _Learner(StepListener, Predictor):
         self.found: dict[int, tuple[float, ...]] = {}
 
     def given(self, scheduler, arguments):
-        if scheduler is not self.scheduler:
-            return
         if not self.y:
             self._arrive(arguments["sample"])
         self.q.append(kept_elements(arguments["model_output"], len(self.sizes)))
         self.dv.append(self.q[-1] - self.v[:, len(self.dv)])
 
     def after_step(self, scheduler, output):
-        if scheduler is self.scheduler:
-            self._arrive(output[0])
+        self._arrive(output[0])
 
     def _arrive(self, latents) -> None:
         self.y.append(kept_elements(latents, len(self.sizes)))

@@ -83,17 +83,14 @@ class OutputLayers:
 class _Forced(StepListener):
     """Keeps what the scheduler is given, and puts latents of another run in the place of what it returns."""
 
-    def __init__(self, scheduler, prompts: int, latents: list[torch.Tensor] | None = None):
-        self.watched, self.prompts, self.latents = scheduler, prompts, latents
+    def __init__(self, prompts: int, latents: list[torch.Tensor] | None = None):
+        self.prompts, self.latents = prompts, latents
         self.predictions, self.returned = [], []
 
     def given(self, scheduler, arguments):
-        if scheduler is self.watched:
-            self.predictions.append(kept_elements(arguments["model_output"], self.prompts))
+        self.predictions.append(kept_elements(arguments["model_output"], self.prompts))
 
     def after_step(self, scheduler, output):
-        if scheduler is not self.watched:
-            return
         if self.latents is None:
             self.returned.append(output[0].clone())
         else:
@@ -122,7 +119,7 @@ class _Batch:
     def __init__(self, pipe, prompts, seeds, num_inference_steps: int, count, call):
         self.pipe, self.prompts, self.seeds, self.T = pipe, prompts, seeds, num_inference_steps
         self.count, self.call = count, call
-        full = _Forced(pipe.scheduler, len(prompts))
+        full = _Forced(len(prompts))
         with watching(pipe.scheduler, full):
             method = Method(EvenlySpaced(self.T, self.T), "stack", Reuse())
             batch, kept = record(pipe, method, prompts, seeds, **call)
@@ -139,7 +136,7 @@ class _Batch:
             return feature(self.features[branch], step).to(device)
 
         method = _Given(Schedule([0], self.T), "stack", Reuse(), feature=given)
-        forced = _Forced(self.pipe.scheduler, len(self.prompts), self.latents)
+        forced = _Forced(len(self.prompts), self.latents)
         with watching(self.pipe.scheduler, forced):
             batch = sample(self.pipe, method, self.prompts, self.seeds, decode=False, **self.call)
         self.count(batch.report, [len(self.prompts)])

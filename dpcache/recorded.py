@@ -183,13 +183,11 @@ def kept_elements(latents: torch.Tensor, prompts: int | None = None) -> np.ndarr
 class _Recorder(StepListener):
     """Keeps what the scheduler is given at every step of one batch, and a copy of it from before the first."""
 
-    def __init__(self, scheduler, prompts: int):
-        self.watched, self.prompts, self.scheduler = scheduler, prompts, None
+    def __init__(self, prompts: int):
+        self.prompts, self.scheduler = prompts, None
         self.calls, self.predictions, self.latents = [], [], []
 
     def given(self, scheduler, arguments):
-        if scheduler is not self.watched:  # a copy, with which some pipelines step something else beside the image
-            return
         if self.scheduler is None:
             self.scheduler = copy_of_scheduler(scheduler)
         prediction, latents = arguments["model_output"], arguments["sample"]
@@ -213,7 +211,7 @@ def _run(
     pipe, method: Method, prompts, seeds, call, observe: Callable | None = None
 ) -> tuple[_Recorder, np.ndarray, np.ndarray, Batch]:
     """One batch: predictions (B, T, E), latents (B, T+1, E), and what the pipeline returned."""
-    recorder = _Recorder(pipe.scheduler, len(prompts))
+    recorder = _Recorder(len(prompts))
     with watching(pipe.scheduler, recorder):
         batch = sample(pipe, method, prompts, seeds, decode=False, observe=observe, **call)
     states = [*recorder.latents, kept_elements(batch.latents, len(prompts))]

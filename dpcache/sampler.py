@@ -56,7 +56,7 @@ def generate(
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     listener = _Latents(pipe.scheduler, generators)
     try:
-        with watching(pipe.scheduler, listener):
+        with watching(pipe.scheduler, listener, copies=True):
             output = pipe(
                 num_inference_steps=steps_to_ask_for(num_inference_steps, call.get("strength", 1.0)),
                 generator=generators,

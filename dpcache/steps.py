@@ -46,7 +46,7 @@ class SchedulerSteps(StepListener):
         self.pipe, self.num_inference_steps = weakref.ref(pipe), num_inference_steps
         self.on_step_end, self.check_model = on_step_end, check_model
         self.scheduler = pipe.scheduler
-        self.unwatch = watch_steps(self.scheduler, self)
+        self.unwatch = watch_steps(self.scheduler, self, copies=True)
         self.timesteps, self.step, self.called = None, 0, False
 
     def locate(self, module, args, kwargs):
@@ -56,7 +56,7 @@ class SchedulerSteps(StepListener):
         if pipe.scheduler is not self.scheduler:
             self.detach()
             self.scheduler = pipe.scheduler
-            self.unwatch = watch_steps(self.scheduler, self)
+            self.unwatch = watch_steps(self.scheduler, self, copies=True)
             self.timesteps = None
         began = self.timesteps is not self.scheduler.timesteps  # every pipeline call makes a new grid
         if began:

@@ -12,7 +12,7 @@ from baselines.dyweight import DyWeight, WeightedSteps, dyweight, student
 from baselines.fewer_steps import fewer_steps
 from baselines.harmonica import EndOfSteps, HarmoniCa, Router, gradient, harmonica, highest, image_errors, modules_of
 from baselines.trajectory import answers, recorded
-from dpcache._diffusers import with_gradients
+from dpcache._diffusers import watching, with_gradients
 from dpcache.errors import SettingError
 from dpcache.sampler import generate
 from helpers.cases import K, T, case
@@ -171,7 +171,7 @@ def router(one, scores: torch.Tensor, threshold: float = 0.5) -> Router:
 def routed(one, scores: torch.Tensor):
     """States and predictions of one sample with outputs that are mixed."""
     mixing = router(one, scores)
-    with mixing.at_work(), EndOfSteps(one.pipe.scheduler, mixing.end_step).told():
+    with mixing.at_work(), watching(one.pipe.scheduler, EndOfSteps(mixing.end_step)):
         return recorded(one.pipe, one.family.prompts[:1], [0], len(scores), **one.family.call)
 
 

@@ -42,7 +42,7 @@ def test_what_is_measured_is_what_a_run_at_the_stack_does_where_it_skips_first(m
     recorded, layers = measured(pipe, model)
     for step, ago, predictor in [(4, 1, Reuse()), (7, 3, Reuse()), (6, 1, Lagrange(2))]:
         plan = [s for s in range(T) if s <= step - ago or s > step]
-        given = Given(pipe.scheduler, 2)
+        given = Given(2)
         with watching(pipe.scheduler, given):
             sample(pipe, Method(Schedule(plan, T), "stack", predictor), prompts, [0, 1], decode=False, **call)
         if ago > 1:  # the latents have moved, and the output layers do not look at them

@@ -10,12 +10,11 @@ from typing import ClassVar
 import numpy as np
 
 from baselines.full import full
-from baselines.given import given
 from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
 from dpcache.method import Method
 from dpcache.predictors import Reuse
-from dpcache.schedules import EvenlySpaced, Schedule, check_budget
+from dpcache.schedules import EvenlySpaced, Schedule, check_budget, given
 
 Steps = tuple[int, ...]
 

@@ -74,7 +74,7 @@ def bwcache(
         reuse: the paper's R, steps that take the outputs of a computed one; None: the paper's tenth of all steps, or
             twice the mean gap of a smaller budget.
     """
-    check_budget(budget, num_inference_steps, 2)
+    check_budget(budget, num_inference_steps, least=2)
     steps = max(num_inference_steps // 10, 2 * num_inference_steps // budget) if reuse is None else reuse
 
     def make(threshold: float) -> Method:

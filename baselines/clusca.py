@@ -9,7 +9,7 @@ import torch
 from baselines.search import FullSteps
 from dpcache._diffusers import leave_uncompiled
 from dpcache.errors import SettingError
-from dpcache.hooks import BranchHook, SessionHook, StreamHook
+from dpcache.hooks import ModuleHook, SessionHook, StreamHook
 from dpcache.method import Method
 from dpcache.models.family import block_of, feed_forwards_of
 from dpcache.predictors import Taylor
@@ -211,7 +211,7 @@ def draw(labels: torch.Tensor, clusters: int, order: torch.Tensor) -> torch.Tens
     return torch.where(belongs, order, -torch.inf).argmax(-1)
 
 
-class SpreadHook(BranchHook):
+class SpreadHook(ModuleHook):
     """On a feed-forward: a skipped step puts the drawn tokens' outputs into what was kept, lets them tell on the others
     of their cluster, and adds the terms of higher order."""
 

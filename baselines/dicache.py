@@ -110,7 +110,7 @@ def dicache(
         minus_input: only count what the probe changes beyond its input (the authors' `delta_minus`).
         clip: bounds of gamma; the authors' code for Wan has (1, 2).
     """
-    check_budget(budget, num_inference_steps, 2)
+    check_budget(budget, num_inference_steps, least=2)
     if probe < 1:
         raise SettingError(f"probe={probe} must be at least 1 block")
     warmup = int(0.2 * budget if retention is None else retention * num_inference_steps)

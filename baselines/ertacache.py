@@ -52,7 +52,7 @@ class ERTACache:
     rectify: bool = True
 
     def __post_init__(self):
-        check_budget(self.budget, self.num_inference_steps, 1)
+        check_budget(self.budget, self.num_inference_steps)
 
     @property
     def statistics(self) -> tuple[Mean, ...]:

@@ -7,12 +7,11 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from baselines.given import given
 from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
 from dpcache.method import Method
 from dpcache.predictors import Predictor
-from dpcache.schedules import EvenlySpaced, Schedule, check_budget
+from dpcache.schedules import EvenlySpaced, Schedule, check_budget, given
 from dpcache.statistics import Gram
 
 # The authors' computed steps of 50, by their number: for FLUX.1-dev.

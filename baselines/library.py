@@ -12,12 +12,12 @@ import torch
 
 from baselines.full import full
 from baselines.search import Search
-from dpcache._diffusers import without_offload
+from dpcache._diffusers import reset_caches, without_offload
 from dpcache.denoisers import denoiser
 from dpcache.errors import SettingError
 from dpcache.flops import LayerFlops, matrix_layers
 from dpcache.schedules import check_budget
-from dpcache.session import Part, RootHook, Session
+from dpcache.session import CallHook, Part, Session
 from dpcache.sites import transformer_blocks
 
 
@@ -196,15 +196,14 @@ class LibrarySession(Session):
         return LayerFlops(part.module, self.library.partial)
 
     def hooks(self, part):
-        return [(part.module, RootHook(self, part))]
+        return [(part.module, CallHook(self, part))]
 
     def begin(self):
         super().begin()
         (part,), scheduler = self.parts, self.pipe().scheduler
-        if hasattr(part.module, "_reset_stateful_cache"):  # of a generation that broke off
-            self.beginning = True
-            part.module._reset_stateful_cache()
-            self.beginning = False
+        self.beginning = True
+        reset_caches(part.module)  # what a generation that broke off has left
+        self.beginning = False
         skipped = len(scheduler.timesteps) - self.schedule.num_inference_steps  # of a run that starts from an image
         sigmas = getattr(scheduler, "sigmas", None)
         self.times = scheduler.timesteps.tolist()[skipped:]  # once: on a GPU every look waits for it

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 
 from baselines.gits import cheapest
-from baselines.given import given
 from baselines.lemica import longest_edge
 from baselines.trajectory import Times, follow
 from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
 from dpcache.method import Method
 from dpcache.predictors import Predictor
-from dpcache.schedules import EvenlySpaced, Schedule, check_budget
+from dpcache.schedules import EvenlySpaced, Schedule, check_budget, given
 from dpcache.statistics import Rerun
 
 

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from baselines.given import given
 from baselines.trajectory import answers, follow
 from dpcache.calibration import Calibration
 from dpcache.method import Method
 from dpcache.predictors import Reuse
-from dpcache.schedules import EvenlySpaced, Schedule, check_budget
+from dpcache.schedules import EvenlySpaced, Schedule, check_budget, given
 from dpcache.statistics import Rerun
 
 

@@ -89,7 +89,7 @@ def speca(
             authors' 8, or twice the mean gap.
         warmup: steps before this one are computed, but for those right after a computed one.
     """
-    check_budget(budget, num_inference_steps, 2)
+    check_budget(budget, num_inference_steps, least=2)
     if not 1 <= warmup <= 2 * budget:  # every other step of which is computed
         raise SettingError(f"warmup={warmup} must be between 1 and twice budget={budget}")
     most = max(8, 2 * num_inference_steps // budget) if longest is None else longest

@@ -2,7 +2,9 @@
 
 - Hooks on modules (`HookRegistry`, `ModelHook`): diffusers' own mechanism, so that its offloading, its casting and its
   caches still find theirs while ours are on.
-- The name of the guidance branch (`StateManager`), which `cache_context` sets.
+- The name of the guidance branch (`RootHook`), which `cache_context` sets.
+- Where a pipeline runs (`execution_device`), and whether its user has stopped it (`interrupted`).
+- What a pipeline does to a model's caches at its end (`reset_caches`).
 - Which argument and which output of a block is the image's and which the text's (`TransformerBlockRegistry`).
 - The names under which models keep their lists of blocks.
 - The calls of a scheduler's `step` (`watch_steps`).
@@ -28,17 +30,20 @@ from dpcache.errors import SettingError
 __all__ = [
     "BLOCK_LISTS",
     "Hook",
-    "StateManager",
+    "RootHook",
     "StepListener",
     "add_hook",
     "block_metadata",
     "copy_of_scheduler",
+    "execution_device",
     "foreign_forward",
     "forget_children",
     "hook_on",
+    "interrupted",
     "leave_uncompiled",
     "other_cache",
     "remove_hook",
+    "reset_caches",
     "unwrap_module",
     "watch_steps",
     "watching",
@@ -81,6 +86,41 @@ class Hook(ModelHook):
         raise SettingError(
             "a model cannot be pickled while a caching method is enabled on it: call dpcache.disable first"
         )
+
+
+class RootHook(Hook):
+    """A hook of ours on a whole model."""
+
+    _is_stateful = True  # so that diffusers looks for a `StateManager` on it, and calls `reset_state`
+
+    def __init__(self):
+        super().__init__()
+        self.names = StateManager(dict)
+
+    @property
+    def branch_name(self) -> str:
+        """Of the guidance branch that the pipeline is about to compute; "default" where it names none."""
+        context = self.names._context
+        return "default" if context is None else context.name
+
+    def reset_state(self, module: torch.nn.Module) -> None:
+        """A pipeline calls it at its end."""
+
+
+def execution_device(pipe) -> torch.device | None:
+    """Where a pipeline runs its models. With offloading their weights wait on the CPU. None: `pipe` does not say."""
+    return getattr(pipe, "_execution_device", None)
+
+
+def interrupted(pipe) -> bool:
+    """Whether a callback has stopped this run of a pipeline before its last step."""
+    return getattr(pipe, "_interrupt", False)
+
+
+def reset_caches(module: torch.nn.Module) -> None:
+    """As a pipeline does at its end: hooks that keep something from call to call forget it."""
+    if hasattr(module, "_reset_stateful_cache"):
+        module._reset_stateful_cache()
 
 
 @contextmanager

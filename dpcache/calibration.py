@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from dpcache import storage
+from dpcache._diffusers import execution_device
 from dpcache.circumstances import describe
 from dpcache.errors import SettingError
 from dpcache.method import Method, Runnable, cached
@@ -170,7 +171,7 @@ class Calibration:
                 len(prompts),
                 len(prompts) / count,
                 index == 0,
-                pipe._execution_device,
+                execution_device(pipe),
             )
             for statistic in statistics:
                 totals[statistic] = statistic.fold(totals[statistic], seen)

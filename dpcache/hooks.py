@@ -79,7 +79,7 @@ class BlockHook(StreamHook):
     and returns the prediction on a skipped one. An online schedule decides at the block after those that it probes, and
     is told of every block's output.
 
-    The text stream is not kept, because no model reads it after its last block.
+    The other stream, the text's, is kept only where the model reads it after its last block (`Streams.both`).
     """
 
     def __init__(self, session, block, index: int, last: bool, probe: int, residual: bool):
@@ -93,7 +93,7 @@ class BlockHook(StreamHook):
         branch = session.current
         if self.first:
             branch.stack_input = self.image_in(args, kwargs)
-            branch.run_input = self.other_in(args, kwargs)
+            branch.other_input = self.other_in(args, kwargs)
         if self.decides:
             session.decide(module, args, kwargs)
         if not branch.skip:
@@ -101,7 +101,7 @@ class BlockHook(StreamHook):
             session.learn(self.index, self.image(output))
             if self.last:
                 session.keep("stack", self.feature(branch, output))
-                branch.stack_input = branch.run_input = None
+                branch.stack_input = branch.other_input = None
             return output
         image, other = self.image_in(args, kwargs), self.other_in(args, kwargs)
         if self.last:
@@ -109,10 +109,10 @@ class BlockHook(StreamHook):
             added, other = predicted if self.streams.both else (predicted, other)
             if self.residual:
                 image = self.entered(branch, image) + added
-                other = branch.run_input + other if self.streams.both else other
+                other = branch.other_input + other if self.streams.both else other
             else:
                 image = added
-            branch.stack_input = branch.run_input = None
+            branch.stack_input = branch.other_input = None
         return self.result(image, other)
 
     def feature(self, branch, output):
@@ -120,12 +120,12 @@ class BlockHook(StreamHook):
         image, other = self.image(output), self.other(output) if self.streams.both else None
         if self.residual:
             image = image - self.entered(branch, image)
-            other = None if other is None else other - branch.run_input
+            other = None if other is None else other - branch.other_input
         return image if other is None else (image, other)
 
     def entered(self, branch, image: torch.Tensor) -> torch.Tensor:
         """The first block's input, with the text before it where the last one has both in one stream."""
-        before, text = branch.stack_input, branch.run_input
+        before, text = branch.stack_input, branch.other_input
         if before is None:
             raise SettingError(
                 f"site=residual: step {branch.step} of {branch.part} does not pass the first block (pipelines may "
@@ -212,7 +212,7 @@ class VerifyHook(StreamHook):
         return draft
 
 
-class BranchHook(SessionHook):
+class ModuleHook(SessionHook):
     """Keeps and predicts one attention or feed-forward output (a tensor or a tuple of tensors)."""
 
     def __init__(self, session, name: str):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dpcache._diffusers import execution_device
 from dpcache.calibration import Calibration, record
 from dpcache.errors import SettingError
 from dpcache.gram import gram, key_axes, path_costs
@@ -210,7 +211,7 @@ def fit_closed_loop(
             for samples, fits in ((slice(limit), (0, 1)), (slice(limit, None), (1,))):
                 some = [part[:, :, samples] for part in rows]
                 if some[0].numel():
-                    G = gram(some, device=pipe._execution_device) * some[0].shape[2]
+                    G = gram(some, device=execution_device(pipe)) * some[0].shape[2]
                     for fit in fits:
                         grams[fit] += G
         done += len(prompts)

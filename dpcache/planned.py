@@ -10,7 +10,7 @@ from dpcache.gram import key_axes, path_costs
 from dpcache.method import Method
 from dpcache.planner import plan, through
 from dpcache.predictors import Taylor
-from dpcache.schedules import EvenlySpaced, Schedule, check_budget
+from dpcache.schedules import EvenlySpaced, Schedule, check_budget, given
 from dpcache.statistics import Gram, L1Cost
 
 
@@ -94,8 +94,7 @@ def dpcache(
     predictor = Taylor(order, since=max(warmup - 2, 0))
     if steps is None:
         return Planned(predictor, budget, num_inference_steps, warmup, solver, max_jump, cost, path_aware, cumulative)
-    if len(steps) != budget:
-        raise SettingError(f"steps has {len(steps)} entries: set budget={len(steps)}, not {budget}")
+    schedule = given(steps, budget, num_inference_steps)
     if list(steps[:warmup]) != list(range(warmup)):
         raise SettingError(f"steps={list(steps)} does not begin with the warmup={warmup} steps 0..{warmup - 1}")
-    return Method(Schedule(steps, num_inference_steps), "stack", predictor)
+    return Method(schedule, "stack", predictor)

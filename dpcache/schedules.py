@@ -35,11 +35,24 @@ class Schedule:
             )
 
 
-def check_budget(budget: int, num_inference_steps: int, warmup: int | None = None) -> None:
-    """Raises SettingError unless 1 <= warmup <= budget <= num_inference_steps."""
-    if not 1 <= (1 if warmup is None else warmup) <= budget <= num_inference_steps:
-        least = 1 if warmup is None else f"warmup={warmup} (at least 1)"
-        raise SettingError(f"budget={budget} must be between {least} and num_inference_steps={num_inference_steps}")
+def check_budget(budget: int, num_inference_steps: int, warmup: int | None = None, least: int = 1) -> None:
+    """Raises SettingError unless 1 <= warmup <= budget <= num_inference_steps, or least <= budget without a warm-up."""
+    if warmup is not None:
+        least, allowed = max(warmup, 1), f"warmup={warmup} (at least 1)"
+    else:
+        allowed = str(least)
+    if not (warmup is None or warmup >= 1) or not least <= budget <= num_inference_steps:
+        raise SettingError(f"budget={budget} must be between {allowed} and num_inference_steps={num_inference_steps}")
+
+
+def given(steps: Sequence[int], budget: int, num_inference_steps: int) -> Schedule:
+    """A list of steps from the settings of a method that plans its steps otherwise.
+
+    Raises SettingError unless there are `budget` steps, which increase from 0 and end below T.
+    """
+    if len(steps) != budget:
+        raise SettingError(f"steps has {len(steps)} entries: set budget={len(steps)}, not {budget}")
+    return Schedule(steps, num_inference_steps)
 
 
 class EvenlySpaced(Schedule):

@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from dpcache._diffusers import (
     Hook,
-    StateManager,
+    RootHook,
     add_hook,
+    execution_device,
     forget_children,
     leave_uncompiled,
     other_cache,
@@ -176,7 +177,7 @@ class Branch:
         self.signature: tuple | None = None  # of the model's input
         self.kept: frozenset[str] = frozenset()  # names of what a computed call keeps
         self.seen: set[str] = set()  # names of what the current call has kept or predicted so far
-        self.stack_input = self.run_input = self.output = None
+        self.stack_input = self.other_input = self.run_input = self.output = None
         self.shapes: list[torch.Size] = []  # of the model's prediction
         self.placeholders: dict = {}
 
@@ -254,23 +255,15 @@ class Part:
         return argument(0, self.input_name, args, kwargs)
 
 
-class RootHook(Hook):
+class CallHook(RootHook):
     """On a denoiser: opens and closes each call."""
-
-    _is_stateful = True
 
     def __init__(self, session: "Session", part: Part):
         super().__init__()
-        self.session, self.part, self.names = session, part, StateManager(dict)
+        self.session, self.part = session, part
 
     def reset_state(self, module):
-        """A pipeline calls it at its end."""
         self.session.ended()
-
-    @property
-    def branch_name(self) -> str:
-        context = self.names._context
-        return "default" if context is None else context.name
 
     @leave_uncompiled
     def new_forward(self, module, *args, **kwargs):
@@ -316,8 +309,7 @@ class Session:
         self.compared = False  # with what the method was made for
         self.on_detach: list[Callable[[], None]] = []
         self.parts = [Part(name, module) for name, module in denoisers(pipe).items()]
-        # With offloading the weights wait on the CPU, but the pipeline knows where they will run.
-        device = getattr(pipe, "_execution_device", None) or next(self.parts[0].module.parameters()).device
+        device = execution_device(pipe) or next(self.parts[0].module.parameters()).device
         self.stopwatch = stopwatch(device)
         for part in self.parts:
             self.check_other_caches(part)
@@ -355,7 +347,7 @@ class Session:
 
     def hooks(self, part: Part) -> list[tuple[torch.nn.Module, Hook]]:
         """(module, hook) pairs, in the order in which they are registered."""
-        return [(part.module, RootHook(self, part)), *self.site.hooks(self, part.module)]
+        return [(part.module, CallHook(self, part)), *self.site.hooks(self, part.module)]
 
     def watching(self, part: Part) -> LayerFlops | None:
         """What counts the FLOPs of steps that are skipped in parts."""

@@ -99,7 +99,7 @@ class SimulatedPlan:
     finer: int = 1
 
     def __post_init__(self):
-        check_budget(self.budget, self.num_inference_steps, 1)
+        check_budget(self.budget, self.num_inference_steps)
         known = [*CLOSED_LOOP, *LEAST_SQUARES, *short_names()]
         if not self.predictors or set(self.predictors) - set(known):
             raise SettingError(f"predictors={list(self.predictors)}: choose from {', '.join(known)}")

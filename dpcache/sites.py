@@ -29,9 +29,9 @@ from dpcache.arguments import argument_names
 from dpcache.errors import SettingError
 from dpcache.hooks import (
     BlockHook,
-    BranchHook,
     EmbedderHook,
     FeederHook,
+    ModuleHook,
     ProbeHook,
     RunHook,
     Verifier,
@@ -224,8 +224,8 @@ class Modules(Site):
     def block_hooks(
         self, session, block, known: Block, index: int, layer: int, present: dict[str, torch.nn.Module]
     ) -> list[tuple[torch.nn.Module, Hook]]:
-        """Of one block, the `layer`-th of its class, whose branches are `present`."""
-        pairs = [(module, BranchHook(session, f"{index}.{name}")) for name, module in present.items()]
+        """Of one block, the `layer`-th of its class, whose kept modules are `present`."""
+        pairs = [(module, ModuleHook(session, f"{index}.{name}")) for name, module in present.items()]
         names = [hook.name for _, hook in pairs]
         return pairs + [(getattr(block, name), FeederHook(session, names)) for name in known.feeders]
 

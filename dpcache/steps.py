@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from dpcache._diffusers import StepListener, watch_steps
+from dpcache._diffusers import StepListener, interrupted, watch_steps
 from dpcache.arguments import argument, argument_names
 from dpcache.errors import SettingError
 
@@ -94,8 +94,8 @@ class SchedulerSteps(StepListener):
         )
 
     def ended(self):
-        ran, interrupted = self.step + self.called, getattr(self.pipe(), "_interrupt", False)
-        complete = self.timesteps is None or interrupted or ran == self.num_inference_steps
+        ran = self.step + self.called
+        complete = self.timesteps is None or interrupted(self.pipe()) or ran == self.num_inference_steps
         stepped = self.step > 0
         self.timesteps, self.step, self.called = None, 0, False
         if not complete and not stepped:

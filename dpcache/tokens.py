@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from dpcache._diffusers import leave_uncompiled
 from dpcache.errors import SettingError
-from dpcache.hooks import BranchHook, SessionHook
+from dpcache.hooks import ModuleHook, SessionHook
 from dpcache.models.family import Block, feed_forwards_of
 
 
@@ -72,7 +72,7 @@ class _Received(TorchFunctionMode):
         return output
 
 
-class AttentionHook(BranchHook):
+class AttentionHook(ModuleHook):
     """On a block's self-attention: also keeps how much of it each token receives, (B, N), at computed steps that are
     followed by a skipped one. The others run the model's own kernels, which long sequences make much the faster."""
 
@@ -137,7 +137,7 @@ class SelectHook(SessionHook):
         return stream.gather(1, self.index.expand(-1, -1, stream.shape[-1]))
 
 
-class RefreshHook(BranchHook):
+class RefreshHook(ModuleHook):
     """On a feed-forward: on a skipped step the selected tokens' outputs take the place of the predicted ones. A feature
     that is reused as it is keeps them."""
 
@@ -157,7 +157,7 @@ def token_hooks(session, block, known: Block, index: int, layer: int, present: d
     """The (module, hook) pairs of a block at site=tokens, the `layer`-th of its class. In a single-stream block the
     output projection is the feed-forward's second layer as well."""
     attention = known.attention
-    hooked = {name: BranchHook(session, f"{index}.{name}") for name in present}
+    hooked = {name: ModuleHook(session, f"{index}.{name}") for name in present}
     hooked[attention] = AttentionHook(session, f"{index}.{attention}")
     for place, (norm, name) in enumerate(feed_forwards_of(block)):
         if name in present:

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from baselines.full import full
+from dpcache._diffusers import execution_device
 from dpcache.calibration import Calibration, calibrate
 from dpcache.circumstances import describe
 from dpcache.denoisers import denoisers
@@ -244,7 +245,7 @@ class Run:
         self.shared = Path(config.output_dir)
         self.call = OmegaConf.to_container(config.model.call)
         self.batch_size = config.batch_size or config.model.batch_size
-        self.device = self.pipe._execution_device
+        self.device = execution_device(self.pipe)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.pipe.set_progress_bar_config(disable=True)  # inside the bar of the batches

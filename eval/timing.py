@@ -14,6 +14,7 @@ from time import perf_counter
 import torch
 from tqdm.auto import tqdm
 
+from dpcache._diffusers import execution_device
 from dpcache.errors import SettingError
 from dpcache.flops import FlopCounter
 from dpcache.session import stopwatch
@@ -73,7 +74,7 @@ def synchronise(device: torch.device) -> None:
 def phases(pipe) -> Iterator[Callable[[], dict[str, float]]]:
     """Times the parts of a diffusers pipeline around its transformer, on the device's own clock: gives a function that
     returns the seconds in `text_encoder` (its `encode_prompt`) and `vae` (`decode`), of those that it has."""
-    watch, spans = stopwatch(pipe._execution_device), {}
+    watch, spans = stopwatch(execution_device(pipe)), {}
     parts = {"text_encoder": (pipe, "encode_prompt"), "vae": (getattr(pipe, "vae", None), "decode")}
     parts = {name: (owner, method) for name, (owner, method) in parts.items() if hasattr(owner, method)}
 

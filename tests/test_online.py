@@ -390,14 +390,14 @@ def test_half_precision(name, dtype):
     ("make", "message"),
     [
         (lambda: dicache(5, 50, retention=0.1), "budget=5: retention=0.1 and the last step take 7 steps"),
-        (lambda: dicache(1, 50), "budget=1 must be between warmup=2"),
+        (lambda: dicache(1, 50), "budget=1 must be between 2"),
         (lambda: dicache(5, 50, probe=0), "probe=0 must be at least 1"),
         (lambda: speca(5, 50, warmup=11), "warmup=11 must be between 1 and twice budget=5"),
         (lambda: speca(5, 50, warmup=0), "warmup=0 must be between 1 and"),
         (lambda: easycache(5, 50, warmup=5), "budget=5: warmup=5 and the last step take 6 steps"),
         (lambda: easycache(5, 50, warmup=6), "budget=5 must be between warmup=6"),
         (lambda: easycache(5, 50, warmup=1), "warmup=1 must be at least 2"),
-        (lambda: bwcache(51, 50), "budget=51 must be between warmup=2"),
+        (lambda: bwcache(51, 50), "budget=51 must be between 2"),
     ],
 )
 def test_settings_that_cannot_be_are_named(make, message):

@@ -50,7 +50,7 @@ class Block:
         part: "double" (image and text in two streams) or "single" (both in one), in models that have double-stream
             blocks first and then single-stream ones; None: in other models.
         square_grid: whether its tokens are those of a square image, row by row, and no others.
-        kept: modules whose outputs are the attention and feed-forward branches before their gates. Not every block of
+        kept: attention and feed-forward modules, whose outputs are kept before their gates. Not every block of
             the class needs to have all of them.
         feeders: modules whose outputs only feed a kept one.
         attention: its self-attention.

@@ -37,7 +37,7 @@ class RunError(CompactHydraException):
 def main(config: DictConfig) -> float | None:
     """Returns what a tuning sweep maximises, see `eval.results.objective`."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    if not (sys.stderr.isatty() and main_process()):  # bars are for one who watches; read when tqdm is loaded
+    if not (sys.stderr.isatty() and main_process()):  # bars are for terminals; tqdm reads this when it is imported
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         if config.quality is not None and any(o.startswith("budget=") for o in HydraConfig.get().overrides.task):

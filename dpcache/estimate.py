@@ -51,7 +51,7 @@ def history_bytes(
         transformer: `architecture.build()`, on the device "meta".
         call: the pipeline's arguments.
 
-    Raises ValueError for a model that does not offer the site, or whose arguments are not known.
+    Raises SettingError for a model that does not offer the site, or whose arguments are not known.
     """
     history, schedule = method.predictor.history, method.schedule
     online = isinstance(schedule, OnlineSchedule)

@@ -38,9 +38,9 @@ ATTENTION = {getattr(torch.ops.aten, name): attention_flops for name in KERNELS 
 
 
 class FlopCounter(FlopCounterMode):
-    """Counts all that is computed within it, for any model: also for one that contains itself, as cache-dit makes them.
-    So it does without PyTorch's table of modules, whose tracker looks for the model's root, there until the stack
-    overflows. Attention counts the same by every kernel, and a kernel of it without a formula is warned of."""
+    """Counts all that is computed within it. It does without PyTorch's table of modules, whose tracker recurses without
+    end in a model that contains itself, as cache-dit makes them. Attention counts the same by every kernel, and a
+    kernel of it without a formula is warned of."""
 
     def __init__(self):
         super().__init__(display=False, custom_mapping=ATTENTION)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from dpcache import storage
 from dpcache._diffusers import hook_on
@@ -18,6 +18,8 @@ from dpcache.session import Report, Session
 from dpcache.sites import Site, as_site
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from dpcache.calibration import Calibration
     from dpcache.statistics import Statistic
 
@@ -57,6 +59,15 @@ class Recipe(Protocol):
 
     def build(self, pipe, calibration: "Calibration | None") -> Runnable:
         """The method, ready to be enabled. It may run `pipe` on the calibration's prompts."""
+        ...
+
+
+@runtime_checkable
+class PlansOverCosts(Protocol):
+    """A recipe whose steps follow from a cost tensor alone, so that `build` does not run `pipe`, which may be None."""
+
+    def costs(self, calibration: "Calibration") -> "np.ndarray":
+        """The tensor, of T + 1 along each axis but the first."""
         ...
 
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -42,14 +42,14 @@ class Measure:
         return value if self.best is None else float(-20 * np.log10(max(abs(self.best - value), 10 ** (-HIGHEST / 20))))
 
     def value(self, decibels: float) -> float:
-        """What has so many decibels."""
+        """The inverse of `decibels`."""
         if self.best is None:
             return decibels
         distance = float(10 ** (-decibels / 20))
         return distance if self.best == 0 else self.best - distance
 
     def text(self, value: float) -> str:
-        """For readers."""
+        """The value with its unit or label."""
         return f"{value:.2f} dB" if self.best is None else f"{self.label} {value:.4g}"
 
     def check(self, wanted: float) -> None:
@@ -105,6 +105,24 @@ class Knob(Protocol):
     whole: bool
 
 
+@runtime_checkable
+class HasKnob(Protocol):
+    """A recipe of a method that decides online."""
+
+    def knob(self, calibration: Calibration) -> Knob | None:
+        """Its one setting; None where something else depends on the budget, too. Raises SettingError if it is given."""
+        ...
+
+
+@runtime_checkable
+class Simulated(Protocol):
+    """A recipe that knows without running the model how its quality grows with the budget."""
+
+    def promised(self, calibration: Calibration) -> float:
+        """Decibels of the final latents with its budget, up to what all budgets have in common."""
+        ...
+
+
 def psnr(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Peak signal-to-noise ratio in dB of each image, (N,), of uint8 (N, H, W, 3); of videos (N, F, H, W, 3) the mean
     over frames."""
@@ -124,9 +142,9 @@ def find_budget(
     `quality` says. Quality is taken to grow with the budget; a budget that the method does not take counts as too
     small. Every budget that is tried is run on all calibration prompts:
 
-    - of a recipe with a simulator (`promised`), the smallest one that is predicted to do, until one reaches the
+    - of a `Simulated` recipe, the smallest one that is predicted to do, until one reaches the
       quality and the one below does not;
-    - of an online method with one setting (`knob`), values of that setting;
+    - of an online method with one setting (`HasKnob`), values of that setting;
     - of others about log2(T), by bisection.
 
     Args:
@@ -151,7 +169,7 @@ def find_budget(
         log.info("%.4g computed steps reach %s on the calibration prompts", spent, measure.text(reached))
         return measure.decibels(reached), spent
 
-    knob = make((T + 1) // 2).knob(calibration) if hasattr(widest, "knob") else None
+    knob = make((T + 1) // 2).knob(calibration) if isinstance(widest, HasKnob) else None
     if knob is not None:
         return _by_setting(confirm, knob, quality, measure)
     methods, tried = {}, {}
@@ -182,7 +200,7 @@ def find_budget(
             return False
         return tried[budget] >= wanted
 
-    simulated, low, high = hasattr(widest, "promised"), 0, T + 1
+    simulated, low, high = isinstance(widest, Simulated), 0, T + 1
     while high - low > 1:
         budget = _smallest(lambda budget: predict(budget) >= wanted, low, high) if simulated else (low + high) // 2
         low, high = (low, budget) if reaches(budget) else (budget, high)

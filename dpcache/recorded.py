@@ -1,4 +1,4 @@
-"""What runs are known by: the latents and predictions of full-step runs, and how a model answered the errors of a few
+"""Recorded runs: the latents and predictions of full-step ones, and how the model answered the errors of a few
 accelerated ones. The simulator (`dpcache.simulator`) is made of these, and learns its weights from them."""
 
 from collections.abc import Callable, Sequence
@@ -19,8 +19,8 @@ from dpcache.sampler import Batch, sample
 from dpcache.schedules import EvenlySpaced, Schedule
 from dpcache.session import Report
 
-DIRECTIONS = 128  # of recorded runs at most, by which simulated ones are told; with 127 steps or fewer that is all
-ELEMENTS = 4096  # of the latents at most, by which runs are told; of FLUX.1-dev's at 1024 x 1024 one in 64
+DIRECTIONS = 128  # at most so many coordinates stand for simulated latents; with T < 128 they hold all that is recorded
+ELEMENTS = 4096  # at most so many elements of each prompt's latents are kept; of FLUX.1-dev's at 1024 x 1024 one in 64
 Plan = tuple[int, ...]
 
 
@@ -147,7 +147,7 @@ class Answers:
 
     @property
     def heard(self) -> "Answers":
-        """Those to an error."""
+        """The observations in which neither the error nor the answer is zero."""
         some = ((self.error**2).sum(1) > 1e-12) & ((self.answer**2).sum(1) > 0)
         return type(self)(*(getattr(self, name)[some] for name in self.__dataclass_fields__))
 

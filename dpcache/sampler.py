@@ -152,7 +152,7 @@ def sample(
     observe: Callable | None = None,
     **call,
 ) -> Batch:
-    """`generate` with `method` (prepared) enabled for the length of the call. `observe`: see `Session`."""
+    """`generate` with `method` enabled for the length of the call, and its report. `observe`: see `Session`."""
     with cached(pipe, method, observe) as session:
         batch = generate(pipe, prompts, seeds, method.num_inference_steps, decode, **call)
     batch.report = session.report()

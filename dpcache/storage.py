@@ -32,7 +32,7 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[
 
 
 def read(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Arrays and metadata of a file whose "format" in the metadata begins with `dpcache` and `kind`.
+    """Arrays and metadata of a file whose "format" in the metadata is `dpcache` and `kind`.
 
     Raises FileNotFoundError if there is none, ValueError if it is something else.
     """

@@ -4,10 +4,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpcache.calibration import Calibration
 from dpcache.estimate import history_bytes
-from dpcache.method import Method, Recipe
+from dpcache.method import Method, PlansOverCosts, Recipe
 from dpcache.models.architectures import Architecture, architecture
 from dpcache.models.pretrained import float_type
-from dpcache.planned import Planned
 from dpcache.predictors import Reuse
 from dpcache.schedules import OnlineSchedule, Schedule
 from dpcache.statistics import Folded
@@ -31,7 +30,7 @@ def describe(config: DictConfig, model: str, name: str, recipe: Recipe, prompts:
     memory = [f"transformer {_size(weights)}", _cache_memory(config, recipe, prompts, known, transformer)]
     if recipe.statistics is None:
         schedule = "the library's own" if example is None else _steps(example.schedule)
-    elif isinstance(recipe, Planned) and config.calibration.path:
+    elif isinstance(recipe, PlansOverCosts) and config.calibration.path:
         calibration = Calibration.load(config.calibration.path).check({"num_inference_steps": str(T)})
         schedule = _steps(recipe.build(None, calibration).schedule)
     else:

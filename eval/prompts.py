@@ -133,7 +133,7 @@ def _set(setting: str, name: str) -> list[str]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise SettingError(f"{setting}={name} needs the package datasets: pip install 'dpcache[prompts]'") from None
+        raise SettingError(f"{setting}={name} needs the package datasets: pip install -e '.[prompts]'") from None
     try:
         values = load_dataset(repository, split=split)[column]
     except Exception as error:  # the hub, a proxy or the local cache may raise anything

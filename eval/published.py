@@ -51,7 +51,8 @@ def resolve(settings: DictConfig, model: str, method: str) -> DictConfig:
 
 def _value(name: str, settings: DictConfig, model: str, method: str):
     asked, T = f"method.{name}=published", settings.num_inference_steps
-    known = [other for other, methods in records().items() if name in methods.get(method, {}).get("settings", ())]
+    having = [other for other, methods in records().items() if name in methods.get(method, {}).get("settings", ())]
+    known = [other for other in having if (FOLDER.parent / "model" / f"{other}.yaml").exists()]
     if model not in known:
         only = f"only for model={','.join(known)}" if known else "nor for any other model"
         raise SettingError(f"{asked}: none is known for model={model}, {only}")

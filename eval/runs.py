@@ -25,10 +25,9 @@ from dpcache.calibration import Calibration, calibrate
 from dpcache.circumstances import describe
 from dpcache.denoisers import denoisers
 from dpcache.errors import SettingError
-from dpcache.method import Recipe, Runnable
+from dpcache.method import PlansOverCosts, Recipe, Runnable
 from dpcache.models.pretrained import default_device
 from dpcache.other_steps import carry
-from dpcache.planned import Planned
 from dpcache.prompts import identity
 from dpcache.quality import PSNR, Measure
 from dpcache.sampler import Batch, sample
@@ -231,7 +230,7 @@ def scores(
     }
 
 
-def stored(batch: Batch) -> tuple:
+def for_store(batch: Batch) -> tuple:
     """A batch as `eval.store.load_or_make` takes it."""
     spent = float(np.mean([generations[-1] for generations in batch.report.spent.values()]))
     return batch.images, batch.latents, {"steps": list(batch.report.computed.values()), "spent": spent}
@@ -342,7 +341,7 @@ class Run:
         method, folder = full(num_inference_steps), self.reference_folder(prompts, num_inference_steps)
 
         def make(chunk: slice):
-            return stored(self._sample(method, prompts, chunk))
+            return for_store(self._sample(method, prompts, chunk))
 
         def read() -> Samples:
             name = f"reference of {num_inference_steps} steps"
@@ -369,7 +368,7 @@ class Run:
                 if image.ndim == 4:
                     options = {"fps": self.config.model.fps, "macro_block_size": 2, "quality": 8}
                     iio.imwrite(path.with_suffix(".mp4"), image, **options)
-            return stored(batch)
+            return for_store(batch)
 
         return load_or_make(self.folder / "samples", prompts, self.batch_size, make, "samples")
 
@@ -480,7 +479,7 @@ class Run:
                 self.folder / "schedule.png", steps, recipe.num_inference_steps, f"{name}: {len(steps)} computed steps"
             ),
         }
-        if isinstance(recipe, Planned):
+        if isinstance(recipe, PlansOverCosts):
             made["cost"] = pictures.cost_heatmap(self.folder / "cost.png", recipe.costs(calibration), steps)
         if curve := result["quality"]:
             made["quality"] = pictures.quality_curve(self.folder / "quality.png", **curve)

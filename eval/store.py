@@ -42,10 +42,11 @@ def load_or_make(
     which a run leaves that ran out of memory and was then killed, are removed.
 
     Args:
-        make: `make(slice) -> (images uint8 (B, ...), latents (B, ...), computed steps)` for these prompts.
+        make: `make(slice) -> (images uint8 (B, ...), latents (B, ...), record)` for these prompts. The record is what
+            is to be known of the batch beside them, as JSON can hold it.
 
     Returns:
-        All samples, and every batch's computed steps as `make` returned them.
+        All samples, and every batch's record.
 
     Raises SettingError if the folder holds samples of other prompts or images.
     """

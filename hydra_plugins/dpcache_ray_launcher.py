@@ -39,7 +39,7 @@ class RayLauncher(Launcher):
         try:
             import ray  # here, because Hydra imports all launchers for every command
         except ImportError:
-            raise CompactHydraException("hydra/launcher=ray needs ray: pip install 'dpcache[ray]'") from None
+            raise CompactHydraException("hydra/launcher=ray needs ray: pip install -e '.[ray]'") from None
 
         from eval import failures
 

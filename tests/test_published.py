@@ -130,7 +130,7 @@ def test_the_list_of_steps_is_that_of_the_recorded_experiment():
 @pytest.mark.parametrize(
     ("model", "method", "overrides", "message"),
     [
-        ("dit", "teacache", ["method.polynomial=published"], "none is known for model=dit, only for model=cogvideox15"),
+        ("dit", "teacache", ["method.polynomial=published"], "none is known for model=dit, only for model=flux,"),
         ("flux", "fora", ["method.interval=published"], "none is known for model=flux, nor for any other model"),
         ("flux", "dpcache", ["method.steps=published", "budget=12"], "takes one of budget=9,10,11,13,15,17,20, not 12"),
         ("flux", "dpcache", ["method.steps=published", "num_inference_steps=28"], "num_inference_steps=50, not 28"),

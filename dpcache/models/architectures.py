@@ -80,7 +80,7 @@ def published() -> dict[str, Architecture]:
 
 def architecture(path: str) -> Architecture:
     """Of a folder in diffusers format, an embedded model, or one on the hub that a family's record has. Raises
-    ValueError for any other."""
+    SettingError for any other."""
     folders = [EMBEDDED / path, Path(path).expanduser()]
     for folder in folders:
         if (folder / "transformer" / "config.json").is_file():

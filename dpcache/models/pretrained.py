@@ -36,7 +36,7 @@ def load(
 
     Raises:
         FileNotFoundError: no such folder, and the hub has no such repository or cannot be reached.
-        ValueError: an unknown dtype or scheduler; an embedded model does not make what it should, see
+        SettingError: an unknown dtype or scheduler; an embedded model does not make what it should, see
             `dpcache.models.expectation`.
     """
     dtypes = {"default": float_type("dtype", dtype), "vae": float_type("vae_dtype", vae_dtype or dtype)}

@@ -89,7 +89,7 @@ def save_features(path: Path, extractor: str, features: Tensor) -> None:
 def read_features(path: Path, extractor: str) -> Tensor:
     """Reference features (M, D) from a file, in float32 whatever the file's precision.
 
-    Raises Unavailable if they are of another extractor, ValueError for a file that holds no features.
+    Raises Unavailable if they are of another extractor, SettingError for a file that holds no features.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -176,7 +176,7 @@ def load(distance: str, extractor: str, settings: Settings) -> Scorer:
     counts of both (every frame of a video counts); for FID with a warning where the samples are too few for a
     covariance of the features.
 
-    Raises Unavailable without weights or reference images, ValueError for a reference that cannot be read.
+    Raises Unavailable without weights or reference images, SettingError for a reference that cannot be read.
     """
     network = EXTRACTORS[extractor]()
     real = _reference(extractor, network, settings)

@@ -37,7 +37,7 @@ def image_reward(sample: Samples, reference: Samples | None = None, **options) -
         options: as for `score`.
 
     Raises:
-        ValueError: videos; images that could not be scored, by name and reason.
+        SettingError: videos; images that could not be scored, by name and reason.
         RuntimeError, TimeoutError: as `score`.
     """
     if sample.images.ndim == 5:

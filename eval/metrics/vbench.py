@@ -50,7 +50,7 @@ def vbench(sample: Samples, reference: Samples | None = None, *, fps: float, **o
         options: as for `score`.
 
     Raises:
-        ValueError: images; videos that could not be scored, by name and reason.
+        SettingError: images; videos that could not be scored, by name and reason.
         RuntimeError, TimeoutError: as `score`.
     """
     if sample.images.ndim == 4:

@@ -304,6 +304,8 @@ def calibrate(
     """
     if not prompts:
         raise SettingError("calibration needs at least one prompt")
+    if isinstance(prompts, str):
+        raise SettingError(f"prompts={prompts!r}: give a list of prompts")
     statistics = of_one_pass(site) if statistics is None else statistics
     calibration = Calibration(
         describe(pipe, num_inference_steps, **call),

@@ -84,11 +84,13 @@ class LayerFlops:
         counting: False: only tell which layers run.
     """
 
-    # transformer -> shapes of the input -> layer -> (FLOPs, size of its inputs per sample), all its runs in a full step
+    # transformer -> layers and shapes of the inputs -> layer -> (FLOPs, size of its inputs per sample), all its runs in
+    # a full step
     _known: ClassVar[MutableMapping] = weakref.WeakKeyDictionary()
 
     def __init__(self, transformer: torch.nn.Module, counting: bool = True):
-        self.handles = [layer.register_forward_pre_hook(self._begin) for layer in matrix_layers(transformer)]
+        self.layers = tuple(matrix_layers(transformer))
+        self.handles = [layer.register_forward_pre_hook(self._begin) for layer in self.layers]
         self.known = self._known.setdefault(transformer, {}) if counting else None
         self.costs, self.counter, self.ran, self.spared = {}, None, [], 0.0
 
@@ -118,11 +120,12 @@ class LayerFlops:
 
     @contextmanager
     def call(self, shapes: tuple):
-        """Around one call of the transformer with an input of these shapes."""
+        """Around one call of the transformer with inputs of these shapes. Those of a generation's first call stand for
+        all of it: later calls may leave inputs out, and are not computed in full."""
         self.ran.clear()
         self.spared = 0.0
         if self.known is not None:
-            self.costs = self.known.setdefault(shapes, {})
+            self.costs = self.known.setdefault((self.layers, shapes), {})
         if self.costs or self.known is None:
             yield
             return

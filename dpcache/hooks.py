@@ -154,20 +154,24 @@ class RunHook(StreamHook):
         branch, skip = self.session.current, self.session.skips(self.name)
         if self.first or skip:
             image, other = self.image_in(args, kwargs), self.other_in(args, kwargs)
-        if skip:
-            if self.last:
-                added = self.session.predict(self.name)
-                image, other = (
-                    (image + added, other) if torch.is_tensor(added) else (image + added[0], other + added[1])
-                )
-            return self.result(image, other)
         if self.first:
             branch.run_input = image, other
-        output = self.forward(*args, **kwargs)
+        output = None if skip else self.forward(*args, **kwargs)
         if self.last:
-            (image, other), branch.run_input = branch.run_input, None
-            added, after = self.image(output) - image, self.other(output)
-            self.session.keep(self.name, added if after is None else (added, after - other))
+            # Not the last block's input: what the model adds between two blocks, as for ControlNets, is in `added`.
+            (before, other_before), branch.run_input = branch.run_input, None
+        if skip and self.last:
+            added = self.session.predict(self.name)
+            image, other = (
+                (before + added, other_before)
+                if torch.is_tensor(added)
+                else (before + added[0], other_before + added[1])
+            )
+        if skip:
+            return self.result(image, other)
+        if self.last:
+            added, after = self.image(output) - before, self.other(output)
+            self.session.keep(self.name, added if after is None else (added, after - other_before))
         return output
 
 

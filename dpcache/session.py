@@ -9,7 +9,7 @@ import functools
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -109,7 +109,9 @@ class History:
             feature.dtype,
             feature.device,
         ):
-            buffer = self.buffers[self.newest] = torch.empty(feature.shape, dtype=feature.dtype, device=feature.device)
+            with torch.inference_mode(False):  # a tensor that is made there could not be written to elsewhere
+                buffer = torch.empty(feature.shape, dtype=feature.dtype, device=feature.device)
+            self.buffers[self.newest] = buffer
         buffer.copy_(feature)
 
     @property
@@ -147,6 +149,9 @@ class History:
 class Branch:
     """Histories and counters of one guidance branch.
 
+    Args:
+        missed: generations before its first one.
+
     Attributes:
         step: of the current call.
         keys: steps that its model has computed in this generation; what is kept of them is what predictions are made
@@ -158,7 +163,7 @@ class Branch:
         state: of an online schedule, or of a site that keeps one, in this generation.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, missed: int):
         self.name = name
         self.step = self.calls = 0
         self.part: Part | None = None
@@ -169,12 +174,14 @@ class Branch:
         self.state: object = None
         self.state_bytes = 0  # its most in the finished generations
         self.work = 0.0  # full-step equivalents in this generation, where they are counted
-        self.generations: list[tuple[list[int], int, float]] = []  # computed, calls and work of the finished ones
+        # Computed steps, calls and work of the finished generations, nothing in those that it had no part in.
+        self.generations: list[tuple[list[int], int, float]] = [([], 0, 0.0)] * missed
         self.histories: dict[str, list[History]] = {}
         self.spans: dict[bool, list] = {False: [], True: []}  # skipped? -> what the stopwatch returned
         self.skip = self.verifying = False
         self.weights: tuple[float, ...] | np.ndarray = ()
         self.signature: tuple | None = None  # of the model's input
+        self.input_shapes: tuple | None = None  # of all inputs of the model's first call
         self.kept: frozenset[str] = frozenset()  # names of what a computed call keeps
         self.seen: set[str] = set()  # names of what the current call has kept or predicted so far
         self.stack_input = self.other_input = self.run_input = self.output = None
@@ -183,14 +190,14 @@ class Branch:
 
     def start(self) -> None:
         """A new generation begins; the last one may have broken off."""
-        if self.calls:
-            self.generations.append((self.computed, self.calls, self.work))
+        self.generations.append((self.computed, self.calls, self.work))
         self.computed, self.calls, self.work, self.signature = [], 0, 0.0, None
         self.enter(None)
 
     def enter(self, part: "Part | None") -> None:
         """Another model takes over, for which nothing that was kept can be used."""
-        self.part, self.keys, self.own_keys, self.kept = part, [], {}, frozenset()
+        self.part, self.keys, self.own_keys, self.kept, self.input_shapes = part, [], {}, frozenset(), None
+        self.shapes = []
         self.state_bytes = max(self.state_bytes, self.current_state_bytes)
         self.state, self.verifying = None, False
         self.placeholders.clear()
@@ -297,7 +304,7 @@ class Session:
         self.current: Branch | None = None
         self.order: list[str] = []  # the branches of this generation's first step
         self.calls: list[str] = []  # the branches that the current step has called so far
-        self.step, self.thread = 0, None
+        self.step, self.thread, self.generations = 0, None, -1  # generations: those before the current one
         self.online = isinstance(self.schedule, OnlineSchedule)
         self.fixed = None if self.online else frozenset(self.schedule.steps)
         self.computed = self.fixed  # in this generation
@@ -391,6 +398,7 @@ class Session:
         """A new generation."""
         for branch in self.branches.values():
             branch.start()
+        self.generations += 1
         self.order, self.calls, self.computed = [], [], self.fixed
         self.step, self.thread = 0, threading.get_ident()
         moved = False
@@ -415,7 +423,8 @@ class Session:
     def end_step(self) -> None:
         """Raises SettingError if the step had other branches than the first one, where no names keep them apart."""
         self._check_thread()
-        unnamed = [name for name in self.calls if name.startswith("default")]
+        calls, self.calls = self.calls, []
+        unnamed = [name for name in calls if name.startswith("default")]
         expected = [name for name in self.order if name.startswith("default")]
         if self.step and unnamed != expected:
             raise SettingError(
@@ -426,7 +435,6 @@ class Session:
         if self.step == 0 and not self.compared:
             self.compared = True
             warn_of_other_use(self.pipe(), self.method.made_for, self.input_shape, self.order)
-        self.calls = []
 
     def open(self, part: Part, name: str, args: tuple, kwargs: dict) -> Branch:
         """Begins a call of `part` in a `cache_context` of that name. A fixed schedule decides here whether the call is
@@ -437,6 +445,8 @@ class Session:
         self._check_thread()
         self.step = step
         count = sum(call == name or call.startswith(f"{name} #") for call in self.calls)
+        if count and name != "default":
+            self.steps.repeated(name)
         name = name if count == 0 else f"{name} #{count + 1}"
         self.calls.append(name)
         if len(self.calls) > MOST_CALLS:
@@ -448,7 +458,7 @@ class Session:
             self.order.append(name)
             self.input_shape = next(_shapes(part.input(args, kwargs)))[0][1:]
         if name not in self.branches:
-            self.branches[name] = Branch(name)
+            self.branches[name] = Branch(name, self.generations)
         branch = self.current = self.branches[name]
         signature = tuple(_shapes(part.input(args, kwargs)))
         if branch.signature not in (None, signature):
@@ -579,7 +589,9 @@ class Session:
     def run(self, branch: Branch, forward: Callable, args: tuple, kwargs: dict):
         """The call itself, with the model's own `forward`."""
         watch = branch.part.watch
-        with nullcontext() if watch is None else watch.call(branch.signature):
+        if watch is not None and branch.input_shapes is None:
+            branch.input_shapes = tuple(_shapes([args, kwargs]))
+        with nullcontext() if watch is None else watch.call(branch.input_shapes):
             output = self.site.call(self, branch, forward, args, kwargs)
         self.check_call(branch)
         return output
@@ -610,9 +622,8 @@ class Session:
             return self.final
         report = Report(switches=sorted(self.switches), input_shape=self.input_shape)
         for name, branch in self.branches.items():
-            now = [(branch.computed, branch.calls, branch.work)] if branch.calls else []
-            generations = branch.generations + now
-            report.computed[name] = list(generations[-1][0]) if generations else []
+            generations = [*branch.generations, (branch.computed, branch.calls, branch.work)]
+            report.computed[name] = list(branch.computed)
             report.computed_counts[name] = [len(computed) for computed, _, _ in generations]
             report.predicted_counts[name] = [calls - len(computed) for computed, calls, _ in generations]
             if self.partial:
@@ -626,11 +637,11 @@ class Session:
 
 
 def _shapes(value):
-    """Shape and dtype of every tensor in `value`, a tensor or lists of tensors."""
+    """Shape and dtype of every tensor in `value`, a tensor or lists and mappings of tensors."""
     if isinstance(value, torch.Tensor):
         yield tuple(value.shape), value.dtype
-    elif isinstance(value, (list, tuple)):
-        for part in value:
+    elif isinstance(value, (list, tuple, Mapping)):
+        for part in value.values() if isinstance(value, Mapping) else value:
             yield from _shapes(part)
 
 

@@ -23,6 +23,10 @@ class Steps(Protocol):
         """Whether this call of `module` begins a new generation, and its step. Raises SettingError where the calls do
         not fit the method's number of steps."""
 
+    def repeated(self, name: str) -> None:
+        """A guidance branch of this name is called again within the step. Raises SettingError where that cannot be
+        another branch."""
+
     def ended(self) -> None:
         """The pipeline's call is over: the next one begins a new generation. Raises SettingError where steps are
         missing."""
@@ -69,6 +73,9 @@ class SchedulerSteps(StepListener):
             )
         self.called = True
         return began, self.step
+
+    def repeated(self, name):
+        """Nothing to check: the scheduler tells where steps end."""
 
     def after_step(self, scheduler, output):
         self.check_model()
@@ -161,6 +168,13 @@ class TimestepSteps:
             )
         self.last = time
         return began, self.step
+
+    def repeated(self, name):
+        self.first = self.last = None
+        raise SettingError(
+            f"the guidance branch {name!r} is called twice at one value of {self.name}: a new run begins where the "
+            "last one broke off, or two steps have the same value. Run it again, or use a dpcache.steps.Loop"
+        )
 
     def ended(self):
         ran, began = self.step + 1, self.last is not None

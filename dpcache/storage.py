@@ -74,6 +74,12 @@ def _plain(value, arrays: dict[str, np.ndarray]):
     """`value` as JSON holds it; its arrays are added to `arrays`."""
     if is_dataclass(value):
         kind = next(kind for kind in type(value).__mro__ if "__dataclass_fields__" in vars(kind))
+        below = type(value).__mro__[: type(value).__mro__.index(kind)]
+        if lost := {name for part in below for name in vars(part) if not name.startswith("_")}:
+            raise SettingError(
+                f"{type(value).__name__} cannot be stored in a method file, which would lose its "
+                f"{', '.join(sorted(lost))}: make it a dataclass"
+            )
         settings = {field.name: _plain(getattr(value, field.name), arrays) for field in fields(kind) if field.init}
         return {"class": f"{kind.__module__}:{kind.__qualname__}", "settings": settings}
     if isinstance(value, np.ndarray):

@@ -334,3 +334,8 @@ def test_the_output_site_takes_any_denoiser(unet_pipe):
     assert report.computed["default"] == method.schedule.steps
     with pytest.raises(ValueError, match="use site=output"):
         dpcache.calibrate(unet_pipe, PROMPTS, T, **call)
+
+
+def test_one_string_is_no_list_of_prompts(pipe):
+    with pytest.raises(dpcache.SettingError, match="prompts='dog': give a list of prompts"):
+        dpcache.calibrate(pipe, "dog", T)

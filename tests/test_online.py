@@ -315,12 +315,20 @@ def spent_by_flops(rollout, method):
     return spent, len(report.computed["default"])
 
 
+def alone_each(rollout) -> tuple[dict, dict]:
+    """What each branch makes in a generation of its own, and its computed steps."""
+    alone, computed = {}, {}
+    for name in ("cond", "uncond"):
+        alone |= rollout.branches([name], pooled=9.0)
+        computed[name] = dpcache.report(rollout.model).computed[name]
+    return alone, computed
+
+
 @pytest.mark.parametrize("name", ["dicache", "speca", "bwcache"])
 def test_guidance_branches_decide_for_themselves(rollout, name):
     rollout.steps = 20
     with dpcache.cached(rollout.model, ONLINE[name]()):
-        alone = rollout.branches(["cond"], pooled=9.0) | rollout.branches(["uncond"], pooled=9.0)
-        computed = dpcache.report(rollout.model).computed
+        alone, computed = alone_each(rollout)
         together = rollout.branches(["cond", "uncond"], pooled=9.0)
         assert dpcache.report(rollout.model).computed == computed
     assert all(torch.equal(together[name], alone[name]) for name in alone)
@@ -329,8 +337,7 @@ def test_guidance_branches_decide_for_themselves(rollout, name):
 def test_easycache_lets_the_first_guidance_branch_decide(rollout):
     rollout.steps = 20
     with dpcache.cached(rollout.model, ONLINE["easycache"]()):
-        alone = {name: rollout.branches([name], pooled=9.0)[name] for name in ("cond", "uncond")}
-        computed = dpcache.report(rollout.model).computed
+        alone, computed = alone_each(rollout)
         for first, second in [("cond", "uncond"), ("uncond", "cond")]:
             together = rollout.branches([first, second], pooled=9.0)
             assert dpcache.report(rollout.model).computed == dict.fromkeys(computed, computed[first])

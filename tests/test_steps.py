@@ -266,6 +266,84 @@ def test_a_controlnet_adds_to_what_lies_between_the_blocks():
             assert 0 < (latents(pipe, **call) - full).norm() < full.norm()
 
 
+ADDED = ("controlnet_block_samples", "controlnet_single_block_samples")
+
+
+def flux_inputs(time: float = 1.0) -> dict[str, torch.Tensor]:
+    """Of one call of FLUX's transformer, the same for the same time."""
+    random, config = torch.Generator().manual_seed(0), flux().transformer.config
+    sizes = {
+        "hidden_states": (1, 4, 16),
+        "encoder_hidden_states": (1, 3, config.joint_attention_dim),
+        "pooled_projections": (1, config.pooled_projection_dim),
+    }
+    inputs = {name: torch.randn(size, generator=random) for name, size in sizes.items()}
+    times = dict.fromkeys(("timestep", "guidance"), torch.full((1,), time))
+    return inputs | times | {"img_ids": torch.zeros(4, 3), "txt_ids": torch.zeros(3, 3)}
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_what_a_controlnet_adds_counts_once_on_a_skipped_step(site):
+    """The same inputs at two steps: a reused step has to be the computed one."""
+    model, inputs = flux().transformer, flux_inputs()
+    added = {name: [torch.randn(1, 4, model.inner_dim)] for name in ADDED}
+    loop = Loop(model, 2)
+    with torch.no_grad(), dpcache.cached(loop, method([0], 2, site, Reuse())):
+        computed = model(**inputs, **added).sample.clone()
+        loop.step()
+        reused = model(**inputs, **added).sample
+    assert (reused - computed).norm() < 1e-5 * computed.norm()
+
+
+def test_a_named_branch_that_comes_again_without_a_pipeline_is_a_run_that_broke_off():
+    model = flux().transformer
+
+    def call(time):
+        with torch.no_grad(), model.cache_context("cond"):
+            model(**flux_inputs(time))
+
+    with dpcache.cached(model, method([0, 2], 3, "output", Reuse())) as session:
+        call(0.9)
+        with pytest.raises(dpcache.SettingError, match="'cond' is called twice at one value of timestep"):
+            call(0.9)
+        [call(time) for time in (0.9, 0.5, 0.1)]
+        assert session.report().computed["cond"] == [0, 2]
+
+
+def test_what_is_kept_in_inference_mode_is_used_outside_of_it():
+    pipe = tiny_flux()
+    expected = latents(pipe, **PROMPT)
+    with dpcache.cached(pipe, method(list(range(T)))):
+        with torch.inference_mode():
+            latents(pipe, **PROMPT)
+        assert torch.equal(latents(pipe, **PROMPT), expected)
+
+
+@pytest.mark.parametrize("longer", [{"max_sequence_length": 8}, {}])
+def test_all_steps_count_as_such_whatever_the_text_and_the_layers(longer):
+    pipe = tiny_flux()
+    for turn in range(3):
+        with dpcache.cached(pipe, method(list(range(T)), site="blocks")) as session:
+            latents(pipe, **(PROMPT | (longer if turn == 1 else {})))
+        assert session.report().equivalents == {"cond": [pytest.approx(T)]}
+        if turn == 0 and not longer:
+            pipe.transformer.fuse_qkv_projections()
+        elif turn == 1 and not longer:
+            pipe.transformer.unfuse_qkv_projections()
+
+
+def test_a_branch_that_has_no_part_in_a_generation_has_computed_nothing_there():
+    pipe = tiny_flux()
+    with dpcache.cached(pipe, method()) as session:
+        latents(pipe, **PROMPT)
+        latents(pipe, **PROMPT, **NEGATIVE)
+        latents(pipe, **PROMPT)
+        report = session.report()
+    kept, other = report.computed
+    assert report.computed_counts[kept] == [len(STEPS)] * 3 and report.computed_counts[other] == [0, len(STEPS), 0]
+    assert report.computed == {kept: STEPS, other: []}
+
+
 def test_layers_that_are_replaced_while_enabled_are_hooked_again():
     """As a LoRA does: another module takes the place of a layer and calls it."""
 
@@ -536,7 +614,7 @@ def test_a_model_without_a_pipeline_is_followed_by_its_timestep():
             call(100), call(100)
         call(900), call(700)  # broken off
         call(950), call(900), call(800)
-        assert session.report().computed_counts == {"default": [2, 2, 1, 2], "default #2": [2, 2]}
+        assert session.report().computed_counts == {"default": [2, 2, 1, 2], "default #2": [2, 2, 0, 0]}
         with pytest.raises(ValueError, match="called at more steps than the num_inference_steps=3"):
             call(100)
 

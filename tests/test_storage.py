@@ -168,3 +168,13 @@ def test_stage_calibrate_leaves_a_method_file_with_all_its_budgets(pipe, tmp_pat
         method = dpcache.Method.load(path, budget)
         report = sample(pipe, method, ["cat"], [3], decode=False, **CALL).report
         assert report.computed == {"cond": method.schedule.steps} and len(method.schedule.steps) == budget
+
+
+class Damped(Taylor):
+    def weights(self, keys, step):
+        return tuple(0.9 * weight for weight in super().weights(keys, step))
+
+
+def test_a_class_that_would_come_back_as_another_is_not_stored(tmp_path):
+    with pytest.raises(dpcache.SettingError, match="would lose its weights"):
+        dpcache.Method(Schedule([0, 2, 4], 6), "stack", Damped(2)).save(tmp_path / "method.safetensors")

@@ -102,7 +102,6 @@ def calibrate(config: DictConfig, folder: Path) -> None:
             return calibration, path, *build(config, one.pipe, recipe, calibration)
 
         calibration, path, method, budget, quality = one.fitting(make, recipe, choices.method, len(prompts))
-    method = calibration.sign(method)
     cost = {"statistics": calibration.took(recipe.statistics or ()), "method": calibration.reran}
     model, name, T = choices.model, choices.method, config.num_inference_steps
     file = path.with_name(f"{model}-{name}-T{T}.method.safetensors")

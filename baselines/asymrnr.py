@@ -17,7 +17,7 @@ from dpcache.denoisers import denoiser
 from dpcache.errors import SettingError
 from dpcache.flops import attention_flops
 from dpcache.hooks import SessionHook
-from dpcache.method import Method
+from dpcache.method import CalibratedRecipe, Method
 from dpcache.models.family import block_of
 from dpcache.predictors import Reuse
 from dpcache.schedules import Schedule, check_budget
@@ -257,7 +257,7 @@ class Redundancy(Rerun):
 
 
 @dataclass(frozen=True)
-class AsymRnR:
+class AsymRnR(CalibratedRecipe):
     """The recipe: in self-attention, tokens of the video that have a like one are left out: of the queries, whose
     outputs are then those of the like ones, and of keys and values. Of every chunk of tokens a random one stays, and
     the others are matched with the nearest of all that stay, head by head. A matching is used for some steps.
@@ -289,7 +289,7 @@ class AsymRnR:
         site = ThinnedAttention(queries, values, self.query_ratio, self.value_ratio)
         return Method(Schedule(range(0, T, self.reuse), T), site, Reuse())
 
-    def build(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe, calibration: Calibration) -> Method:
         distances = calibration[Redundancy()]
 
         def make(share: float) -> Method:
@@ -297,7 +297,7 @@ class AsymRnR:
 
         if self.share is not None:
             return make(self.share)
-        return Search(make, self.budget, self.num_inference_steps, 0.2, "share", alike=True).build(pipe, calibration)
+        return Search(make, self.budget, self.num_inference_steps, 0.2, "share", alike=True).fit(pipe, calibration)
 
 
 def asymrnr(

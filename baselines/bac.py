@@ -12,7 +12,7 @@ from baselines.search import Search
 from dpcache.calibration import Calibration
 from dpcache.denoisers import denoiser
 from dpcache.errors import SettingError
-from dpcache.method import Method
+from dpcache.method import CalibratedRecipe, Method
 from dpcache.models.family import block_of, feed_forwards_of
 from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Staggered, check_budget
@@ -121,7 +121,7 @@ def bubbled(
 
 
 @dataclass(frozen=True)
-class BAC:
+class BAC(CalibratedRecipe):
     """The recipe: every module has the same number of update steps, where they suit it best (the paper's Adaptive
     Caching Scheduler); then some feed-forwards take over the steps of later ones (its Bubbling Union).
 
@@ -148,7 +148,7 @@ class BAC:
     def example(self) -> Method:
         return Method(Staggered(self.num_inference_steps, {}), "modules", Reuse())
 
-    def build(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe, calibration: Calibration) -> Method:
         T, transformer = self.num_inference_steps, denoiser(pipe)
         names, (similarities, differing) = Modules.names(transformer), calibration[Likeness()]
         depths = feed_forwards(transformer)
@@ -170,7 +170,7 @@ class BAC:
         if updates is not None:
             return make(1 - updates / T)
         first = 1 - self.budget / T
-        return Search(make, self.budget, T, first, setting="skipped", alike=True).build(pipe, calibration)
+        return Search(make, self.budget, T, first, setting="skipped", alike=True).fit(pipe, calibration)
 
 
 def feed_forwards(transformer: torch.nn.Module) -> dict[str, int]:

@@ -12,7 +12,7 @@ import numpy as np
 from baselines.full import full
 from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
-from dpcache.method import Method
+from dpcache.method import CalibratedRecipe, Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget, given
 
@@ -20,7 +20,7 @@ Steps = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class BudCache:
+class BudCache(CalibratedRecipe):
     """The recipe: what all blocks add is reused between K steps, which a search over whole runs has found: of the
     candidates, those whose final latents have the least mean squared error against the full-step run's.
 
@@ -57,7 +57,7 @@ class BudCache:
     def example(self) -> Method:
         return Method(EvenlySpaced(self.budget, self.num_inference_steps), "residual", Reuse())
 
-    def build(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe, calibration: Calibration) -> Method:
         T = self.num_inference_steps
         wanted, _ = calibration.rerun(pipe, full(T), self.prompts)
 

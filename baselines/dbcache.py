@@ -14,6 +14,7 @@ from baselines.library import LibraryCache
 from baselines.search import Search, spent, with_decided
 from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
+from dpcache.method import CalibratedRecipe
 from dpcache.planned import dpcache
 from dpcache.schedules import check_budget
 from dpcache.statistics import L1Cost
@@ -68,7 +69,7 @@ class DBCache(LibraryCache):
 
 
 @dataclass(frozen=True)
-class Thresholded:
+class Thresholded(CalibratedRecipe):
     """The recipe with a threshold: cache-dit computes the first 8 steps, which leaves nothing to decide of a budget of
     9; here it is half of the budget at most, halved again while not even an endless threshold spends so little."""
 
@@ -79,18 +80,18 @@ class Thresholded:
     statistics: ClassVar[tuple] = ()
     example: ClassVar[None] = None
 
-    def build(self, pipe, calibration: Calibration) -> DBCache:
+    def fit(self, pipe, calibration: Calibration) -> DBCache:
         warmup = first_warmup(self.budget) if self.warmup is None else self.warmup
         if self.warmup is None:
             while warmup > 1 and spent(self.make(inf, warmup), pipe, calibration, limit=1) > self.budget:
                 warmup //= 2
         make = partial(self.make, warmup=warmup)
-        found = Search(make, self.budget, self.num_inference_steps, first=0.08).build(pipe, calibration)
+        found = Search(make, self.budget, self.num_inference_steps, first=0.08).fit(pipe, calibration)
         return with_decided(found, {"max_warmup_steps": warmup})
 
 
 @dataclass(frozen=True)
-class Masked:
+class Masked(CalibratedRecipe):
     """The recipe with the steps that DPCache plans as cache-dit's steps mask. The first blocks of the other steps cost
     too, so that a few steps fewer are planned."""
 
@@ -103,18 +104,16 @@ class Masked:
     def statistics(self) -> tuple[L1Cost]:
         return dpcache(self.budget, self.num_inference_steps, warmup=1).statistics
 
-    def build(self, pipe, calibration: Calibration) -> DBCache:
+    def fit(self, pipe, calibration: Calibration) -> DBCache:
         T = self.num_inference_steps
 
         def make(skipped: int) -> DBCache:
             budget = max(T - skipped, 1)
-            steps = dpcache(budget, T, warmup=min(3, budget)).build(pipe, calibration).schedule.steps
+            steps = dpcache(budget, T, warmup=min(3, budget)).fit(pipe, calibration).schedule.steps
             mask = tuple(int(step in steps) for step in range(T))
             return with_decided(self.make(None, mask=mask), {"mask": list(mask)})
 
-        return Search(make, self.budget, T, first=T - self.budget, setting="skipped", whole=True).build(
-            pipe, calibration
-        )
+        return Search(make, self.budget, T, first=T - self.budget, setting="skipped", whole=True).fit(pipe, calibration)
 
 
 def first_warmup(budget: int) -> int:

@@ -12,7 +12,7 @@ from dpcache._diffusers import Hook
 from dpcache.calibration import Calibration
 from dpcache.denoisers import denoiser
 from dpcache.errors import SettingError
-from dpcache.method import Method
+from dpcache.method import CalibratedRecipe, Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Staggered, check_budget
 from dpcache.sites import Blocks, Site, transformer_blocks
@@ -83,7 +83,7 @@ class Ends(Site):
 
 
 @dataclass(frozen=True)
-class DeltaDiT:
+class DeltaDiT(CalibratedRecipe):
     """The recipe: evenly spaced full steps, as many as spend the budget together with the blocks of the other steps.
 
     There is no public code of the authors, and of the paper no more than its abstract and descriptions of it could be
@@ -115,7 +115,7 @@ class DeltaDiT:
         }
         return Method(Staggered(T, lists), Ends(share), Reuse())
 
-    def build(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe, calibration: Calibration) -> Method:
         T, share = self.num_inference_steps, self.share
 
         def make(full: int) -> Method:

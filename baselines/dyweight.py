@@ -22,7 +22,7 @@ from dpcache._diffusers import with_gradients
 from dpcache.calibration import Calibration
 from dpcache.denoisers import denoisers
 from dpcache.errors import SettingError
-from dpcache.method import Method
+from dpcache.method import CalibratedRecipe, Method
 from dpcache.sampler import generate
 from dpcache.schedules import check_budget
 from dpcache.statistics import Rerun
@@ -32,7 +32,7 @@ DIFFERENTIATED = 4  # what such a call of the model costs, in calls: itself, onc
 
 
 @dataclass(frozen=True)
-class DyWeight:
+class DyWeight(CalibratedRecipe):
     """The recipe: no cache, and the scheduler's own grid t_0 > ... > t_K of K steps, on which every step follows a
     weighted sum of the last predictions. With t'_0 = t_0, step k is
 
@@ -80,6 +80,10 @@ class DyWeight:
         return self.budget
 
     @property
+    def calibrated_steps(self) -> int:
+        return self.teacher_steps
+
+    @property
     def statistics(self) -> "tuple[TrainedSteps]":
         return (TrainedSteps(self.budget, self.window, self.start, self.updates, self.rate, self.decay),)
 
@@ -87,7 +91,7 @@ class DyWeight:
     def example(self) -> Method:
         return fewer_steps(self.budget, self.teacher_steps)
 
-    def build(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe, calibration: Calibration) -> Method:
         """The method with its weights. `pipe` is not run and may be None."""
         (trained,) = self.statistics
         found = calibration[trained]

@@ -8,7 +8,7 @@ import torch
 
 from dpcache.calibration import Calibration
 from dpcache.lsq import FittedWeights
-from dpcache.method import Method
+from dpcache.method import CalibratedRecipe, Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
 from dpcache.statistics import Gram, Mean
@@ -28,7 +28,7 @@ class ResidualErrors(Mean):
 
 
 @dataclass(frozen=True)
-class ERTACache:
+class ERTACache(CalibratedRecipe):
     """The recipe: what the model adds to its input is reused by a list of steps from an offline profile, and rectified.
 
     A step s is skipped while |D_c - D_s|_1 / |D_s|_1 < threshold, where D = v - x and c is the last computed step: the
@@ -62,7 +62,7 @@ class ERTACache:
     def example(self) -> Method:
         return Method(EvenlySpaced(self.budget, self.num_inference_steps), ResidualErrors.site, Reuse())
 
-    def build(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe, calibration: Calibration) -> Method:
         errors, threshold = calibration[ResidualErrors()], self.threshold
         if threshold is None:
             candidates = np.unique(errors)  # the counts change only there

@@ -9,7 +9,7 @@ import torch
 from baselines.trajectory import follow
 from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
-from dpcache.method import Method
+from dpcache.method import CalibratedRecipe, Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget, given
 from dpcache.statistics import Rerun
@@ -31,7 +31,7 @@ class LongStepCosts(Rerun):
 
 
 @dataclass(frozen=True)
-class GITS:
+class GITS(CalibratedRecipe):
     """The recipe: no cache, and the K of T steps whose long Euler steps leave the T-step run's trajectory least in sum.
 
     A prediction that is held over skipped steps is such a step (see `Trajectory`), so the grid is run as a list of
@@ -66,7 +66,7 @@ class GITS:
     def example(self) -> Method:
         return Method(EvenlySpaced(self.budget, self.num_inference_steps), "output", Reuse())
 
-    def build(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe, calibration: Calibration) -> Method:
         """The method with its steps. `pipe` is not run and may be None."""
         (costs,) = self.statistics
         steps = cheapest(calibration[costs], self.budget, self.coefficient)

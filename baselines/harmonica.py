@@ -18,7 +18,7 @@ from dpcache._diffusers import StepListener, watching, with_gradients
 from dpcache.calibration import Calibration
 from dpcache.denoisers import denoiser
 from dpcache.errors import SettingError
-from dpcache.method import Method
+from dpcache.method import CalibratedRecipe, Method
 from dpcache.models.family import block_of
 from dpcache.predictors import Reuse
 from dpcache.sampler import generate
@@ -32,7 +32,7 @@ BOUND = 5.0  # of the logits of the scores, on either side
 
 
 @dataclass(frozen=True)
-class HarmoniCa:
+class HarmoniCa(CalibratedRecipe):
     """The recipe: a trained score for every attention and feed-forward output at every step says whether it is computed
     there, which is where the score is above a threshold, or reused.
 
@@ -88,7 +88,7 @@ class HarmoniCa:
     def example(self) -> Method:
         return routed_method(self.num_inference_steps, {})
 
-    def build(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe, calibration: Calibration) -> Method:
         (trained,) = self.statistics
         T, names, scores = self.num_inference_steps, Modules.names(denoiser(pipe)), calibration[trained]
 

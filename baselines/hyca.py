@@ -8,7 +8,7 @@ import torch
 
 from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
-from dpcache.method import Method
+from dpcache.method import CalibratedRecipe, Method
 from dpcache.predictors import Multistep
 from dpcache.schedules import EvenlySpaced, check_budget
 from dpcache.statistics import Folded, Trajectories
@@ -50,7 +50,7 @@ def first_prompt(batch: Trajectories) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class HyCa:
+class HyCa(CalibratedRecipe):
     """The recipe: the channels of the last block's output are clustered by how they move in time; each cluster has its
     solver.
 
@@ -82,7 +82,7 @@ class HyCa:
     def _schedule(self) -> EvenlySpaced:
         return EvenlySpaced(self.budget, self.num_inference_steps, self.warmup)
 
-    def build(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe, calibration: Calibration) -> Method:
         cluster = k_means(calibration[Indicators()], self.clusters)
         names, errors = list(SOLVERS), calibration[NextStepErrors()]
         chosen = [names[errors[:, cluster == c].mean(1).argmin()] for c in range(cluster.max() + 1)]

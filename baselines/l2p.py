@@ -9,7 +9,7 @@ import torch
 
 from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
-from dpcache.method import Method
+from dpcache.method import CalibratedRecipe, Method
 from dpcache.predictors import Predictor
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget, given
 from dpcache.statistics import Gram
@@ -26,7 +26,7 @@ STEPS = {
 
 
 @dataclass(frozen=True)
-class L2P:
+class L2P(CalibratedRecipe):
     """The recipe: a skipped step is a weighted sum of the model's predictions at all steps before it, computed or
     themselves predicted, with weights that are trained on full-step trajectories.
 
@@ -63,7 +63,7 @@ class L2P:
         T = self.num_inference_steps
         return Method(self._schedule(), "output", Unrolled(np.eye(T), self.budget))
 
-    def build(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe, calibration: Calibration) -> Method:
         """The method with its weights. `pipe` is not run and may be None."""
         T = self.num_inference_steps
         weights = train(calibration[Gram("output")][:T, :T], self.updates, self.rate)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from baselines.full import full
 from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
-from dpcache.method import Method
+from dpcache.method import CalibratedRecipe, Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget, given
 from dpcache.statistics import Rerun
@@ -38,7 +38,7 @@ class EdgeErrors(Rerun):
 
 
 @dataclass(frozen=True)
-class LeMiCa:
+class LeMiCa(CalibratedRecipe):
     """The recipe: what all blocks add is reused between K steps: those of the path through all steps whose largest edge
     is the smallest, then the second largest, and so on.
 
@@ -72,7 +72,7 @@ class LeMiCa:
     def example(self) -> Method:
         return Method(EvenlySpaced(self.budget, self.num_inference_steps), "residual", Reuse())
 
-    def build(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe, calibration: Calibration) -> Method:
         """The method with its steps. `pipe` is not run and may be None."""
         (edges,) = self.statistics
         steps = minimax_path(calibration[edges], self.budget)

@@ -12,6 +12,7 @@ from diffusers import MagCacheConfig
 from baselines.library import DiffusersCache
 from baselines.search import Search
 from dpcache.calibration import Calibration
+from dpcache.method import CalibratedRecipe
 from dpcache.schedules import check_budget
 from dpcache.statistics import Mean
 
@@ -45,7 +46,7 @@ class MagCache(DiffusersCache):
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(CalibratedRecipe):
     """The recipe: measures the ratios and searches for the threshold, where these are not given.
 
     Args: see `magcache`.
@@ -67,12 +68,12 @@ class Measured:
         settings = {"mag_ratios": list(ratios), "retention_ratio": self.retention, "max_skip_steps": self.max_skip}
         return MagCache(self.num_inference_steps, threshold, ratios, self.retention, self.max_skip, decided=settings)
 
-    def build(self, pipe, calibration: Calibration) -> MagCache:
+    def fit(self, pipe, calibration: Calibration) -> MagCache:
         ratios = calibration[MagnitudeRatios()].tolist() if self.ratios is None else self.ratios
         if self.threshold is not None:
             return self.make(self.threshold, ratios)
         make = partial(self.make, ratios=ratios)
-        return Search(make, self.budget, self.num_inference_steps, first=0.06).build(pipe, calibration)
+        return Search(make, self.budget, self.num_inference_steps, first=0.06).fit(pipe, calibration)
 
 
 def magcache(

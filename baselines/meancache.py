@@ -13,7 +13,7 @@ from baselines.lemica import longest_edge
 from baselines.trajectory import Times, follow
 from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
-from dpcache.method import Method
+from dpcache.method import CalibratedRecipe, Method
 from dpcache.predictors import Predictor
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget, given
 from dpcache.statistics import Rerun
@@ -35,7 +35,7 @@ class MeanErrors(Rerun):
 
 
 @dataclass(frozen=True)
-class MeanCache:
+class MeanCache(CalibratedRecipe):
     """The recipe: between computed steps the prediction goes on with the slope by which it differs from its mean over
     the last few steps; which steps are computed, and over how many steps each of these means is taken, is planned.
 
@@ -80,7 +80,7 @@ class MeanCache:
         T = self.num_inference_steps
         return Method(EvenlySpaced(self.budget, T), "output", Averages(tuple(range(T + 1)), {}, self.budget))
 
-    def build(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe, calibration: Calibration) -> Method:
         """The method with its steps and spans. `pipe` is not run and may be None."""
         errors, times = (calibration[statistic] for statistic in self.statistics)
         steps = self._plan(errors.min(0)) if self.steps is None else list(self.steps)

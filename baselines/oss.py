@@ -8,7 +8,7 @@ import torch
 
 from baselines.trajectory import answers, follow
 from dpcache.calibration import Calibration
-from dpcache.method import Method
+from dpcache.method import CalibratedRecipe, Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget, given
 from dpcache.statistics import Rerun
@@ -37,7 +37,7 @@ class Grids(Rerun):
 
 
 @dataclass(frozen=True)
-class OSS:
+class OSS(CalibratedRecipe):
     """The recipe: no cache, and the K of T steps from which the plain solver, stepping straight from each to the next,
     ends closest to the T-step run.
 
@@ -67,7 +67,7 @@ class OSS:
     def example(self) -> Method:
         return Method(EvenlySpaced(self.budget, self.num_inference_steps), "output", Reuse())
 
-    def build(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe, calibration: Calibration) -> Method:
         """The method with its steps. `pipe` is not run and may be None."""
         (grids,) = self.statistics
         steps = median(calibration[grids], self.num_inference_steps)

@@ -7,7 +7,7 @@ from functools import partial
 from baselines.search import Search, with_decided
 from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
-from dpcache.method import Method
+from dpcache.method import CalibratedRecipe, Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import Schedule, check_budget
 from dpcache.sites import Blocks
@@ -15,7 +15,7 @@ from dpcache.statistics import BlockChanges
 
 
 @dataclass(frozen=True)
-class Profiled:
+class Profiled(CalibratedRecipe):
     """The recipe: takes the blocks from a profile and searches for the interval, where these are not given.
 
     Args: see `profilingdit`.
@@ -41,7 +41,7 @@ class Profiled:
         steps = [*range(min(self.warmup, T)), *range(self.warmup, T, interval)]
         return Method(Schedule(steps, T), Blocks(blocks), Reuse())
 
-    def build(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe, calibration: Calibration) -> Method:
         blocks, profile = self.blocks, {}
         if blocks is None:
             changes = calibration[BlockChanges()].tolist()
@@ -52,7 +52,7 @@ class Profiled:
         else:
             make = partial(self.make, blocks=blocks)
             search = Search(make, self.budget, self.num_inference_steps, first=6, setting="interval", whole=True)
-            method = search.build(pipe, calibration)
+            method = search.fit(pipe, calibration)
         return with_decided(method, profile | {"blocks": list(blocks)})
 
 

@@ -1,7 +1,7 @@
 """Searches for what spends the budget: a setting, or a number of full steps beside others that cost something, too."""
 
 import logging
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from dpcache.calibration import Calibration
-from dpcache.method import Method, Runnable
+from dpcache.method import CalibratedRecipe, Method, Runnable
 from dpcache.schedules import EvenlySpaced
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def with_full_steps(
 
 
 @dataclass(frozen=True)
-class FullSteps(ABC):
+class FullSteps(CalibratedRecipe):
     """Base of recipes: of the full steps, evenly spaced after the warm-up, there are as many as spend the budget
     together with what the other steps cost, see `with_full_steps`."""
 
@@ -90,12 +90,12 @@ class FullSteps(ABC):
         """The authors' full steps: those of the warm-up, and one after every `interval` - 1 others."""
         return sorted({*range(self.warmup), *range(self.warmup - 1, self.num_inference_steps, interval)})
 
-    def build(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe, calibration: Calibration) -> Method:
         return with_full_steps(self.make, self.budget, self.num_inference_steps, self.warmup, pipe, calibration)
 
 
 @dataclass(frozen=True)
-class Search:
+class Search(CalibratedRecipe):
     """The recipe of a method with one setting, which is found in closed loop so that the calibration prompts spend the
     budget. Where the budget is out of reach, `first` remains: nothing is gained by ruining the images.
 
@@ -128,7 +128,7 @@ class Search:
         """Itself, for a search by quality, see `dpcache.quality.find_budget`; None where budgets are to be tried."""
         return self if self.alone else None
 
-    def build(self, pipe, calibration: Calibration) -> Runnable:
+    def fit(self, pipe, calibration: Calibration) -> Runnable:
         """The method, with the value and what it "spent" among what was decided."""
 
         def rounded(value: float) -> float:

@@ -11,7 +11,7 @@ from baselines.search import Search
 from baselines.trajectory import answers, recorded
 from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
-from dpcache.method import Method
+from dpcache.method import CalibratedRecipe, Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import OnlineSchedule, check_budget
 from dpcache.sites import Residual
@@ -115,7 +115,7 @@ class LatentsBeside(Residual):
 
 
 @dataclass(frozen=True)
-class SenCache:
+class SenCache(CalibratedRecipe):
     """The recipe: what all blocks add is reused while a bound on the change of the prediction allows.
 
     The authors measure the sensitivities on videos of a data set, of the conditional prediction; here they are those of
@@ -157,10 +157,10 @@ class SenCache:
             SensitivityBound(self.num_inference_steps, table, threshold, self.early, max_skip), LatentsBeside(), Reuse()
         )
 
-    def build(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe, calibration: Calibration) -> Method:
         (sensitivities,) = self.statistics
         table = calibration[sensitivities]
         if self.threshold is not None:
             return self._method(table, self.threshold)
         search = Search(lambda value: self._method(table, value), self.budget, self.num_inference_steps, first=0.5)
-        return search.build(pipe, calibration)
+        return search.fit(pipe, calibration)

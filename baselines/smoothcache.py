@@ -12,7 +12,7 @@ from baselines.search import Search, with_decided
 from dpcache.calibration import Calibration
 from dpcache.denoisers import denoiser
 from dpcache.errors import SettingError
-from dpcache.method import Method
+from dpcache.method import CalibratedRecipe, Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Staggered, check_budget, kind
 from dpcache.sites import Modules
@@ -99,7 +99,7 @@ def computed(errors: np.ndarray, threshold: float) -> list[int]:
 
 
 @dataclass(frozen=True)
-class SmoothCache:
+class SmoothCache(CalibratedRecipe):
     """The recipe: each type of layer has a list of computed steps, from its errors on full-step trajectories and one
     threshold for all types.
 
@@ -131,7 +131,7 @@ class SmoothCache:
     def example(self) -> Method:
         return method(self.num_inference_steps, {})
 
-    def build(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe, calibration: Calibration) -> Method:
         T, errors = self.num_inference_steps, calibration[LayerErrors(self.reach)]
 
         def make(threshold: float) -> Method:
@@ -141,4 +141,4 @@ class SmoothCache:
         threshold = 0.0 if self.threshold is None and self.budget == T else self.threshold
         if threshold is not None:
             return with_decided(make(threshold), {"threshold": threshold})
-        return Search(make, self.budget, T, first=0.18, alike=True).build(pipe, calibration)
+        return Search(make, self.budget, T, first=0.18, alike=True).fit(pipe, calibration)

@@ -11,7 +11,7 @@ import torch
 from baselines.search import Search
 from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
-from dpcache.method import Method
+from dpcache.method import CalibratedRecipe, Method
 from dpcache.models.family import modulated_input
 from dpcache.predictors import Reuse
 from dpcache.schedules import OnlineSchedule
@@ -98,7 +98,7 @@ def find_threshold(input_change: np.ndarray, polynomial, budget: int, warmup: in
 
 
 @dataclass(frozen=True)
-class TeaCache:
+class TeaCache(CalibratedRecipe):
     """The recipe: fits the polynomial where none is given, and searches for the threshold where none is given, from
     that of the recorded trajectories on: an accelerated one is not quite the same."""
 
@@ -122,10 +122,10 @@ class TeaCache:
         decided = {"threshold": threshold, "polynomial": list(polynomial), **(fitted or {})}
         return Method(schedule, "residual", Reuse(), decided)
 
-    def build(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe, calibration: Calibration) -> Method:
         if self.threshold is not None:
             return self.make(self.threshold, *self._fitted(calibration))
-        return self.knob(calibration).build(pipe, calibration)
+        return self.knob(calibration).fit(pipe, calibration)
 
     def knob(self, calibration: Calibration) -> Search:
         """The search for the threshold. Raises SettingError if it is given."""

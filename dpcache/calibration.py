@@ -1,6 +1,7 @@
 """Full-step trajectories of a few prompts -> statistics, in one safetensors file that knows what it was made for."""
 
 import json
+from ast import literal_eval
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from dpcache import storage
 from dpcache._diffusers import execution_device
-from dpcache.circumstances import describe
+from dpcache.circumstances import check_use, describe, told_guidance
 from dpcache.errors import SettingError
 from dpcache.method import Method, Runnable, cached
 from dpcache.models.family import modulated_input
@@ -126,7 +127,8 @@ class Calibration:
             latents = [generate(pipe, *batch, steps, decode=False, **call).latents for batch in bar]
         report = session.report()
         self.count(report, [len(prompts) for prompts, _ in batches])
-        self.made_from |= {"input": list(report.input_shape), "branches": list(report.computed)}
+        if report.timesteps and steps == self.num_inference_steps:
+            self._note(pipe, report)
         return torch.cat(latents).numpy(), report
 
     def errors(self, pipe, method: Runnable, limit: int | None = None, start: int = 0) -> np.ndarray:
@@ -146,6 +148,8 @@ class Calibration:
         """Add those of the statistics that are missing. Statistics at the same site share the trajectories; only the T
         features of one batch are held at a time, of every guidance branch."""
         missing = self.missing(statistics)
+        if missing and self.arrays:  # these have to be of the same model
+            self.check_use(pipe, self.num_inference_steps)
         folded = [statistic for statistic in missing if isinstance(statistic, Folded)]
         for site in dict.fromkeys(statistic.site for statistic in folded):
             self._fold(pipe, site, [statistic for statistic in folded if statistic.site == site])
@@ -175,22 +179,39 @@ class Calibration:
             )
             for statistic in statistics:
                 totals[statistic] = statistic.fold(totals[statistic], seen)
-            self.made_from |= {"input": list(batch.report.input_shape), "branches": list(batch.report.computed)}
+            self._note(pipe, batch.report)
             if batch.report.switches:
                 self.made_from["switches"] = batch.report.switches
         self.arrays |= {statistic.name: total for statistic, total in totals.items()}
         self.latents = torch.cat(latents).numpy()
         self.trajectories |= {statistic.name: float(count) for statistic in statistics}
 
+    def _note(self, pipe, report: Report) -> None:
+        """Keep what a run of all T steps tells of the circumstances beside what `describe` knows without running."""
+        guidance = literal_eval(self.made_for["guidance"]) | told_guidance(pipe)
+        seen = {"input": list(report.input_shape), "branches": list(report.computed), "guidance": guidance}
+        self.made_from |= seen | {"timesteps": [round(time, 4) for time in report.timesteps]}
+
     def sign(self, method: Runnable) -> Runnable:
         """`method`, which was built on this calibration, with what it was made for."""
-        seen = {name: str(self.made_from[name]) for name in ("input", "branches") if name in self.made_from}
+        names = ("input", "branches", "guidance", "timesteps")
+        seen = {name: str(self.made_from[name]) for name in names if name in self.made_from}
         return replace(method, made_for=self.made_for | seen)
 
     @property
     def switches(self) -> list[int]:
         """Steps at which the pipeline's second model took over, if it has one."""
         return self.made_from.get("switches", [])
+
+    def check_use(self, pipe, num_inference_steps: int) -> None:
+        """Warns, and raises SettingError, as `dpcache.circumstances.check_use` does of a method; it also raises it for
+        another number of steps. `pipe`: None where the model is not run."""
+        if num_inference_steps != self.num_inference_steps:
+            raise SettingError(
+                f"num_inference_steps={num_inference_steps}: this calibration was made for {self.num_inference_steps}"
+            )
+        if pipe is not None:
+            check_use(pipe, self.made_for, "calibration")
 
     def check(self, expected: dict[str, str]) -> "Calibration":
         """Itself, if `made_for` agrees with `expected`. Raises SettingError that names the fields that differ."""

@@ -1,11 +1,13 @@
 """For which model, steps and call something was made: calibrations and methods remember it."""
 
 import hashlib
+import inspect
 import json
 import logging
 from ast import literal_eval
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from dpcache.denoisers import denoisers
@@ -14,6 +16,10 @@ from dpcache.errors import SettingError
 log = logging.getLogger(__name__)
 
 _SHAPE = ("num_frames", "height", "width")
+
+
+def _is_guidance(name: str) -> bool:
+    return "guidance" in name or "cfg" in name
 
 
 def fingerprint(transformer: torch.nn.Module) -> str:
@@ -29,58 +35,91 @@ def fingerprint(transformer: torch.nn.Module) -> str:
 
 def describe(pipe, num_inference_steps: int, **call) -> dict[str, str]:
     """The circumstances under which a pipeline's samples and features stay the same, field by field."""
-    models = list(denoisers(pipe).values())
     shape, guidance, rest = {}, {}, {}
     for name, value in sorted(call.items()):
-        kind = shape if name in _SHAPE else guidance if "guidance" in name or "cfg" in name else rest
+        kind = shape if name in _SHAPE else guidance if _is_guidance(name) else rest
         kind[name] = value
-    scheduler = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
     return {
-        "model": ", ".join(f"{type(model).__name__} {fingerprint(model)}" for model in models),
+        "model": _models(pipe),
         "num_inference_steps": str(num_inference_steps),
-        "scheduler": json.dumps({"class": type(pipe.scheduler).__name__} | scheduler, sort_keys=True, default=str),
+        "scheduler": _scheduler(pipe.scheduler),
         "resolution": " x ".join(str(shape[name]) for name in _SHAPE if name in shape),
         "guidance": str(guidance),
         "call": str(rest),
-        "dtype": str(models[0].dtype).removeprefix("torch."),
+        "dtype": _dtype(pipe),
     }
 
 
-def check_use(pipe, made_for: Mapping[str, str]) -> None:
-    """Warn where a method was made for other weights than the pipeline's: another dtype, or a fine-tuned model.
+def _models(pipe) -> str:
+    return ", ".join(f"{type(model).__name__} {fingerprint(model)}" for model in denoisers(pipe).values())
+
+
+def _scheduler(scheduler) -> str:
+    config = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
+    return json.dumps({"class": type(scheduler).__name__} | config, sort_keys=True, default=str)
+
+
+def _dtype(pipe) -> str:
+    return str(next(iter(denoisers(pipe).values())).dtype).removeprefix("torch.")
+
+
+def told_guidance(pipe) -> dict[str, object]:
+    """The guidance scales that the latest run of a pipeline had, of those that it tells: defaults, too."""
+    names = [name for name in inspect.signature(type(pipe).__call__).parameters if _is_guidance(name)]
+    told = {name: getattr(pipe, name, None) for name in names}
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def check_use(pipe, made_for: Mapping[str, str], what: str = "method") -> None:
+    """Warn where a method (or another thing, named by `what`) was made for other weights than the pipeline's: another
+    dtype, or a fine-tuned model. A model without a pipeline is looked at as well.
 
     Raises SettingError where it was made for another class of model or for another scheduler.
     """
-    if not made_for or getattr(pipe, "scheduler", None) is None:
+    if not made_for:
         return
-    now = describe(pipe, int(made_for["num_inference_steps"]))
-    kinds, kinds_now = ([part.split()[0] for part in text.split(", ")] for text in (made_for["model"], now["model"]))
-    if kinds != kinds_now:
-        raise SettingError(f"this method was made for the model {made_for['model']}, this pipeline has {now['model']}")
-    if made_for["scheduler"] != now["scheduler"]:
-        made, found = json.loads(made_for["scheduler"]), json.loads(now["scheduler"])
+    models, kinds = _models(pipe), [[part.split()[0] for part in made_for["model"].split(", ")]]
+    kinds.append([type(model).__name__ for model in denoisers(pipe).values()])
+    if kinds[0] != kinds[1]:
+        raise SettingError(f"this {what} was made for the model {made_for['model']}, this pipeline has {models}")
+    scheduler = getattr(pipe, "scheduler", None)
+    if hasattr(scheduler, "config") and made_for["scheduler"] != _scheduler(scheduler):
+        made, found = json.loads(made_for["scheduler"]), json.loads(_scheduler(scheduler))
         differing = [
             f"{key}={made.get(key)}, this pipeline has {found.get(key)}"
             for key in sorted(made | found)
             if made.get(key) != found.get(key)
         ]
-        raise SettingError(f"this method was made for a scheduler of {'; '.join(differing)}")
-    if made_for["model"] != now["model"]:
+        raise SettingError(f"this {what} was made for a scheduler of {'; '.join(differing)}")
+    if made_for["model"] != models:
         log.warning(
-            "this method was made for other weights (%s in %s; these are %s in %s): its quality may differ",
-            *(made_for["model"], made_for["dtype"], now["model"], now["dtype"]),
+            "this %s was made for other weights (%s in %s; these are %s in %s): its quality may differ",
+            *(what, made_for["model"], made_for["dtype"], models, _dtype(pipe)),
         )
 
 
-def warn_of_other_use(pipe, made_for: Mapping[str, str], input_shape: Sequence[int], branches: Sequence[str]) -> None:
-    """Warn where a method runs at another resolution, with other guidance branches, or at another guidance scale than
-    it was made for. Scales are those that the pipeline tells; some tell none."""
+def other_use(pipe, made_for: Mapping[str, str], input_shape: Sequence[int], branches: Sequence[str]) -> list[str]:
+    """A line for each way in which a run differs from what its method was made for: another resolution, other guidance
+    branches, another guidance scale. Scales are those that the pipeline tells; some tell none."""
     made = literal_eval(made_for.get("guidance", "{}"))
     told = {name: getattr(pipe, name, None) for name in made}
     guidance = {name: value if told[name] in (None, value) else told[name] for name, value in made.items()}
-    for what, now in (("input", list(input_shape)), ("branches", list(branches)), ("guidance", guidance)):
-        if made_for.get(what, str(now)) != str(now):
-            log.warning(
-                "this method was made for the model's %s %s, this run has %s: its quality may differ",
-                *(what, made_for[what], now),
-            )
+    facts = (("input", list(input_shape)), ("branches", list(branches)), ("guidance", guidance))
+    return [
+        f"this method was made for the model's {what} {made_for[what]}, this run has {now}: its quality may differ"
+        for what, now in facts
+        if made_for.get(what, str(now)) != str(now)
+    ]
+
+
+def other_times(made_for: Mapping[str, str], timesteps: Sequence[float]) -> list[str]:
+    """The same of a run's timesteps: custom ones, or a shift of the noise levels that no configuration tells. A method
+    with a grid of its own has another number of them than its calibration, and nothing to compare."""
+    made = literal_eval(made_for.get("timesteps", "[]"))
+    if not made or len(made) != len(timesteps) or np.allclose(made, timesteps, rtol=1e-3, atol=1e-3 * max(map(abs, made))):
+        return []
+    return [
+        f"this method was made for the timesteps {made[0]:.4g}, {made[1 % len(made)]:.4g}, ..., {made[-1]:.4g}, this "
+        f"run has {timesteps[0]:.4g}, {timesteps[1 % len(timesteps)]:.4g}, ..., {timesteps[-1]:.4g}: its quality may "
+        "differ"
+    ]

@@ -9,7 +9,7 @@ from dpcache._diffusers import execution_device
 from dpcache.calibration import Calibration, record
 from dpcache.errors import SettingError
 from dpcache.gram import gram, key_axes, path_costs
-from dpcache.method import Method
+from dpcache.method import CalibratedRecipe, Method
 from dpcache.planner import plan, through
 from dpcache.predictors import LeastSquares, Predictor, Reuse, ridge_regression, short_names
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
@@ -20,7 +20,7 @@ LEAST_SQUARES = [f"lsq{keys}{seen}" for seen in ("", "x") for keys in range(1, 5
 
 
 @dataclass(frozen=True)
-class LeastSquaresPlan:
+class LeastSquaresPlan(CalibratedRecipe):
     """The recipe of a method whose schedule and predictor are chosen together, on the calibration's Gram matrix.
 
     The cost of a schedule is the exact squared error of its predictions on the full-step trajectories, weighted by
@@ -88,7 +88,7 @@ class LeastSquaresPlan:
         longest = max(predictors, key=lambda predictor: predictor.history)
         return Method(EvenlySpaced(self.budget, T, min(self.warmups)), self.site, longest)
 
-    def build(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe, calibration: Calibration) -> Method:
         predictors, trials = self._candidates(calibration)
         runs = list(dict.fromkeys((trial["predictor"], *trial["steps"]) for trial in trials))  # some coincide
 

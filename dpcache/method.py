@@ -1,6 +1,7 @@
 """Method = Schedule x Site x Predictor, what makes one, and how one is put on a pipeline."""
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,6 +61,29 @@ class Recipe(Protocol):
     def build(self, pipe, calibration: "Calibration | None") -> Runnable:
         """The method, ready to be enabled. It may run `pipe` on the calibration's prompts."""
         ...
+
+
+class CalibratedRecipe(ABC):
+    """A recipe of a method that a calibration decides."""
+
+    @property
+    def calibrated_steps(self) -> int:
+        """T of the calibration that it takes."""
+        return self.num_inference_steps
+
+    def build(self, pipe, calibration: "Calibration") -> Runnable:
+        """The method, which remembers what it was made for.
+
+        Raises SettingError for a calibration of another number of steps, class of model or scheduler than `pipe` has,
+        and as `fit` does.
+        """
+        calibration.check_use(pipe, self.calibrated_steps)
+        return calibration.sign(self.fit(pipe, calibration))
+
+    @abstractmethod
+    def fit(self, pipe, calibration: "Calibration") -> Runnable:
+        """The method, with what this calibration decides. It may run `pipe` on the calibration's prompts. Raises
+        SettingError for a calibration that lacks a statistic."""
 
 
 @runtime_checkable

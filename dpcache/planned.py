@@ -7,7 +7,7 @@ import numpy as np
 from dpcache.calibration import Calibration
 from dpcache.errors import SettingError
 from dpcache.gram import key_axes, path_costs
-from dpcache.method import Method
+from dpcache.method import CalibratedRecipe, Method
 from dpcache.planner import plan, through
 from dpcache.predictors import Taylor
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget, given
@@ -15,7 +15,7 @@ from dpcache.statistics import Gram, L1Cost
 
 
 @dataclass(frozen=True)
-class Planned:
+class Planned(CalibratedRecipe):
     """The recipe of a method whose K steps are planned over a path-aware cost of a Taylor predictor (3.3).
 
     Args:
@@ -66,7 +66,7 @@ class Planned:
             tensor = path_costs(tensor, self.predictor, key_axes(self.predictor, self.num_inference_steps))
         return through(tensor, calibration.switches)
 
-    def build(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe, calibration: Calibration) -> Method:
         """The method with its steps. `pipe` is not run and may be None."""
         steps = plan(self.costs(calibration), self.budget, self.warmup, self.solver, self.max_jump)
         return Method(Schedule(steps, self.num_inference_steps), "stack", self.predictor, {"steps": steps})

@@ -171,7 +171,8 @@ def find_budget(
 
     knob = make((T + 1) // 2).knob(calibration) if isinstance(widest, HasKnob) else None
     if knob is not None:
-        return _by_setting(confirm, knob, quality, measure)
+        found = _by_setting(confirm, knob, quality, measure)
+        return replace(found, method=calibration.sign(found.method))
     methods, tried = {}, {}
 
     @cache
@@ -215,7 +216,7 @@ def find_budget(
     tried, predicted = (
         {budget: measure.value(decibels) for budget, decibels in sorted(known.items())} for known in (tried, predicted)
     )
-    return Found(methods[high], high, measure, tried, predicted)
+    return Found(calibration.sign(methods[high]), high, measure, tried, predicted)
 
 
 def _smallest(enough: Callable[[int], bool], low: int, high: int) -> int:

@@ -6,10 +6,11 @@ named by `cache_context` where the pipeline does so, else numbered in order; eac
 """
 
 import functools
+import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -28,12 +29,14 @@ from dpcache._diffusers import (
     remove_hook,
 )
 from dpcache.arguments import argument, argument_names
-from dpcache.circumstances import warn_of_other_use
+from dpcache.circumstances import check_use, other_times, other_use
 from dpcache.denoisers import denoisers
 from dpcache.errors import SettingError
 from dpcache.flops import LayerFlops
 from dpcache.schedules import OnlineSchedule, Staggered
 from dpcache.steps import SchedulerSteps, Steps, TimestepSteps
+
+log = logging.getLogger(__name__)
 
 MOST_CALLS = 8  # of a model in one step; more show that its scheduler is not the one that is watched
 
@@ -50,6 +53,7 @@ class Report:
         equivalents: of a method that also skips parts of steps, what every generation computed, in full steps by FLOPs.
         switches: steps at which a pipeline's second model took over, in all generations.
         input_shape: of the model's input, without the first dimension, which counts samples and guidance branches.
+        timesteps: of the latest generation; empty without a scheduler.
     """
 
     computed: dict[str, list[int]] = field(default_factory=dict)
@@ -61,6 +65,7 @@ class Report:
     equivalents: dict[str, list[float]] = field(default_factory=dict)
     switches: list[int] = field(default_factory=list)
     input_shape: tuple[int, ...] = ()
+    timesteps: list[float] = field(default_factory=list)
 
     @property
     def spent(self) -> dict[str, list[float]]:
@@ -313,7 +318,9 @@ class Session:
         self.switches: set[int] = set()
         self.input_shape: tuple[int, ...] = ()
         self.final: Report | None = None
-        self.compared = False  # with what the method was made for
+        self.scheduler = getattr(pipe, "scheduler", None)  # the one that `enable` has checked
+        self.timesteps: Sequence | torch.Tensor = ()  # of this generation
+        self.warned: set[str] = set()
         self.on_detach: list[Callable[[], None]] = []
         self.parts = [Part(name, module) for name, module in denoisers(pipe).items()]
         device = execution_device(pipe) or next(self.parts[0].module.parameters()).device
@@ -401,6 +408,11 @@ class Session:
         self.generations += 1
         self.order, self.calls, self.computed = [], [], self.fixed
         self.step, self.thread = 0, threading.get_ident()
+        scheduler = getattr(self.pipe(), "scheduler", None)
+        if scheduler is not self.scheduler:
+            check_use(self.pipe(), self.method.made_for)
+            self.scheduler = scheduler
+        self.timesteps = () if scheduler is None else scheduler.timesteps[-self.schedule.num_inference_steps :]
         moved = False
         for part in self.parts:
             self.check_other_caches(part)
@@ -410,9 +422,23 @@ class Session:
             for part in self.parts:
                 self._hook(part)
 
+    def warn(self, lines: list[str]) -> None:
+        """Once for each line."""
+        for line in lines:
+            if line not in self.warned:
+                self.warned.add(line)
+                log.warning(line)
+
     def ended(self) -> None:
         """The pipeline's call is over."""
         self.steps.ended()
+        if self.method.made_for:  # only now, because on a GPU the host waits for the timesteps
+            self.warn(other_times(self.method.made_for, self.listed_timesteps))
+
+    @property
+    def listed_timesteps(self) -> list[float]:
+        """The timesteps of the latest generation; empty without a scheduler."""
+        return self.timesteps.tolist() if torch.is_tensor(self.timesteps) else [float(time) for time in self.timesteps]
 
     def _check_thread(self) -> None:
         if self.thread != threading.get_ident():
@@ -432,9 +458,8 @@ class Session:
                 f"{len(expected)} times, and nothing tells which call is which guidance branch: keep the guidance as "
                 "it is during a run"
             )
-        if self.step == 0 and not self.compared:
-            self.compared = True
-            warn_of_other_use(self.pipe(), self.method.made_for, self.input_shape, self.order)
+        if self.step == 0:
+            self.warn(other_use(self.pipe(), self.method.made_for, self.input_shape, self.order))
 
     def open(self, part: Part, name: str, args: tuple, kwargs: dict) -> Branch:
         """Begins a call of `part` in a `cache_context` of that name. A fixed schedule decides here whether the call is
@@ -620,7 +645,7 @@ class Session:
         """What has been computed and predicted so far."""
         if self.final is not None:
             return self.final
-        report = Report(switches=sorted(self.switches), input_shape=self.input_shape)
+        report = Report(switches=sorted(self.switches), input_shape=self.input_shape, timesteps=self.listed_timesteps)
         for name, branch in self.branches.items():
             generations = [*branch.generations, (branch.computed, branch.calls, branch.work)]
             report.computed[name] = list(branch.computed)

@@ -12,7 +12,7 @@ from dpcache.calibration import Calibration
 from dpcache.closed_loop import ClosedLoopFit
 from dpcache.errors import SettingError
 from dpcache.lsq import LEAST_SQUARES, FittedWeights
-from dpcache.method import Method
+from dpcache.method import CalibratedRecipe, Method
 from dpcache.output_layers import measure_output_layers
 from dpcache.plan_search import open_loop_plan, search_plans, starting_plans
 from dpcache.predictors import LeastSquares, Predictor, short_names
@@ -64,7 +64,7 @@ class SimulatedRuns(Rerun):
 
 
 @dataclass(frozen=True)
-class SimulatedPlan:
+class SimulatedPlan(CalibratedRecipe):
     """The recipe of a method whose steps and predictor are searched in the simulator, at site=output.
 
     Step 0 alone is fixed. The simulator finds the best plan of every predictor. It is too hopeful, as it knows no
@@ -123,7 +123,7 @@ class SimulatedPlan:
         longest = max(fixed + learnt, key=lambda predictor: predictor.history)
         return Method(EvenlySpaced(self.budget, T), "output", longest)
 
-    def build(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe, calibration: Calibration) -> Method:
         simulator, T = simulator_of(calibration, self.probes, self.finer), self.num_inference_steps
         trials = self.search(simulator)
         runs = int(self.trajectories * T / self.budget)

@@ -307,7 +307,7 @@ def test_meancache_weighs_what_the_mean_prediction_misses():
 def test_meancache_chooses_a_span_for_what_a_given_list_leaves_in_the_end():
     errors = np.random.default_rng(0).random((3, 6, 6))
     made = meancache.MeanCache(3, 6, spans=(1, 2, 4), steps=[0, 1, 3])
-    method = made.build(None, dict(zip(made.statistics, (errors, np.linspace(1, 0, 7)))))
+    method = made.fit(None, dict(zip(made.statistics, (errors, np.linspace(1, 0, 7)))))
     edges = [(0, 1), (1, 3), (3, 5)]
     assert method.predictor.spans == {i: (1, 2, 4)[int(errors[:, i, j].argmin())] for i, j in edges}
     assert method.schedule.steps == [0, 1, 3]

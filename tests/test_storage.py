@@ -26,8 +26,10 @@ from dpcache import storage
 from dpcache.predictors import Predictor, Taylor
 from dpcache.sampler import generate, sample
 from dpcache.schedules import Schedule
+from dpcache.steps import Loop
 from helpers.commands import run
 from helpers.embedded import CALL
+from helpers.families import FAMILIES
 
 T = 8
 
@@ -178,3 +180,48 @@ class Damped(Taylor):
 def test_a_class_that_would_come_back_as_another_is_not_stored(tmp_path):
     with pytest.raises(dpcache.SettingError, match="would lose its weights"):
         dpcache.Method(Schedule([0, 2, 4], 6), "stack", Damped(2)).save(tmp_path / "method.safetensors")
+
+
+@pytest.fixture
+def planned_for_six(pipe):
+    """A recipe of six steps, and a calibration for it."""
+    made = dpcache.recipe("dpcache", budget=3, num_inference_steps=6, warmup=2)
+    return made, dpcache.calibrate(pipe, ["dog"], 6, made.statistics, **CALL)
+
+
+def test_a_calibration_for_other_steps_or_another_model_is_refused(pipe, planned_for_six):
+    made, calibration = planned_for_six
+    other = dpcache.recipe("dpcache", budget=3, num_inference_steps=8, warmup=2)
+    with pytest.raises(dpcache.SettingError, match="num_inference_steps=8: this calibration was made for 6"):
+        other.build(pipe, calibration)
+    with pytest.raises(dpcache.SettingError, match="this calibration was made for the model FluxTransformer2DModel"):
+        made.build(FAMILIES["dit_ddim"].make(), calibration)
+
+
+def test_a_method_remembers_what_it_was_made_for_however_it_was_built(pipe, planned_for_six, monkeypatch, caplog):
+    made, calibration = planned_for_six
+    method = made.build(pipe, calibration)
+    assert method.made_for["num_inference_steps"] == "6" and "guidance_scale" in method.made_for["guidance"]
+    call = {"prompt": ["dog"], "num_inference_steps": 6, "output_type": "latent", **CALL}
+    with dpcache.cached(pipe, method):
+        pipe(**call)
+        assert not caplog.messages
+        pipe(**call, guidance_scale=7.0)
+        assert "guidance" in caplog.messages[-1]
+        pipe(**call, sigmas=[1.0, 0.9, 0.5, 0.3, 0.2, 0.1])
+        assert "this method was made for the timesteps" in caplog.messages[-1]
+        pipe(**call, sigmas=[1.0, 0.9, 0.5, 0.3, 0.2, 0.1])
+        assert len(caplog.messages) == 2  # once each
+        shifted = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=9.0)
+        monkeypatch.setattr(pipe, "scheduler", shifted)
+        with pytest.raises(dpcache.SettingError, match="this method was made for a scheduler of shift"):
+            pipe(**call)
+
+
+def test_a_model_alone_is_compared_with_what_a_method_was_made_for(pipe, planned_for_six):
+    made, calibration = planned_for_six
+    method = made.build(pipe, calibration)
+    with pytest.raises(dpcache.SettingError, match="this method was made for the model FluxTransformer2DModel"):
+        dpcache.enable(FAMILIES["dit_ddim"].make().transformer, method)
+    with dpcache.cached(Loop(pipe.transformer, 6), method):
+        pass

@@ -76,7 +76,7 @@ def check_use(pipe, made_for: Mapping[str, str], what: str = "method") -> None:
 
     Raises SettingError where it was made for another class of model or for another scheduler.
     """
-    if not made_for:
+    if "model" not in made_for:  # not known
         return
     models, kinds = _models(pipe), [[part.split()[0] for part in made_for["model"].split(", ")]]
     kinds.append([type(model).__name__ for model in denoisers(pipe).values()])

@@ -432,7 +432,7 @@ class Session:
     def ended(self) -> None:
         """The pipeline's call is over."""
         self.steps.ended()
-        if self.method.made_for:  # only now, because on a GPU the host waits for the timesteps
+        if "timesteps" in self.method.made_for:  # only now, because on a GPU the host waits for the timesteps
             self.warn(other_times(self.method.made_for, self.listed_timesteps))
 
     @property

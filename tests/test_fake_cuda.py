@@ -170,7 +170,7 @@ def calibration(case) -> Calibration:
         Times(): np.linspace(1, 0, T + 1),
     }
     return Calibration(
-        {"num_inference_steps": str(T)},
+        {"num_inference_steps": str(T), "guidance": "{}"},
         {"prompts": ["7"], "seeds": [0], "batch_size": 1, "call": dict(case.family.call)},
         {statistic.name: array for statistic, array in known.items()},
         np.ones(case.latents, np.float32),

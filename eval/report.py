@@ -102,6 +102,7 @@ def _data(frame: pd.DataFrame, failed: list[dict], prompts: int) -> dict:
             {
                 "model": part[0].model,
                 "steps": int(part[0].num_inference_steps),
+                "setup": part[0].setup,
                 "seed": int(part[0].seed),
                 "prompts": [prompt for _, prompt in its],
                 "reference": reference,

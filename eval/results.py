@@ -15,11 +15,12 @@ from dpcache.errors import SettingError
 from eval.methods import FULL, order, records
 from eval.metrics import FINE, MAIN, METRICS, Column
 from eval.schema import Group
+from eval.setups import name_setups, name_variants
 from eval.statistics import doubt, worst
 
 log = logging.getLogger(__name__)
 
-SETTING = ["model", "num_inference_steps"]  # results of different settings never share a table
+SETTING = ["model", "num_inference_steps", "setup"]  # results of different settings never share a table
 SPEED = ("speedup", "transformer_speedup", "efficiency")  # measured, so a run may call them unreliable
 WORST = "_worst"  # after a metric's name: its worst prompt
 MEASURED = {
@@ -73,8 +74,9 @@ def flatten(result: dict) -> dict:
 
 def collect(folder: str | Path) -> pd.DataFrame:
     """One row per `result.json` below `folder`: the columns of `flatten`, the `label` that names the run on the board
-    (the run's own, without the changed settings that all runs of its method share), the `scores` of every prompt, the
-    `command` that made it (None: not recorded), `path` and `written` (seconds, mtime).
+    (the run's own, without the changed settings that all runs of its method share, and with those in which runs of the
+    same label differ), the `setup` within which it can be compared (see `eval.setups`), the `scores` of every prompt,
+    the `command` that made it (None: not recorded), `path` and `written` (seconds, see `_written`).
 
     Files that cannot be read or are not results of this project are skipped with a warning that names them.
     """
@@ -83,10 +85,10 @@ def collect(folder: str | Path) -> pd.DataFrame:
         try:
             result = json.loads(path.read_text())
             row = flatten(result)
-            if missing := {"method", "budget", "seed", "computed_steps", *SETTING} - row.keys():
+            if missing := {"model", "method", "budget", "num_inference_steps", "seed", "computed_steps"} - row.keys():
                 raise ValueError(f"lacks {sorted(missing)}")
             scores = result.get("per_prompt", {})
-            found = {"command": command(path.parent), "path": str(path), "written": path.stat().st_mtime}
+            found = {"command": command(path.parent), "path": str(path), "written": _written(path)}
             rows.append({"label": row["method"]} | row | {"scores": scores} | found)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("skipped %s: %s: %s", path, type(error).__name__, error)
@@ -95,7 +97,15 @@ def collect(folder: str | Path) -> pd.DataFrame:
         shared = set.intersection(*(set(row["label"].split()[1:]) for row in same)) if same else set()
         for row in same:
             row["label"] = " ".join(word for word in row["label"].split() if word not in shared)
+    name_setups(rows)
+    name_variants(rows)
     return pd.DataFrame(rows)
+
+
+def _written(path: Path) -> float:
+    """When a run ended: its pictures are written then and, unlike its `result.json`, not by `stage=eval`."""
+    picture = path.with_name("grid.png")
+    return (picture if picture.exists() else path).stat().st_mtime
 
 
 def command(folder: Path) -> str | None:
@@ -147,8 +157,13 @@ def against_full(name: str) -> bool:
 
 
 def newest(frame: pd.DataFrame) -> pd.DataFrame:
-    """Of runs that repeat a (setting, label, budget, seed) the newest."""
+    """Of runs that repeat a (setting, label, budget, seed) the newest: labels tell runs of other settings apart."""
     return frame.sort_values("written").drop_duplicates([*SETTING, "label", "budget", "seed"], keep="last")
+
+
+def heading(model: str, total: int, setup: str) -> str:
+    """Names a setting."""
+    return ", ".join(filter(None, (model, f"{total} steps", setup)))
 
 
 def boards(frame: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -167,7 +182,7 @@ def boards(frame: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFrame
     for end in ("lo", "hi"):
         bound = pd.to_numeric(frame[f"{metric}_{end}"]) if f"{metric}_{end}" in frame else np.nan
         frame[end] = (bound - frame["mean"]) ** 2
-    for (model, total), part in frame.groupby(SETTING):
+    for setting, part in frame.groupby(SETTING):
         board = part.groupby(["label", "budget"]).agg(
             mean=("mean", "mean"),
             lo=("lo", lambda squares: np.sqrt(squares.sum(skipna=False)) / len(squares)),
@@ -176,4 +191,4 @@ def boards(frame: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFrame
         )
         board["lo"], board["hi"] = board["mean"] - board["lo"], board["mean"] + board["hi"]
         board = board.reset_index("budget").loc[sorted(part["label"].unique(), key=order)]
-        yield f"{model}, {total} steps", board
+        yield heading(*setting), board

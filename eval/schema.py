@@ -142,11 +142,14 @@ LATER_OF_MODELS = {"images": []}
 """The same of models. Those of methods stand in their records, see `About`."""
 
 
+UNHASHED = ("about", "hydra", "logger", "output_dir", "overwrite", "dry_run", "label", "stage", "dir")
+"""Settings that do not shape results, the board's record of the method among them."""
+
+
 def config_hash(config: DictConfig) -> str:
-    """12 hex digits of all settings that shape the results. The output folder, the logger and the board's record are
-    left out, and so are settings of later versions where they are not set: a run keeps the name that it had before."""
-    others = ("about", "hydra", "logger", "output_dir", "overwrite", "dry_run", "label", "stage", "dir")
-    keys = [key for key in config if key not in others]
+    """12 hex digits of all settings that shape the results. Settings of later versions are left out where they are not
+    set: a run keeps the name that it had before."""
+    keys = [key for key in config if key not in UNHASHED]
     content = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
     content = {key: value for key, value in content.items() if value != LATER.get(key, ())}
     content["model"] = {key: value for key, value in content["model"].items() if value != LATER_OF_MODELS.get(key, ())}

@@ -9,7 +9,7 @@ from dpcache.errors import SettingError
 from eval.methods import FULL, about, order
 from eval.metrics import MAIN, fine_name
 from eval.ranks import PLACE, Difference, board, differences
-from eval.results import SETTING, WORST, boards, column, newest
+from eval.results import SETTING, WORST, boards, column, heading, newest
 from eval.statistics import paired_difference
 
 
@@ -33,14 +33,14 @@ def table(frame: pd.DataFrame, metric: str = MAIN) -> str:
         reasons = frame["metrics_unavailable"].map(lambda r: r.get(metric) if isinstance(r, dict) else None)
         lost = frame.assign(reason=reasons).dropna(subset="reason")
     # A metric that was unavailable in every run has no column, but its reasons must still be seen.
-    for heading, rows in boards(frame, metric) if metric in frame or lost.empty else ():
+    for title, rows in boards(frame, metric) if metric in frame or lost.empty else ():
         budgets = sorted(rows["budget"].unique())
         lines = [["method", *(f"K = {budget}" for budget in budgets)], ["---"] + ["---:"] * len(budgets)]
         for label in dict.fromkeys(rows.index):
             cells = {row["budget"]: cell(row) for _, row in rows.loc[[label]].iterrows()}
             lines.append([label, *(cells.get(budget, "–") for budget in budgets)])
         parts.append(
-            f"### {column(metric).title}: {heading}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            f"### {column(metric).title}: {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
         )
     parts += [
         f"- {metric} unavailable: {r.label}, K = {r.budget}, seed {r.seed}: {r.reason}" for r in lost.itertuples()
@@ -56,7 +56,7 @@ def paired_table(frame: pd.DataFrame, against: str, metric: str = MAIN) -> str:
         raise SettingError(f"no result of {against!r}; the board has {sorted(set(frame['label']))}")
     lines = [f"### {column(metric).title} against {against}, same prompts", ""]
     lines += ["| setting | K | method | difference | 95 % interval |", "|---|---:|---|---:|---|"]
-    for (model, total, budget, _), part in frame.groupby([*SETTING, "budget", "seed"]):
+    for (*setting, budget, _), part in frame.groupby([*SETTING, "budget", "seed"]):
         scores = {row.label: row.scores for row in part.itertuples()}
         base = scores.pop(against, {})
         for method in sorted(scores, key=order):
@@ -65,7 +65,7 @@ def paired_table(frame: pd.DataFrame, against: str, metric: str = MAIN) -> str:
                 d = paired_difference(ours[metric], base[metric])
                 low, high = d["ci95"] if d["n"] > 1 else (np.nan, np.nan)
                 lines.append(
-                    f"| {model}, {total} steps | {budget} | {method} | {d['mean']:+.3g} | [{low:+.3g}, {high:+.3g}] |"
+                    f"| {heading(*setting)} | {budget} | {method} | {d['mean']:+.3g} | [{low:+.3g}, {high:+.3g}] |"
                 )
     return "\n".join(lines)
 
@@ -75,7 +75,7 @@ def ranking(frame: pd.DataFrame, metric: str = MAIN) -> str:
     differences to the best run of its own group and to the best of all. Empty where no run has a rank."""
     rows = board(frame, metric)
     apart, digits, parts = differences(rows, metric), column(metric).digits, []
-    for (model, total, seed, budget), part in rows[rows["method"] != FULL].groupby(PLACE):
+    for (*setting, seed, budget), part in rows[rows["method"] != FULL].groupby(PLACE):
         ranked = part.sort_values("rank")
         if ranked["rank"].isna().all():
             continue
@@ -89,8 +89,8 @@ def ranking(frame: pd.DataFrame, metric: str = MAIN) -> str:
             rank = "–" if pd.isna(row.rank) else row.rank
             lines.append(f"| {rank} | {row.label} | {row.group} | {' | '.join(cells)} |")
         seeds = f", seed {seed}" if rows["seed"].nunique() > 1 else ""
-        heading = f"### Ranks by {column(metric).title}: {model}, {total} steps{seeds}, K = {budget}"
-        parts.append("\n".join([heading, "", *lines]))
+        title = f"### Ranks by {column(metric).title}: {heading(*setting)}{seeds}, K = {budget}"
+        parts.append("\n".join([title, "", *lines]))
     return "\n\n".join(parts)
 
 
@@ -105,7 +105,7 @@ def league(frame: pd.DataFrame, at: Sequence[int], metric: str = MAIN) -> str:
     rows = board(frame, metric)
     apart, digits, parts = differences(rows, metric), column(metric).digits, []
     compared = at if fine_name(metric) in rows else ()
-    for (model, total, seed), part in rows.groupby([*SETTING, "seed"]):
+    for (*setting, seed), part in rows.groupby([*SETTING, "seed"]):
         budgets = sorted(part["budget"][part["method"] != FULL].unique())
         titles = [f"K = {budget}" for budget in budgets] + [f"K = {budget}, fine" for budget in compared]
         titles += [f"K = {at[0]}: rank", "worst prompt", "to the best of its group", "FLOPs", "trajectories", "MiB"]
@@ -113,7 +113,7 @@ def league(frame: pd.DataFrame, at: Sequence[int], metric: str = MAIN) -> str:
         for label in dict.fromkeys(sorted(part["label"], key=order)):
             runs = {row.budget: row for row in part[part["label"] == label].itertuples()}
             if full := label.split()[0] == FULL:  # which has no budget
-                runs = dict.fromkeys(at, runs[total])
+                runs = dict.fromkeys(at, next(iter(runs.values())))
             cells = []
             for budget in budgets:
                 text = _number(getattr(runs.get(budget), metric, None), digits) if not full else "–"
@@ -123,8 +123,8 @@ def league(frame: pd.DataFrame, at: Sequence[int], metric: str = MAIN) -> str:
             cells += ["–"] * 6 if full or at[0] not in runs else _at(runs[at[0]], metric, apart, digits)
             lines.append(f"| {about(label).group.value} | {label} | {' | '.join(cells)} |")
         seeds = f", seed {seed}" if rows["seed"].nunique() > 1 else ""
-        heading = f"### {column(metric).title}: {model}, {total} steps{seeds}"
-        parts.append("\n".join([heading, "", *lines]))
+        title = f"### {column(metric).title}: {heading(*setting)}{seeds}"
+        parts.append("\n".join([title, "", *lines]))
     return "\n\n".join(parts)
 
 
@@ -153,7 +153,7 @@ def _apart(d: Difference | None, digits: int) -> str:
 
 
 def published_table(frame: pd.DataFrame, published: Sequence[Mapping]) -> str:
-    """Markdown table of a paper's numbers beside the measured ones.
+    """Markdown tables, one per setting, of a paper's numbers beside the measured ones.
 
     Args:
         published: of every row `label` and `budget`, and the paper's numbers by column of the frame.
@@ -161,16 +161,19 @@ def published_table(frame: pd.DataFrame, published: Sequence[Mapping]) -> str:
     frame = newest(frame)
     names = list(dict.fromkeys(name for row in published for name in row if name not in ("label", "budget")))
     titles = [f"{column(name).title} {whose}" for name in names for whose in ("in the paper", "here")]
-    lines = ["### The paper's numbers and ours", "", f"| method | K | {' | '.join(titles)} |"]
-    lines.append("|---|" + "---:|" * (1 + len(titles)))
-    for row in published:
-        same = frame[frame["label"] == row["label"]]
-        if row["label"] != FULL:  # which has no budget
-            same = same[same["budget"] == row["budget"]]
-        cells = []
-        for name in names:
-            measured = pd.to_numeric(same[name]).mean() if name in same else np.nan
-            for value in (row.get(name), measured):
-                cells.append("–" if value is None or np.isnan(value) else f"{value:.{column(name).digits}f}")
-        lines.append(f"| {row['label']} | {row['budget']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    parts = []
+    for setting, part in frame.groupby(SETTING):
+        lines = [f"### The paper's numbers and ours: {heading(*setting)}", "", f"| method | K | {' | '.join(titles)} |"]
+        lines.append("|---|" + "---:|" * (1 + len(titles)))
+        for row in published:
+            same = part[part["label"] == row["label"]]
+            if row["label"] != FULL:  # which has no budget
+                same = same[same["budget"] == row["budget"]]
+            cells = []
+            for name in names:
+                measured = pd.to_numeric(same[name]).mean() if name in same else np.nan
+                for value in (row.get(name), measured):
+                    cells.append("–" if value is None or np.isnan(value) else f"{value:.{column(name).digits}f}")
+            lines.append(f"| {row['label']} | {row['budget']} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)

@@ -17,7 +17,20 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
-from eval import charts, console, leaderboard, methods, pictures, ranks, results, statistics, tables, timing, tracking
+from eval import (
+    charts,
+    console,
+    leaderboard,
+    methods,
+    pictures,
+    ranks,
+    report,
+    results,
+    statistics,
+    tables,
+    timing,
+    tracking,
+)
 
 PROMPTS = ["a red circle", "a small yellow star above a long grey line, seen from far away, oil on canvas", "two cats"]
 
@@ -295,6 +308,103 @@ def test_newest_of_repeated_runs_counts(runs):
     assert "| zebra | – | 21.00" in tables.table(results.collect(runs))
     os.utime(again, (2**32, 2**32))
     assert "| zebra | – | 50.00" in tables.table(results.collect(runs))
+
+
+def write(folder: Path, name: str, content: dict, known: dict | None = None) -> None:
+    """A run's folder with its result and, unless they are gone, its settings."""
+    (folder / name / ".hydra").mkdir(parents=True)
+    (folder / name / "result.json").write_text(json.dumps(content))
+    if known is not None:
+        (folder / name / ".hydra" / "config.yaml").write_text(json.dumps(known))  # which is YAML
+
+
+def scored_run(method: str, values: list[float], **changes) -> dict:
+    prompts = [f"prompt {index}" for index in range(len(values))]
+    metrics = {"psnr": statistics.summarise(values)}
+    return result(method, 10, 0.0, metrics=metrics, per_prompt={"prompts": prompts, "psnr": values}, **changes)
+
+
+def test_runs_with_other_references_share_no_table(tmp_path):
+    """The report's boards are of the same settings, see `report._data`."""
+    made = {
+        (0, 1.5): [scored_run("fora", [30, 31], reference="a"), scored_run("toca", [20, 22], reference="a")],
+        (0, 4): [scored_run("fora", [40, 41], reference="b"), scored_run("toca", [10, 13], reference="b")],
+        (100, 4): [scored_run("fora", [44, 45], reference="c", seed=100)],
+    }
+    for (seed, guidance), contents in made.items():
+        for content in contents:
+            call = {"model": {"call": {"guidance_scale": guidance}}, "seed": seed, "num_prompts": 2}
+            write(tmp_path, f"{content['method']}-{guidance}-{seed}", content | {"config_hash": f"{guidance}"}, call)
+    write(tmp_path, "more", scored_run("fora", [50, 51, 52], reference="d"), {"model": {}, "num_prompts": 3})
+    frame = results.collect(tmp_path)
+    text = tables.table(frame)
+    for setup, cells in {
+        "guidance_scale=1.5, num_prompts=2": ["| fora | 30.50", "| toca | 21.00"],
+        "guidance_scale=4, num_prompts=2": ["| fora | 42.50", "| toca | 11.50"],  # the mean of two seeds
+        "num_prompts=3": ["| fora | 51.00"],
+    }.items():
+        part = text.split(f"### PSNR (dB): tiny, 50 steps, {setup}\n")[1].split("###")[0]
+        assert all(cell in part for cell in cells)
+    assert text.count("###") == 3
+    board = ranks.board(frame)
+    assert (board["rank"] == 1).sum() == 4  # one for each setup and seed
+    apart = ranks.differences(board)
+    paired = {(board.loc[index, "setup"][15:18], abs(d.mean)) for index, found in apart.items() for d in found.values()}
+    assert paired == {("1.5", 9.5), ("4, ", 29.0)}
+    lines = tables.paired_table(frame, "fora").splitlines()[4:]
+    assert [line.split(" | ")[0] for line in lines] == [
+        "| tiny, 50 steps, guidance_scale=1.5, num_prompts=2",
+        "| tiny, 50 steps, guidance_scale=4, num_prompts=2",
+    ]
+    assert {part["setup"] for part in report._data(board, [], 0)["boards"]} == set(frame["setup"])
+    assert tables.league(frame, [10]).count("### PSNR (dB): tiny") == 4
+
+
+def test_runs_whose_settings_are_gone_are_averaged_over_seeds_and_told_apart_by_their_references(tmp_path):
+    for name, seed, psnr in (("aaaaaaaaaa", 0, 30), ("bbbbbbbbbb", 100, 32)):
+        write(tmp_path, name, scored_run("fora", [psnr, psnr + 1], reference=name, seed=seed))
+    assert "### PSNR (dB): tiny, 50 steps\n" in (text := tables.table(results.collect(tmp_path)))
+    assert "| fora | 31.50" in text
+    write(tmp_path, "cccccccccc", scored_run("toca", [40, 41], reference="cccccccccc"))
+    frame = results.collect(tmp_path)
+    assert set(frame["setup"]) == {"", "reference=aaaaaaaa", "reference=cccccccc"}
+
+
+def test_two_fine_references_make_two_tables_and_a_run_without_one_belongs_to_the_only_one(tmp_path):
+    for steps in (9, 16):
+        content = scored_run("fora", [30, 31], reference="a", fine_reference=f"f{steps}", config_hash=str(steps))
+        write(tmp_path, f"fora-{steps}", content, {"reference": {"num_inference_steps": steps}})
+        if steps == 9:
+            write(tmp_path, "toca", scored_run("toca", [30, 31], reference="a"), {"reference": {}})
+            assert set(results.collect(tmp_path)["setup"]) == {""}
+    names = [f"reference.num_inference_steps={steps}" for steps in (9, 16)]
+    assert set(results.collect(tmp_path)["setup"]) >= set(names)
+
+
+def test_runs_of_one_label_and_other_settings_both_stay(tmp_path):
+    for name, known in {
+        "a": {"method": {"_target_": "toca", "ratio": 0.5, "budget": 10}, "budget": 10},
+        "b": {"method": {"_target_": "toca", "ratio": 0.75, "budget": 10}, "budget": 10},
+        "c": None,
+        "d": {"method": {"_target_": "toca", "ratio": 0.5, "budget": 10}, "budget": 10, "output_dir": "elsewhere"},
+    }.items():
+        content = scored_run("toca", [20, 22], reference="r", label="toca", config_hash="a" if name == "d" else name)
+        write(tmp_path, name, content, known)
+    frame = results.collect(tmp_path)
+    assert sorted(results.newest(frame)["label"]) == ["toca", "toca ratio=0.5", "toca ratio=0.75"]
+    for path in tmp_path.glob("*/.hydra/config.yaml"):
+        path.unlink()
+    labels = sorted(results.newest(results.collect(tmp_path))["label"])
+    assert labels == [f"toca config_hash={name}" for name in "abc"]
+
+
+def test_a_run_that_is_scored_again_is_no_newer(tmp_path):
+    for name, psnr, ended in (("old", 20, 1), ("new", 30, 2)):
+        write(tmp_path, name, scored_run("fora", [psnr, psnr], reference="r"))
+        (tmp_path / name / "grid.png").touch()
+        os.utime(tmp_path / name / "grid.png", (ended, ended))
+    os.utime(tmp_path / "old" / "result.json", (2**32, 2**32))
+    assert "| fora | 30.00" in tables.table(results.collect(tmp_path))
 
 
 def test_command_line_prints_and_reports_lost_metrics(runs, monkeypatch, capsys):
@@ -644,7 +754,7 @@ def test_wandb_failures_become_warnings(tmp_path, monkeypatch, caplog):
 
 
 def test_a_papers_numbers_stand_beside_the_measured_ones():
-    shared = {"model": "flux", "num_inference_steps": 50, "seed": 0}
+    shared = {"model": "flux", "num_inference_steps": 50, "setup": "", "seed": 0}
     rows = [("full", 10, 100.0, 1.0), ("dpcache", 13, 20.0, 3.4), ("dpcache", 9, 18.0, 4.5)]
     frame = pd.DataFrame(
         [

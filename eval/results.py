@@ -16,7 +16,7 @@ from eval.methods import FULL, order, records
 from eval.metrics import FINE, MAIN, METRICS, Column
 from eval.schema import Group
 from eval.setups import name_setups, name_variants
-from eval.statistics import doubt, worst
+from eval.statistics import doubt, summarise, worst
 
 log = logging.getLogger(__name__)
 
@@ -170,8 +170,8 @@ def boards(frame: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFrame
     """For every setting its heading and a frame indexed by label with columns `budget, mean, lo, hi, unreliable`. The
     last one is true for a speed on which the timed rounds disagree.
 
-    Of runs that repeat a (setting, label, budget, seed) the newest counts. Seeds are averaged, and the halves of their
-    intervals are combined as independent errors; with one seed these are the run's own mean and interval.
+    Of runs that repeat a (setting, label, budget, seed) the newest counts. With one seed these are the run's own mean
+    and interval. Several are averaged, see `_averaged`.
     """
     if metric not in frame:
         raise SettingError(f"no result has {metric!r}; columns are {sorted(frame.columns)}")
@@ -180,15 +180,25 @@ def boards(frame: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFrame
     frame = frame.assign(unreliable=frame["unreliable"].notna() if doubted else False)
     frame = frame[frame["mean"].notna() | frame["unreliable"]]
     for end in ("lo", "hi"):
-        bound = pd.to_numeric(frame[f"{metric}_{end}"]) if f"{metric}_{end}" in frame else np.nan
-        frame[end] = (bound - frame["mean"]) ** 2
+        frame[end] = pd.to_numeric(frame[f"{metric}_{end}"]) if f"{metric}_{end}" in frame else np.nan
     for setting, part in frame.groupby(SETTING):
-        board = part.groupby(["label", "budget"]).agg(
-            mean=("mean", "mean"),
-            lo=("lo", lambda squares: np.sqrt(squares.sum(skipna=False)) / len(squares)),
-            hi=("hi", lambda squares: np.sqrt(squares.sum(skipna=False)) / len(squares)),
-            unreliable=("unreliable", "any"),
-        )
-        board["lo"], board["hi"] = board["mean"] - board["lo"], board["mean"] + board["hi"]
-        board = board.reset_index("budget").loc[sorted(part["label"].unique(), key=order)]
-        yield heading(*setting), board
+        rows = [
+            {"label": label, "budget": budget, **_averaged(runs, metric)}
+            for (label, budget), runs in part.groupby(["label", "budget"])
+        ]
+        rows.sort(key=lambda row: (order(row["label"]), row["budget"]))
+        yield heading(*setting), pd.DataFrame(rows).set_index("label")
+
+
+def _averaged(runs: pd.DataFrame, metric: str) -> dict:
+    """Mean and interval of runs that differ in their seeds.
+
+    The scores of a prompt are alike in all seeds, so each prompt is averaged first, and the interval is that of the
+    prompts. Where scores are missing, as of speeds and sets of images, it is as wide as those of the runs.
+    """
+    unreliable, scores = bool(runs["unreliable"].any()), [own.get(metric) for own in runs["scores"]]
+    if len(runs) > 1 and all(scores) and len({tuple(own["prompts"]) for own in runs["scores"]}) == 1:
+        found = summarise(np.mean(scores, axis=0))
+        low, high = (np.nan if end is None else end for end in found["ci95"])
+        return {"mean": found["mean"], "lo": low, "hi": high, "unreliable": unreliable}
+    return {name: runs[name].mean(skipna=False) for name in ("mean", "lo", "hi")} | {"unreliable": unreliable}

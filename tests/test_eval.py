@@ -292,7 +292,7 @@ def test_table_orders_methods_and_separates_models(runs):
         "| --- | ---: | ---: | ---: |",
         "| full | – | – | 100.00 ± 1.50 |",
         "| uniform_skip | – | 20.00 ± 1.50 | – |",
-        "| dpcache | 25.00 | 31.00 ± 1.06 | – |",  # two seeds: mean 31, half interval 1.5 / sqrt(2)
+        "| dpcache | 25.00 | 31.00 ± 1.50 | – |",  # two seeds, of which no scores of prompts are known
         "| zebra | – | 21.00 ± 1.50 | – |",
     ]
     assert "40.00" in text[: text.index("tiny, 50 steps")]
@@ -358,6 +358,19 @@ def test_runs_with_other_references_share_no_table(tmp_path):
     ]
     assert {part["setup"] for part in report._data(board, [], 0)["boards"]} == set(frame["setup"])
     assert tables.league(frame, [10]).count("### PSNR (dB): tiny") == 4
+
+
+def test_more_seeds_of_the_same_prompts_make_no_narrower_interval(tmp_path):
+    prompts = np.random.default_rng(0).normal(30, 5, 16)
+    for seed in (0, 100, 200, 300):
+        values = prompts + np.random.default_rng(seed).normal(0, 1, 16)
+        write(tmp_path, str(seed), scored_run("fora", values.tolist(), reference=str(seed), seed=seed))
+    frame = results.collect(tmp_path)
+    ((_, board),) = results.boards(frame, "psnr")
+    expected = statistics.summarise(np.mean([scores["psnr"] for scores in frame["scores"]], axis=0))
+    (row,) = board.itertuples()
+    assert (row.mean, [row.lo, row.hi]) == (pytest.approx(expected["mean"]), pytest.approx(expected["ci95"]))
+    assert row.hi - row.lo > 0.9 * np.mean(frame["psnr_hi"] - frame["psnr_lo"])
 
 
 def test_runs_whose_settings_are_gone_are_averaged_over_seeds_and_told_apart_by_their_references(tmp_path):

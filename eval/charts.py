@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from dpcache.errors import SettingError
 from eval.methods import FULL, about, order, styles
 from eval.metrics import MAIN
-from eval.pictures import STYLE, save
+from eval.pictures import STYLE, plain_ticks, save
 from eval.results import against_full, boards, column
 from eval.schema import Group
 from eval.statistics import front
@@ -122,6 +122,7 @@ def pareto(
         if not higher:
             if points["mean"].min() > 0 and points["mean"].max() > 10 * points["mean"].min():
                 axes.set_yscale("log")
+                plain_ticks(axes.yaxis)
             axes.invert_yaxis()
         axes.set_xlim(right=axes.get_xlim()[1] + 0.35 * (axes.get_xlim()[1] - axes.get_xlim()[0]))  # for the names
         _stairs(axes, best)

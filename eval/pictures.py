@@ -6,10 +6,11 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogFormatter, LogLocator
 from PIL import Image
 
 from dpcache.errors import SettingError
@@ -28,6 +29,7 @@ STYLE = {
     "figure.dpi": 200,
     "image.interpolation": "nearest",
     "figure.facecolor": "white",
+    "text.parse_math": False,  # a prompt or label with two $ is no formula; so axes need formatters without formulas
 }
 COMPUTED, PREDICTED, PATH = "#1f4e79", "#dde7f0", "#d1495b"
 
@@ -38,6 +40,12 @@ def save(figure: Figure, path: str | Path) -> Path:
     with atomic(path) as part:
         figure.savefig(part, format=path.suffix[1:])
     return path
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Labels a logarithmic axis with numbers instead of formulas, which are not drawn, see `STYLE`."""
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter())
 
 
 def still(image: np.ndarray, frames: int = 4) -> np.ndarray:
@@ -175,5 +183,6 @@ def cost_heatmap(path: str | Path, cost: np.ndarray, steps: Sequence[int]) -> Pa
     axes.legend(loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
     bar = figure.colorbar(image, ax=axes, shrink=0.9, label="path cost of the jump, minimum over earlier keys")
+    plain_ticks(bar.long_axis)
     bar.outline.set_visible(False)
     return save(figure, path)

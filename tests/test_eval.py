@@ -1,5 +1,6 @@
 """The eval package against independent formulas, and its promises about failures."""
 
+import io
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import wandb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from eval import (
@@ -222,6 +224,33 @@ def test_a_cost_of_any_history_is_drawn(tmp_path, axes):
     assert Image.open(path).size == (1000, 820) and path.stat().st_size > 10_000
     with pytest.raises(ValueError, match="no finite positive"):
         pictures.cost_heatmap(path, np.full((3, 4, 4), np.inf), [0])
+
+
+def drawn_texts(monkeypatch, module, draw) -> list[str]:
+    """All texts that a picture shows."""
+    figures = []
+    monkeypatch.setattr(module, "save", lambda plot, path: (plot.savefig(io.BytesIO()), figures.append(plot)) and path)
+    draw()
+    return [text.get_text() for text in figures[0].findobj(Text) if text.get_text() and not text.get_parse_math()]
+
+
+def test_dollars_are_no_formulas(tmp_path, monkeypatch):
+    face, price = "a face with $_$ eyes", "mine $x^$"
+    rows = dict.fromkeys((price, "full"), images(0)[:1])
+    assert {price, face} <= set(drawn_texts(monkeypatch, pictures, lambda: pictures.grid("g.png", rows, [face])))
+    assert price in drawn_texts(monkeypatch, pictures, lambda: pictures.timeline("t.png", [0], 3, price))
+    for index, budget in enumerate((5, 9, 13)):
+        lpips = {"mean": 0.1**index, "ci95": [None, None], "n": 1}
+        content = result("fora", budget, 0.0, label=price, metrics={"lpips": lpips}, timing={"speedup": 50 / budget})
+        write(tmp_path, str(budget), content)
+    frame = results.collect(tmp_path)
+    for few in (frame, frame[:2]):
+        assert price in drawn_texts(monkeypatch, charts, lambda few=few: charts.figure("f.png", few, "lpips"))
+    texts = drawn_texts(monkeypatch, charts, lambda: charts.pareto("p.png", frame, "lpips"))
+    assert f"{price} 9" in texts and not any("mathdefault" in text for text in texts)
+    cost = np.full((4, 5, 5), 1e-5) * 10.0 ** np.arange(5)
+    texts = drawn_texts(monkeypatch, pictures, lambda: pictures.cost_heatmap("c.png", cost, [0, 2]))
+    assert "1e\u221205" in texts and not any("mathdefault" in text for text in texts)
 
 
 def test_a_write_that_fails_keeps_the_old_picture(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import logging
 import math
 import re
 from collections import Counter
@@ -25,6 +26,8 @@ from eval.schema import Group
 from eval.statistics import LEVEL
 from eval.statistics import WORST as PERCENTILE
 from eval.tables import ranking, table
+
+log = logging.getLogger(__name__)
 
 MEMORY = {"history": "cache memory", "peak_device": "peak device memory", "peak_rss": "peak RSS"}
 VERSIONS = ("processor", "python", "torch", "diffusers", "git")
@@ -224,7 +227,7 @@ def _embed(parts: list, items: list, images: _Images, shown: dict, prompts: int)
                 for row in part:
                     name, own, against = getattr(row, "reference", None), None, None
                     if _has(row, its[place]):
-                        own = against = images.add((path := files[row.Index].get(index)) and Image.open(path))
+                        own = against = images.add(_image(files[row.Index].get(index)))
                         if row.method != FULL:
                             if name not in stored:
                                 stored[name] = images.add(_reference(Path(row.path).parent, name, index))
@@ -276,6 +279,19 @@ def _files(folder: Path) -> dict[int, Path]:
     """A run's images by the position of their prompts."""
     paths = (folder / "images").glob("*.png")
     return {int(found[0]): path for path in paths if (found := re.match(r"\d+(?=-)", path.name))}
+
+
+def _image(path: Path | None) -> Image.Image | None:
+    """An image that a run has kept. One that cannot be read is named, and left out."""
+    if path is None:
+        return None
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, ValueError, SyntaxError) as error:  # all three of PIL, for different kinds of damage
+        log.warning("left out of the report: %s cannot be read: %s", path, error)
+        return None
 
 
 def _reference(folder: Path, name, index: int) -> Image.Image | None:

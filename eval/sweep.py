@@ -8,6 +8,7 @@ import errno
 import os
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class Board(Callback):
     local launcher starts all jobs at once, so there each job gets one thread, unless OMP_NUM_THREADS is set; joblib and
     Ray share the cores among their jobs themselves. After a sweep it prints ranks and tables of the main metric, writes
     the board into the sweep's folder (`leaderboard.csv`, `.md`, `.png` and `report.html`), prints the errors of failed
-    jobs and, if there are any, ends the command with status 1.
+    jobs and, if there are any or if the board could not be made, ends the command with status 1.
 
     Args:
         against: a row of the board; the paired differences of the others to it are printed too.
@@ -74,9 +75,23 @@ class Board(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
         if not main_process():
             return
+        folder, broken = Path(config.hydra.sweep.dir), False
+        try:
+            self._board(folder)
+        except Exception:  # of which Hydra would make a warning, and the command would end well
+            traceback.print_exc()
+            print(f"error: no board of {folder}: python -m eval.leaderboard {folder} tries again", file=sys.stderr)
+            broken = True
+        failed = failures.since(self.began, folder)
+        for name, error in failed.items():
+            print(f"failed: {name}: {error}", file=sys.stderr)
+        if failed or broken:
+            sys.exit(1)
+
+    def _board(self, folder: Path) -> None:
+        """Prints the tables and writes the board."""
         from eval import charts, metrics, report, results, tables
 
-        folder = Path(config.hydra.sweep.dir)
         frame = results.collect(folder)
         if metrics.MAIN in frame:
             for metric in (metrics.MAIN, metrics.fine_name(metrics.MAIN)):
@@ -90,8 +105,3 @@ class Board(Callback):
                 print(tables.published_table(frame, self.published), end="\n\n")
             picture = charts.figure(folder / "leaderboard.png", frame)
             print(*report.write(folder, folder, frame), picture, sep="\n")
-        failed = failures.since(self.began, folder)
-        for name, error in failed.items():
-            print(f"failed: {name}: {error}", file=sys.stderr)
-        if failed:
-            sys.exit(1)

@@ -17,10 +17,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from dpcache.sampler import generate
-from eval import prompts, timing
+from eval import failures, prompts, report, timing
 from eval.rescore import rescore
 from eval.results import objective
 from eval.store import load_or_make, stored
+from eval.sweep import Board
+from helpers.boards import make
 from helpers.commands import ENVIRONMENT, ROOT, TINY, compose, results, run, run_alone, start
 
 OFFLINE = {"psnr", "ssim", "latent_error", "clip", "fid_efficientnet_lite0", "kid_efficientnet_lite0"}
@@ -49,6 +51,43 @@ def serial(tmp_path_factory):
     code, _, err = run("-m", "method=fora,teacache,uniform_skip", "budget=4", *TINY, folder=folder)
     assert code == 0, err
     return folder
+
+
+# --- the end of a sweep
+
+
+def end(folder: Path, board: Board | None = None) -> None:
+    """What Hydra does when the last job is done."""
+    (board or Board()).on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}}))
+
+
+def test_failed_jobs_are_named_where_the_board_fails_too(tmp_path, monkeypatch, capsys):
+    make(tmp_path, 2, [5], ["tiny"])
+
+    def fail(*args):
+        raise RuntimeError("no page")
+
+    monkeypatch.setattr(report, "page", fail)
+    with pytest.raises(SystemExit, match="1"):
+        end(tmp_path)
+    assert "RuntimeError: no page" in capsys.readouterr().err
+    board = Board()
+    (tmp_path / "broken").mkdir()
+    failures.record(tmp_path / "broken", "error: no budget")
+    with pytest.raises(SystemExit, match="1"):
+        end(tmp_path, board)
+    err = capsys.readouterr().err
+    assert "RuntimeError: no page" in err and "failed: broken: error: no budget" in err
+
+
+def test_an_image_that_cannot_be_read_is_named_and_left_out(tmp_path, caplog, capsys):
+    make(tmp_path, 2, [5], ["tiny"])
+    path = min(tmp_path.glob("*/images/0001-*.png"))
+    data = path.read_bytes()
+    path.unlink()  # the others are links to the same file
+    path.write_bytes(data[:200])
+    end(tmp_path)
+    assert str(path) in caplog.text and (tmp_path / "report.html").exists()
 
 
 # --- batches on disk

@@ -21,7 +21,7 @@ from eval.methods import COLORS, FULL, about, styles
 from eval.metrics import MAIN
 from eval.pictures import still
 from eval.ranks import Difference, board, differences
-from eval.results import SETTING, SPEED, WORST, against_full, column, metric_names
+from eval.results import SETTING, SPEED, WORST, against_full, column, main_metric, metric_names
 from eval.schema import Group
 from eval.statistics import LEVEL
 from eval.statistics import WORST as PERCENTILE
@@ -43,7 +43,7 @@ def write(folder: str | Path, out: str | Path, frame: pd.DataFrame, prompts: int
         frame: `eval.results.collect(folder)`.
         prompts: of how many prompts the page shows images; fewer where they would take more than `ROOM`.
     """
-    out, failed, frame = Path(out), unfinished(folder), board(frame)
+    out, failed, frame = Path(out), unfinished(folder), board(frame, _main(frame))
     out.mkdir(parents=True, exist_ok=True)
     files = {
         "leaderboard.csv": csv(frame, folder),
@@ -53,6 +53,10 @@ def write(folder: str | Path, out: str | Path, frame: pd.DataFrame, prompts: int
     for name, text in files.items():
         write_text(out / name, text)
     return [out / name for name in files]
+
+
+def _main(frame: pd.DataFrame) -> str:
+    return main_metric(frame) or MAIN
 
 
 def csv(frame: pd.DataFrame, folder: str | Path) -> str:
@@ -67,7 +71,7 @@ def csv(frame: pd.DataFrame, folder: str | Path) -> str:
 def markdown(frame: pd.DataFrame, failed: list[dict]) -> str:
     """Ranks, a table for every metric and speed, then what readers must know: unequal compute and failed runs."""
     wanted = [*metric_names(frame), *(name for name in (*SPEED, "computed_steps") if name in frame)]
-    parts = ["# Leaderboard", *filter(None, [ranking(frame)]), *(table(frame, name) for name in wanted)]
+    parts = ["# Leaderboard", *filter(None, [ranking(frame, _main(frame))]), *(table(frame, name) for name in wanted)]
     if unequal := [
         f"- {r.label}, K = {r.budget}: {r.computed_steps:g} steps computed, not at equal compute"
         for r in frame[~frame["equal_compute"]].itertuples()
@@ -94,10 +98,10 @@ def page(frame: pd.DataFrame, failed: list[dict], prompts: int) -> str:
 
 
 def _data(frame: pd.DataFrame, failed: list[dict], prompts: int) -> dict:
-    names = [name for name in metric_names(frame) if name in frame]
+    names, main = [name for name in metric_names(frame) if name in frame], _main(frame)
     parts = [list(part.itertuples()) for _, part in frame.groupby([*SETTING, "seed"])]
-    items = [_items(part, prompts) for part in parts]
-    images, apart, boards = _Images((len(frame) + len(parts)) * prompts), differences(frame), []
+    items = [_items(part, prompts, main) for part in parts]
+    images, apart, boards = _Images((len(frame) + len(parts)) * prompts), differences(frame, main), []
     shown = {index: [] for index in frame.index}
     references = _embed(parts, items, images, shown, prompts)
     for part, its, (reference, other) in zip(parts, items, references):
@@ -110,7 +114,7 @@ def _data(frame: pd.DataFrame, failed: list[dict], prompts: int) -> dict:
                 "prompts": [prompt for _, prompt in its],
                 "reference": reference,
                 "runs": [
-                    _run(row, names, its, len(reference), apart[row.Index])
+                    _run(row, names, main, its, len(reference), apart[row.Index])
                     | {"images": shown[row.Index], "other_reference": row.Index in other}
                     for row in part
                 ],
@@ -121,7 +125,7 @@ def _data(frame: pd.DataFrame, failed: list[dict], prompts: int) -> dict:
     return {
         "written": f"{datetime.fromtimestamp(frame['written'].max(), UTC):%Y-%m-%d}",
         "full": FULL,
-        "metrics": [_metric(name) for name in names],
+        "metrics": [_metric(name) | {"main": name == main} for name in names],
         "level": LEVEL,
         "percentile": PERCENTILE,
         "memory": {name: label for name, label in MEMORY.items() if name in frame and frame[name].notna().any()},
@@ -136,23 +140,25 @@ def _data(frame: pd.DataFrame, failed: list[dict], prompts: int) -> dict:
     }
 
 
-def _items(part: list, worst: int) -> list[tuple[int, str]]:
+def _items(part: list, worst: int, main: str) -> list[tuple[int, str]]:
     """Position and text of the prompts of one setting and seed: those that most runs have come first, and of these
-    those that are among the `worst` ones of most runs.
+    those that are among the `worst` ones of most runs by the `main` metric.
 
     The same position means the same noise, so that runs which have an item in common can be compared on it.
     """
-    common, bad, sign = Counter(), Counter(), 1 if column(MAIN).higher_is_better else -1
+    common, bad, sign = Counter(), Counter(), 1 if column(main).higher_is_better else -1
     for row in part:
         items = list(enumerate(row.scores.get("prompts", [])))
         common.update(items)
-        if row.method != FULL and MAIN in row.scores:
-            bad.update(sorted(items, key=lambda item: sign * row.scores[MAIN][item[0]])[:worst])
+        if row.method != FULL and main in row.scores:
+            bad.update(sorted(items, key=lambda item: sign * row.scores[main][item[0]])[:worst])
     return sorted(common, key=lambda item: (-common[item], -bad[item], item))
 
 
-def _run(row, names: list[str], items: list[tuple[int, str]], shown: int, apart: dict[str, Difference]) -> dict:
-    """What the page says about one run, apart from its images. Scores are in the order of `items`: those of the main
+def _run(
+    row, names: list[str], main: str, items: list[tuple[int, str]], shown: int, apart: dict[str, Difference]
+) -> dict:
+    """What the page says about one run, apart from its images. Scores are in the order of `items`: those of the `main`
     metric of all of them, the others of the `shown` first, which have images."""
     total = int(row.num_inference_steps)
     unavailable, batches = getattr(row, "metrics_unavailable", None), getattr(row, "schedules", None)
@@ -183,7 +189,7 @@ def _run(row, names: list[str], items: list[tuple[int, str]], shown: int, apart:
         "scores": {
             name: [
                 _number(values[item[0]]) if _has(row, item) else None
-                for item in items[: None if name == MAIN else shown]
+                for item in items[: None if name == main else shown]
             ]
             for name, values in row.scores.items()
             if name != "prompts"
@@ -256,7 +262,6 @@ def _metric(name: str) -> dict:
         "unit": known.unit and f" {known.unit}",
         "higher": known.higher_is_better,
         "trivial": against_full(name),
-        "main": name == MAIN,
     }
 
 

@@ -152,6 +152,11 @@ def metric_names(frame: pd.DataFrame) -> list[str]:
     return known + sorted(set(names) - set(known))
 
 
+def main_metric(frame: pd.DataFrame) -> str | None:
+    """The metric by which the board ranks: `MAIN` or, where no run has it, the first that one has; None without any."""
+    return next((name for name in (MAIN, *metric_names(frame)) if name in frame), None)
+
+
 def against_full(name: str) -> bool:
     return name in METRICS and METRICS[name].against_full
 

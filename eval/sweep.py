@@ -48,9 +48,10 @@ class Board(Callback):
 
     Before them it makes the folders. Hydra's own sweeper gives way to one that orders the jobs by model. Submitit's
     local launcher starts all jobs at once, so there each job gets one thread, unless OMP_NUM_THREADS is set; joblib and
-    Ray share the cores among their jobs themselves. After a sweep it prints ranks and tables of the main metric, writes
-    the board into the sweep's folder (`leaderboard.csv`, `.md`, `.png` and `report.html`), prints the errors of failed
-    jobs and, if there are any or if the board could not be made, ends the command with status 1.
+    Ray share the cores among their jobs themselves. After a sweep it prints ranks and tables of the main metric (or,
+    where no run has it, of the first), writes the board into the sweep's folder (`leaderboard.csv`, `.md`, `.png` and
+    `report.html`), prints the errors of failed jobs and, if there are any or if the board could not be made, ends the
+    command with status 1.
 
     Args:
         against: a row of the board; the paired differences of the others to it are printed too.
@@ -93,8 +94,12 @@ class Board(Callback):
         from eval import charts, metrics, report, results, tables
 
         frame = results.collect(folder)
-        if metrics.MAIN in frame:
-            for metric in (metrics.MAIN, metrics.fine_name(metrics.MAIN)):
+        main = results.main_metric(frame)
+        if main is None and len(frame):
+            print(f"no tables: no run in {folder} has a metric", end="\n\n")
+            print(*report.write(folder, folder, frame), sep="\n")
+        if main is not None:
+            for metric in (main, metrics.fine_name(main)):
                 if metric in frame:
                     if ranking := tables.ranking(frame, metric):
                         print(ranking, end="\n\n")
@@ -103,5 +108,5 @@ class Board(Callback):
                         print(tables.paired_table(frame, self.against, metric), end="\n\n")
             if self.published:
                 print(tables.published_table(frame, self.published), end="\n\n")
-            picture = charts.figure(folder / "leaderboard.png", frame)
+            picture = charts.figure(folder / "leaderboard.png", frame, main)
             print(*report.write(folder, folder, frame), picture, sep="\n")

@@ -80,6 +80,23 @@ def test_failed_jobs_are_named_where_the_board_fails_too(tmp_path, monkeypatch, 
     assert "RuntimeError: no page" in err and "failed: broken: error: no budget" in err
 
 
+@pytest.mark.parametrize("kept", [["ssim"], []])
+def test_a_board_without_psnr_takes_the_first_metric_or_says_that_there_is_none(tmp_path, capsys, kept):
+    make(tmp_path, 2, [5], ["tiny"])
+    for path in tmp_path.glob("*/result.json"):
+        result = json.loads(path.read_text())
+        result["metrics"] = {name: result["metrics"][name] for name in kept}
+        result["per_prompt"] = {name: result["per_prompt"][name] for name in ("prompts", *kept)}
+        path.write_text(json.dumps(result))
+    end(tmp_path)
+    out, page = capsys.readouterr().out, (tmp_path / "report.html").read_text()
+    if kept:
+        assert "### Ranks by SSIM: tiny, 50 steps, K = 5" in out and "### SSIM: tiny, 50 steps" in out
+        assert '"rank":1' in page and '"name":"ssim"' in page and (tmp_path / "leaderboard.png").exists()
+    else:
+        assert out.startswith(f"no tables: no run in {tmp_path} has a metric") and '"metrics":[]' in page
+
+
 def test_an_image_that_cannot_be_read_is_named_and_left_out(tmp_path, caplog, capsys):
     make(tmp_path, 2, [5], ["tiny"])
     path = min(tmp_path.glob("*/images/0001-*.png"))

@@ -8,6 +8,8 @@ from eval.files import write_text
 from eval.processes import main_process
 
 FAILURE = "error.json"
+NOT_RUNS = ("dry_runs", "evaluations")
+"""Folders in which Hydra notes other commands, see `eval.schema.run_name`."""
 
 
 def record(folder: Path, error: str) -> None:
@@ -35,7 +37,7 @@ def unfinished(folder: str | Path) -> list[dict]:
     found = {}
     for name in (".hydra", FAILURE):  # Hydra makes the folder .hydra before anything can fail
         for path in Path(folder).rglob(name):
-            if not (path.parent / "result.json").exists():
+            if path.parent.name not in NOT_RUNS and not (path.parent / "result.json").exists():
                 found[path.parent] = None if name == ".hydra" else _error(path)
     return [{"run": run.name, "error": error} for run, error in sorted(found.items())]
 

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from dpcache.errors import SettingError
 from eval import charts, report, tables
+from eval.methods import FULL
 from eval.metrics import FINE, MAIN
-from eval.results import WORST, against_full, collect, metric_names
+from eval.results import WORST, against_full, collect, column, main_metric, metric_names, numbers
+
+GAIN = "speedup"
 
 
 def main() -> None:
@@ -31,7 +35,7 @@ def main() -> None:
     parser.add_argument("--against", metavar="METHOD", help="also print paired differences to this method")
     parser.add_argument("--figure", type=Path, help=f"also draw the metric (default: {MAIN}) over the budget")
     parser.add_argument("--pareto", type=Path, help=f"also draw the metric (default: {MAIN}) over the --gain")
-    parser.add_argument("--gain", default="speedup", help="speedup, or flops_speedup, which no other job disturbs")
+    parser.add_argument("--gain", default=GAIN, help=f"{GAIN}, or flops_speedup, which no other job disturbs")
     parser.add_argument(
         "--highlight",
         nargs="+",
@@ -45,22 +49,40 @@ def main() -> None:
     frame = collect(arguments.folder)
     if frame.empty:
         parser.exit(1, f"no result.json below {arguments.folder}\n")
-    metric = arguments.metric or MAIN
-    if arguments.league:
-        print(tables.league(frame, arguments.league, metric), end="\n\n")
-    else:
-        _print(frame, metric, alone=arguments.metric is not None)
+    metric = arguments.metric or main_metric(frame) or MAIN
     try:
+        _check(frame, arguments)
+        if arguments.league:
+            print(tables.league(frame, arguments.league, metric), end="\n\n")
+        else:
+            _print(frame, metric, alone=arguments.metric is not None)
         if arguments.against:
             print(tables.paired_table(frame, arguments.against, metric))
         if arguments.figure:
             charts.figure(arguments.figure, frame, metric)
         if arguments.pareto:
             charts.pareto(arguments.pareto, frame, metric, arguments.gain, arguments.highlight)
-    except ValueError as error:
+        for path in report.write(arguments.folder, arguments.out or arguments.folder, frame, arguments.prompts):
+            print(path)
+    except (ValueError, OSError) as error:
         parser.exit(1, f"error: {error}\n")
-    for path in report.write(arguments.folder, arguments.out or arguments.folder, frame, arguments.prompts):
-        print(path)
+
+
+def _check(frame: pd.DataFrame, arguments: argparse.Namespace) -> None:
+    """Raises SettingError for what no run has."""
+    columns = list(dict.fromkeys([*metric_names(frame), *numbers(frame)]))
+    gains = [name for name in numbers(frame) if column(name).higher_is_better]
+    budgets = sorted(set(frame["budget"][frame["method"] != FULL]))
+    if (metric := arguments.metric) and metric not in columns:
+        raise SettingError(f"--metric {metric}: no run has it; choose from {', '.join(columns)}")
+    if (arguments.pareto or arguments.gain != GAIN) and arguments.gain not in gains:
+        raise SettingError(
+            f"--gain {arguments.gain} is no column of these runs of which more is known to be better; "
+            f"choose from {', '.join(gains)}"
+        )
+    if lost := sorted(set(arguments.league or ()) - set(budgets)):
+        known = ", ".join(map(str, budgets))
+        raise SettingError(f"--league {' '.join(map(str, lost))}: no run has this budget; choose from {known}")
 
 
 def _print(frame: pd.DataFrame, metric: str, alone: bool) -> None:
@@ -70,12 +92,9 @@ def _print(frame: pd.DataFrame, metric: str, alone: bool) -> None:
     if metric.removesuffix(WORST) in names and (ranking := tables.ranking(frame, metric)):
         print(ranking, end="\n\n")
     compared = [name for name in names if against_full(name) or name in FINE]
-    for name in [metric] if alone else [*compared, "speedup", "computed_steps"]:
-        try:
-            text = tables.table(frame, name)
-        except ValueError as error:
-            text = str(error)
-        print(text, end="\n\n")
+    measured = [name for name in ("speedup", "computed_steps") if name in frame]
+    for name in [metric] if alone else [*compared, *measured]:
+        print(tables.table(frame, name), end="\n\n")
 
 
 if __name__ == "__main__":

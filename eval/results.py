@@ -97,6 +97,9 @@ def collect(folder: str | Path) -> pd.DataFrame:
         shared = set.intersection(*(set(row["label"].split()[1:]) for row in same)) if same else set()
         for row in same:
             row["label"] = " ".join(word for word in row["label"].split() if word not in shared)
+    for row in rows:
+        if row["label"].split()[0] == FULL != row["method"]:
+            row["label"] = f"{row['method']} {row['label']}"  # the name is that of the full steps
     name_setups(rows)
     name_variants(rows)
     return pd.DataFrame(rows)
@@ -150,6 +153,14 @@ def metric_names(frame: pd.DataFrame) -> list[str]:
         names += reasons if isinstance(reasons, dict) else ()
     known = [name for name in (*METRICS, *FINE) if name in names]
     return known + sorted(set(names) - set(known))
+
+
+def numbers(frame: pd.DataFrame) -> list[str]:
+    """The columns that a table can show: numbers, but for what names a run and what belongs to another column."""
+    names = [str(name) for name in frame.select_dtypes("number")]
+    named = ("num_inference_steps", "budget", "seed", "batch_size", "written")
+    parts = {f"{name}{end}" for name in names for end in ("_n", "_lo", "_hi")}
+    return [name for name in names if name not in named and name not in parts]
 
 
 def main_metric(frame: pd.DataFrame) -> str | None:

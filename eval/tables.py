@@ -38,7 +38,7 @@ def table(frame: pd.DataFrame, metric: str = MAIN) -> str:
         lines = [["method", *(f"K = {budget}" for budget in budgets)], ["---"] + ["---:"] * len(budgets)]
         for label in dict.fromkeys(rows.index):
             cells = {row["budget"]: cell(row) for _, row in rows.loc[[label]].iterrows()}
-            lines.append([label, *(cells.get(budget, "–") for budget in budgets)])
+            lines.append([_cell(label), *(cells.get(budget, "–") for budget in budgets)])
         parts.append(
             f"### {column(metric).title}: {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
         )
@@ -64,9 +64,8 @@ def paired_table(frame: pd.DataFrame, against: str, metric: str = MAIN) -> str:
             if metric in base and metric in ours and base["prompts"] == ours["prompts"] and method != FULL:
                 d = paired_difference(ours[metric], base[metric])
                 low, high = d["ci95"] if d["n"] > 1 else (np.nan, np.nan)
-                lines.append(
-                    f"| {heading(*setting)} | {budget} | {method} | {d['mean']:+.3g} | [{low:+.3g}, {high:+.3g}] |"
-                )
+                row = f"| {_cell(heading(*setting))} | {budget} | {_cell(method)} "
+                lines.append(f"{row}| {d['mean']:+.3g} | [{low:+.3g}, {high:+.3g}] |")
     return "\n".join(lines)
 
 
@@ -87,7 +86,7 @@ def ranking(frame: pd.DataFrame, metric: str = MAIN) -> str:
             cells = [_number(getattr(row, name, None), digits) for name in (metric, f"{metric}{WORST}")]
             cells += [_apart(to.get(row.group), digits), _apart(to.get(first), digits)]
             rank = "–" if pd.isna(row.rank) else row.rank
-            lines.append(f"| {rank} | {row.label} | {row.group} | {' | '.join(cells)} |")
+            lines.append(f"| {rank} | {_cell(row.label)} | {row.group} | {' | '.join(cells)} |")
         seeds = f", seed {seed}" if rows["seed"].nunique() > 1 else ""
         title = f"### Ranks by {column(metric).title}: {heading(*setting)}{seeds}, K = {budget}"
         parts.append("\n".join([title, "", *lines]))
@@ -112,7 +111,7 @@ def league(frame: pd.DataFrame, at: Sequence[int], metric: str = MAIN) -> str:
         lines = [f"| group | method | {' | '.join(titles)} |", f"| --- | --- |{' ---: |' * len(titles)}"]
         for label in dict.fromkeys(sorted(part["label"], key=order)):
             runs = {row.budget: row for row in part[part["label"] == label].itertuples()}
-            if full := label.split()[0] == FULL:  # which has no budget
+            if full := all(row.method == FULL for row in runs.values()):  # which has no budget
                 runs = dict.fromkeys(at, next(iter(runs.values())))
             cells = []
             for budget in budgets:
@@ -121,7 +120,7 @@ def league(frame: pd.DataFrame, at: Sequence[int], metric: str = MAIN) -> str:
                 cells.append(f"({text}: {runs[budget].computed_steps:.1f} steps)" if apart_from_budget else text)
             cells += [_number(getattr(runs.get(budget), fine_name(metric), None), digits) for budget in compared]
             cells += ["–"] * 6 if full or at[0] not in runs else _at(runs[at[0]], metric, apart, digits)
-            lines.append(f"| {about(label).group.value} | {label} | {' | '.join(cells)} |")
+            lines.append(f"| {about(label).group.value} | {_cell(label)} | {' | '.join(cells)} |")
         seeds = f", seed {seed}" if rows["seed"].nunique() > 1 else ""
         title = f"### {column(metric).title}: {heading(*setting)}{seeds}"
         parts.append("\n".join([title, "", *lines]))
@@ -139,6 +138,11 @@ def _at(run, metric: str, apart: Mapping[int, Mapping[str, Difference]], digits:
         f"{round(sum(took.values()), 1):g}" if isinstance(took, dict) else "–",
         _number(memory and memory / 2**20, 2),
     ]
+
+
+def _cell(text: str) -> str:
+    """A text of the user's in a table, whose columns a | would part."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _number(value: float | None, digits: int, sign: str = "") -> str:
@@ -174,6 +178,6 @@ def published_table(frame: pd.DataFrame, published: Sequence[Mapping]) -> str:
                 measured = pd.to_numeric(same[name]).mean() if name in same else np.nan
                 for value in (row.get(name), measured):
                     cells.append("–" if value is None or np.isnan(value) else f"{value:.{column(name).digits}f}")
-            lines.append(f"| {row['label']} | {row['budget']} | {' | '.join(cells)} |")
+            lines.append(f"| {_cell(row['label'])} | {row['budget']} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

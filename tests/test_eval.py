@@ -22,6 +22,7 @@ from PIL import Image
 from eval import (
     charts,
     console,
+    failures,
     leaderboard,
     methods,
     pictures,
@@ -465,6 +466,47 @@ def test_command_line_prints_and_reports_lost_metrics(runs, monkeypatch, capsys)
     printed = capsys.readouterr().out
     assert "0.5000 ± 0.1000" in printed
     assert "- ssim unavailable: uniform_skip, K = 10, seed 0: ImportError: no ssim" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--metric", "nosuch"], "--metric nosuch: no run has it; choose from psnr, ssim, "),
+        (["--metric", "settled"], "--metric settled: no run has it; choose from psnr"),
+        (["--gain", "nosuch"], "--gain nosuch is no column of these runs .* choose from psnr, speedup"),
+        (["--league", "10", "99"], "--league 99: no run has this budget; choose from 5, 10"),
+        (["--league", "5", "--metric", "nosuch"], "--metric nosuch: no run has it"),
+        (["--league", "5", "--metric", "model"], "--metric model: no run has it"),
+        (["--against", "nosuch"], "no result of 'nosuch'; the board has"),
+        (["--out", "FILE"], "File exists: .*FILE"),
+    ],
+)
+def test_a_mistake_ends_in_one_clear_line(runs, monkeypatch, capsys, arguments, line):
+    (runs / "FILE").touch()
+    monkeypatch.chdir(runs)
+    monkeypatch.setattr("sys.argv", ["leaderboard", str(runs), *arguments])
+    with pytest.raises(SystemExit, match="1"):
+        leaderboard.main()
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and re.search(line, err)
+
+
+def test_a_row_may_have_any_label(tmp_path):
+    for index, label in enumerate(("a|b", "full")):
+        write(tmp_path, str(index), scored_run("fora", [30 + index, 31], reference="a", label=label))
+    write(tmp_path, "2", scored_run("full", [100, 100], reference="a", computed_steps=50.0))
+    frame = results.collect(tmp_path)
+    assert sorted(frame["label"]) == ["a|b", "fora full", "full"]
+    text = tables.league(frame, [10])
+    assert "| plain | full | – |" in text and "| reuse | fora full | 31.00 |" in text and "| other | a\\|b |" in text
+    for made in (tables.table(frame), tables.ranking(frame), tables.paired_table(frame, "fora full")):
+        assert "| a\\|b |" in made
+
+
+def test_folders_of_other_commands_are_no_unfinished_runs(tmp_path):
+    for name in ("dry_runs", "evaluations", "runs/fora"):
+        (tmp_path / name / ".hydra").mkdir(parents=True)
+    assert failures.unfinished(tmp_path) == [{"run": "fora", "error": None}]
 
 
 def test_paired_differences_use_the_same_prompts_alone(tmp_path):

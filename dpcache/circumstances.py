@@ -22,12 +22,15 @@ def _is_guidance(name: str) -> bool:
     return "guidance" in name or "cfg" in name
 
 
-def fingerprint(transformer: torch.nn.Module) -> str:
-    """16 hex digits of the model's class, configuration, parameter shapes and a sample of every parameter."""
-    digest = hashlib.sha256(type(transformer).__name__.encode())
-    config = {k: v for k, v in dict(transformer.config).items() if not k.startswith("_")}
+def fingerprint(model: torch.nn.Module) -> str:
+    """16 hex digits of the model's class, configuration, parameter shapes and a sample of every parameter. A text
+    encoder's configuration also names the version of transformers, which is left out."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    config = getattr(model, "config", {})
+    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    config = {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in sorted(transformer.named_parameters()):
+    for name, parameter in sorted(model.named_parameters()):
         values = parameter.detach().flatten()[:: max(parameter.numel() // 8, 1)][:8].float().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}{values.tolist()}".encode())
     return digest.hexdigest()[:16]

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from dpcache.circumstances import fingerprint
+
 T = TypeVar("T")
 
 
@@ -49,11 +51,14 @@ class Loaded:
 
     Attributes:
         kept: references and counts of FLOPs.
+        fingerprints: of every model in it by its name: transformers, text encoders, VAE, ...
         too_large: by what was sampled, the smallest batch that has not fitted into the device's memory.
     """
 
     def __init__(self, pipe):
         self.pipe, self.kept, self.too_large = pipe, Kept(), {}
+        models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+        self.fingerprints = {name: fingerprint(model) for name, model in models.items()}
         self._schedulers = {
             name: copy.deepcopy(part) for name, part in pipe.components.items() if hasattr(part, "set_timesteps")
         }

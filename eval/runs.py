@@ -237,7 +237,12 @@ def for_store(batch: Batch) -> tuple:
 
 
 class Run:
-    """One run's settings, pipeline and folder."""
+    """One run's settings, pipeline and folder.
+
+    Attributes:
+        circumstances: what a calibration has to have been made for.
+        made_by: all that decides what a call makes: the circumstances, and the other models of the pipeline.
+    """
 
     def __init__(self, config: DictConfig, loaded: Loaded, folder: Path):
         self.config, self.loaded, self.pipe, self.folder = config, loaded, loaded.pipe, folder
@@ -250,6 +255,8 @@ class Run:
         self.pipe.set_progress_bar_config(disable=True)  # inside the bar of the batches
         self.fine_steps: int | None = config.reference.num_inference_steps
         self.circumstances = describe(self.pipe, config.num_inference_steps, **self.call)
+        vae = {"vae_dtype": config.model.vae_dtype or config.model.dtype, "vae_tiling": config.model.vae_tiling}
+        self.made_by = self.circumstances | vae | {"models": loaded.fingerprints}
 
     def _sample(self, method: Runnable, prompts, chunk: slice) -> Batch:
         seeds = range(self.config.seed, self.config.seed + len(prompts))
@@ -314,7 +321,7 @@ class Run:
                 names = ", ".join(statistic.name for statistic in missing)
                 raise SettingError(f"calibration.path={path} does not hold {names}, which this method needs")
             return calibration, Path(path)
-        name = self._key(self.circumstances, identity(prompts), c.calibration.seed, self.batch_size)
+        name = self._key(self.made_by, identity(prompts), c.calibration.seed, self.batch_size)
         path = self.shared / "calibrations" / f"{name}.safetensors"
         with locked(path):
             if path.exists():
@@ -331,8 +338,8 @@ class Run:
 
     def reference_folder(self, prompts: list[str], num_inference_steps: int) -> Path:
         """Where full-step samples of these prompts are kept."""
-        circumstances = self.circumstances | {"num_inference_steps": str(num_inference_steps)}
-        key = self._key(circumstances, identity(prompts), self.config.seed, self.batch_size)
+        made_by = self.made_by | {"num_inference_steps": str(num_inference_steps)}
+        key = self._key(made_by, identity(prompts), self.config.seed, self.batch_size)
         return self.shared / "references" / key
 
     def reference(self, prompts: list[str], num_inference_steps: int) -> Samples:

@@ -192,6 +192,26 @@ def test_a_reference_is_read_once_and_another_one_takes_its_place(process, monke
     assert torch.equal(reference.latents, stored(read[-1], PROMPTS).latents)
 
 
+def test_another_vae_or_text_encoder_has_a_reference_and_a_calibration_of_its_own(process, pipe):
+    def names(*overrides) -> tuple[str, str]:
+        with process.run(*overrides) as one:
+            return one.reference_folder(PROMPTS, T).name, one.calibration((), PROMPTS)[1].name
+
+    found = [names(), names("model.vae_dtype=bfloat16"), names("model.vae_tiling=true")]
+    assert names("model.vae_dtype=float32") == found[0]  # which it is in any case
+    parts = dict(process.pipe.components)
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        changed = copy.deepcopy(parts[name])
+        with torch.no_grad():
+            next(changed.parameters()).add_(1)
+        process.pipe = type(pipe)(**parts | {name: changed})
+        found.append(names(f"model.path={name}"))
+    references, calibrations = zip(*found)
+    assert len(set(references)) == len(set(calibrations)) == 6
+    with process.run(f"calibration.path={process.folder / '1' / 'calibrations' / calibrations[0]}") as one:
+        assert one.calibration((), PROMPTS)[0].made_from["prompts"] == PROMPTS
+
+
 def test_a_metric_is_loaded_once_for_the_same_settings_and_again_where_it_could_not_be(monkeypatch):
     loads, kept = [], Kept()
 

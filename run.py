@@ -7,7 +7,6 @@ launch run.py ...` starts share the batches of a run; the main one does everythi
 import json
 import logging
 import os
-import shutil
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -165,8 +164,12 @@ def run(config: DictConfig, folder: Path) -> dict:
         print(plan)
         return {}
     with locked(folder / "run") if main else nullcontext():
-        if (folder / "result.json").exists() and not config.overwrite:
-            runs.check_samples(config, folder, prompts)
+        if config.overwrite:
+            if main:
+                runs.remove_made(folder)
+            wait_for_all()  # no process may take an old batch or result for a new one
+        runs.check_samples(config, folder, prompts)
+        if (folder / "result.json").exists():
             result = json.loads((folder / "result.json").read_text())
             if main and result.get("label") != name:
                 result["label"] = name
@@ -175,10 +178,6 @@ def run(config: DictConfig, folder: Path) -> dict:
                 table = summary(result, folder, plain_runs(folder, result))
                 print(table, "(finished earlier; overwrite=true runs it again)", sep="\n")
             return result
-        if config.overwrite:
-            if main:
-                shutil.rmtree(folder / "samples", ignore_errors=True)
-            wait_for_all()  # no process may take an old batch for a new one
         logger = instantiate(config.logger)
         if main:
             group = sweep.group(HydraConfig.get()) or choices.model

@@ -14,7 +14,7 @@ from eval.files import write_text
 from eval.metrics import Scorer, check
 from eval.results import plain_runs
 from eval.runs import load_metrics, scores
-from eval.store import locked, stored
+from eval.store import check_prompts, locked, stored
 
 log = logging.getLogger("run")
 
@@ -89,6 +89,7 @@ def _score(folder: Path, scorers: dict, config: DictConfig) -> None:
         wanted = {name: loaded[name] for name in _missing(result, config) if name in loaded}
         if wanted:
             prompts = result["per_prompt"]["prompts"]
+            check_prompts(folder / "samples", prompts, result.get("batch_size") or len(prompts))
             samples, reference = stored(folder / "samples", prompts), _reference(folder, result["reference"])
             fine = result.get("fine_reference")
             fine = fine and stored(_reference(folder, fine), prompts)

@@ -131,8 +131,18 @@ def _with_images(prompts: list[str]) -> list[str]:
 
 
 def check_samples(config: DictConfig, folder: Path, prompts: list[str]) -> None:
-    """Raises SettingError if a run's folder holds samples of other prompts or images."""
+    """Raises SettingError if a run's folder holds samples or a result of other prompts or images."""
     check_prompts(folder / "samples", prompts, config.batch_size or config.model.batch_size)
+    file = folder / "result.json"
+    if file.exists() and json.loads(file.read_text()).get("per_prompt", {}).get("prompts", prompts) != prompts:
+        raise SettingError(f"{file} was made from other prompts: its command with overwrite=true makes it again")
+
+
+def remove_made(folder: Path) -> None:
+    """Remove what a run has made: first the result, so that one that stands is always that of the samples beside it."""
+    (folder / "result.json").unlink(missing_ok=True)
+    for name in ("samples", "images"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 LOADING = ("path", "dtype", "device", "offload", "vae_dtype", "vae_tiling", "scheduler")

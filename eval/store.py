@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from dpcache.errors import SettingError
-from dpcache.prompts import identity
+from dpcache.prompts import Prompt, identity
 from eval.files import atomic
 from eval.metrics.base import Samples
 
@@ -91,15 +91,22 @@ def check_prompts(folder: Path, prompts: list[str], batch_size: int) -> None:
     """Raises SettingError if a batch in the folder was made from other prompts or images than these.
 
     Args:
+        prompts: of those without images, as results hold them all, the text alone is compared.
         batch_size: of batches that do not say, which earlier versions made.
     """
+    with_images = any(isinstance(prompt, Prompt) for prompt in prompts)
     for path in sorted(folder.glob("batch_*.safetensors")):
         if _whole(path):
             index, size = int(path.stem.removeprefix("batch_")), _read_batch_size(path, batch_size)
             with safe_open(path, "np") as file:
                 known = file.get_tensor("made_from").tobytes() if "made_from" in set(file.keys()) else None
-            if known not in (None, _made_from(prompts[index * size : (index + 1) * size])):
-                raise SettingError(f"{path} was made from other prompts or images: overwrite=true makes it again")
+            known = json.loads(known or "null")
+            if known is not None and not with_images:
+                known = [prompt if isinstance(prompt, str) else prompt[0] for prompt in known]
+            if known not in (None, identity(prompts[index * size : (index + 1) * size])):
+                raise SettingError(
+                    f"{path} was made from other prompts or images: its command with overwrite=true makes it again"
+                )
 
 
 def _made_from(prompts: list[str]) -> bytearray:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,6 +207,40 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
         ours, theirs = load_file(path), load_file(killed / path.relative_to(kept))
         assert all((ours[name] == theirs[name]).all() for name in ours)
     assert results(kept)[0]["metrics"] == results(killed)[0]["metrics"]
+
+
+@pytest.mark.ci
+def test_a_result_is_never_taken_for_that_of_other_prompts(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("dog\ncat\n")
+    command = ["method=fora", "budget=4", "num_inference_steps=6", "num_prompts=2", f"prompts={file}", "batch_size=1"]
+    command += ["eval.metrics=[psnr]", "eval.timing.repeats=0"]
+    assert run(*command, folder=tmp_path)[0] == 0
+    (folder,) = tmp_path.glob("runs/*-fora-*")
+    file.write_text("red car\nsun\n")
+    code, _, err = run(*command, folder=tmp_path)
+    assert code == 1 and "was made from other prompts" in err and "overwrite=true makes it again" in err
+    shutil.copytree(folder, tmp_path / "old")
+    shutil.rmtree(folder / "samples")
+    code, _, err = run(*command, folder=tmp_path)
+    assert code == 1 and "result.json was made from other prompts" in err
+
+    process, deadline = fork(*command, "overwrite=true", folder=tmp_path), time.time() + 120
+    while not (folder / "samples/batch_0000.safetensors").exists():
+        assert process.is_alive() and time.time() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert results(tmp_path) == [] and all("dog" not in path.name for path in (folder / "images").iterdir())
+    code, out, err = run(*command, folder=tmp_path)
+    assert code == 0 and "finished earlier" not in out, err
+    assert results(tmp_path)[0]["per_prompt"]["prompts"] == ["red car", "sun"]
+
+    shutil.copy(tmp_path / "old/result.json", folder)
+    code, out, err = run("stage=eval", f"dir={folder}", "eval.metrics=[ssim]", folder=tmp_path)
+    assert code == 1 and "1 of 1 runs cannot be scored" in err
+    said = (tmp_path / "evaluations" / "run.log").read_text()
+    assert "was made from other prompts or images: its command with overwrite=true makes it again" in said
 
 
 @pytest.mark.ci

@@ -37,7 +37,7 @@ from eval import metrics, pictures, timing
 from eval.console import phase, quiet_libraries
 from eval.kept import PROCESS, Loaded, free_memory
 from eval.metrics import Samples, Scorer, evaluate
-from eval.processes import several_processes
+from eval.processes import main_process, several_processes
 from eval.prompts import SETS, read
 from eval.schema import Group
 from eval.statistics import summarise
@@ -373,21 +373,32 @@ class Run:
 
     def samples(self, method: Runnable, prompts: list[str]) -> tuple[Samples, list[dict]]:
         """The method's samples and, of every batch, the computed "steps" of each guidance branch and how many full
-        steps were "spent"; also as PNG files, and of videos as MP4 files beside a strip of frames."""
+        steps were "spent"; also as image files, those that somebody has deleted too."""
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
 
         def make(chunk: slice):
             batch = self._sample(method, prompts, chunk)
             for index, prompt, image in zip(range(chunk.start, chunk.stop), prompts[chunk], batch.images):
-                slug = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())[:60].strip("-")
-                path = self.folder / "images" / f"{index:04d}-{slug}.png"
-                Image.fromarray(pictures.still(image)).save(path)
-                if image.ndim == 4:
-                    options = {"fps": self.config.model.fps, "macro_block_size": 2, "quality": 8}
-                    iio.imwrite(path.with_suffix(".mp4"), image, **options)
+                self._write_image(self._image_file(index, prompt), image)
             return for_store(batch)
 
-        return load_or_make(self.folder / "samples", prompts, self.batch_size, make, "samples")
+        samples, computed = load_or_make(self.folder / "samples", prompts, self.batch_size, make, "samples")
+        if main_process():
+            for index, (prompt, image) in enumerate(zip(prompts, samples.images)):
+                if not (path := self._image_file(index, prompt)).exists():
+                    self._write_image(path, image.numpy())
+        return samples, computed
+
+    def _image_file(self, index: int, prompt: str) -> Path:
+        slug = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())[:60].strip("-")
+        return self.folder / "images" / f"{index:04d}-{slug}.png"
+
+    def _write_image(self, path: Path, image: np.ndarray) -> None:
+        """A PNG file; of a video its strip of frames, beside an MP4 file."""
+        if image.ndim == 4:
+            options = {"fps": self.config.model.fps, "macro_block_size": 2, "quality": 8}
+            iio.imwrite(path.with_suffix(".mp4"), image, **options)
+        Image.fromarray(pictures.still(image)).save(path)
 
     def evaluate(
         self,

@@ -227,6 +227,19 @@ def test_a_metric_is_loaded_once_for_the_same_settings_and_again_where_it_could_
     assert loads == ["cpu", "cuda", "broken", "broken"]
 
 
+def test_deleted_images_are_written_again_from_the_samples(process):
+    folder = f"output_dir={process.folder / 'shared'}"
+    with process.run(folder) as one:
+        one.samples(METHOD, PROMPTS)
+        (image,) = (one.folder / "images").iterdir()
+        content = image.read_bytes()
+        image.unlink()
+        written = (one.folder / "samples/batch_0000.safetensors").stat().st_mtime_ns
+        one.samples(METHOD, PROMPTS)
+        assert image.read_bytes() == content
+        assert (one.folder / "samples/batch_0000.safetensors").stat().st_mtime_ns == written
+
+
 # --- batches that do not fit
 
 

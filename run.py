@@ -163,12 +163,13 @@ def run(config: DictConfig, folder: Path) -> dict:
         plan = dry_run.describe(config, choices.model, choices.method, recipe, len(prompts), len(calibration_prompts))
         print(plan)
         return {}
+    made_with = runs.made_with(config, recipe.statistics or (), calibration_prompts) if calibrates else None
     with locked(folder / "run") if main else nullcontext():
         if config.overwrite:
             if main:
                 runs.remove_made(folder)
             wait_for_all()  # no process may take an old batch or result for a new one
-        runs.check_samples(config, folder, prompts)
+        runs.check_samples(config, folder, prompts, made_with)
         if (folder / "result.json").exists():
             result = json.loads((folder / "result.json").read_text())
             if main and result.get("label") != name:
@@ -180,6 +181,7 @@ def run(config: DictConfig, folder: Path) -> dict:
             return result
         logger = instantiate(config.logger)
         if main:
+            write_text(folder / runs.MADE_WITH, json.dumps({"calibration": made_with}))
             group = sweep.group(HydraConfig.get()) or choices.model
             logger.start(OmegaConf.to_container(config, resolve=True), folder.name, group, folder)
             print(f"{choices.model}  {choices.method}  {dry_run.announce(config, recipe, len(prompts))}")

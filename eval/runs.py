@@ -130,12 +130,45 @@ def _with_images(prompts: list[str]) -> list[str]:
     return prompts
 
 
-def check_samples(config: DictConfig, folder: Path, prompts: list[str]) -> None:
-    """Raises SettingError if a run's folder holds samples or a result of other prompts or images."""
+def made_with(config: DictConfig, statistics: Sequence[Statistic], prompts: list[str]) -> str:
+    """A digest of what a method is calibrated with: of the calibration prompts and their seeds, or of what it takes
+    from the file of `calibration.path`, to which other runs may add. All this is known before the model is loaded."""
+    c = config.calibration
+    if c.path is None:
+        return _key(identity(prompts), c.seed)
+    given = Calibration.load(c.path)
+    made_from = given.made_from | {"prompts": identity(given.made_from["prompts"])}
+    names = [statistic.name for statistic in statistics if statistic.name in given.arrays]
+    arrays = [hashlib.sha256(given.arrays[name].tobytes()).hexdigest() for name in names]
+    return _key(given.made_for, [made_from[name] for name in ("prompts", "seeds", "batch_size")], names, arrays)
+
+
+def _key(*parts) -> str:
+    """16 hex digits of values that JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+MADE_WITH = "made_with.json"
+"""In a run's folder, the digest of the calibration that its samples were made with. Earlier versions left none."""
+
+
+def check_samples(config: DictConfig, folder: Path, prompts: list[str], calibration: str | None = None) -> None:
+    """Raises SettingError if a run's folder holds samples or a result of other prompts or images.
+
+    Args:
+        calibration: what `made_with` says of the run's calibration; samples of another one are refused, too.
+    """
     check_prompts(folder / "samples", prompts, config.batch_size or config.model.batch_size)
     file = folder / "result.json"
     if file.exists() and json.loads(file.read_text()).get("per_prompt", {}).get("prompts", prompts) != prompts:
         raise SettingError(f"{file} was made from other prompts: its command with overwrite=true makes it again")
+    record, samples = folder / MADE_WITH, (folder / "samples").glob("batch_*.safetensors")
+    known = json.loads(record.read_text())["calibration"] if record.exists() else calibration
+    if known != calibration and (file.exists() or any(samples)):
+        raise SettingError(
+            f"{folder} was made with another calibration, whose prompts or file have changed since: overwrite=true "
+            "makes it again, another output_dir keeps it"
+        )
 
 
 def remove_made(folder: Path) -> None:
@@ -284,11 +317,11 @@ class Run:
         Raises SettingError for a batch of one that does not fit, and where half the batch would be another run: methods
         that decide online do so once per batch, and processes that share a run have to agree on its batches.
         """
-        method = self._key(self.call, OmegaConf.to_container(self.config.method, resolve=True))
+        method = _key(self.call, OmegaConf.to_container(self.config.method, resolve=True))
         too_large = self.loaded.too_large
         while True:
             size = min(self.batch_size, prompts)
-            if all(size < too_large.get(of, math.inf) for of in (self._key(self.call), method)):
+            if all(size < too_large.get(of, math.inf) for of in (_key(self.call), method)):
                 try:
                     return make()
                 except torch.OutOfMemoryError:
@@ -312,9 +345,6 @@ class Run:
         log.warning("%s: going on with batches of %s", said, size // 2)
         return size // 2
 
-    def _key(self, *parts) -> str:
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
     def calibration(self, statistics: Sequence[Statistic], prompts: list[str]) -> tuple[Calibration, Path]:
         """The one given by `calibration.path`, else one of this model, steps and prompts, to which the statistics that
         it does not hold yet are added; and its file.
@@ -331,7 +361,7 @@ class Run:
                 names = ", ".join(statistic.name for statistic in missing)
                 raise SettingError(f"calibration.path={path} does not hold {names}, which this method needs")
             return calibration, Path(path)
-        name = self._key(self.made_by, identity(prompts), c.calibration.seed, self.batch_size)
+        name = _key(self.made_by, identity(prompts), c.calibration.seed, self.batch_size)
         path = self.shared / "calibrations" / f"{name}.safetensors"
         with locked(path):
             if path.exists():
@@ -349,7 +379,7 @@ class Run:
     def reference_folder(self, prompts: list[str], num_inference_steps: int) -> Path:
         """Where full-step samples of these prompts are kept."""
         made_by = self.made_by | {"num_inference_steps": str(num_inference_steps)}
-        key = self._key(made_by, identity(prompts), self.config.seed, self.batch_size)
+        key = _key(made_by, identity(prompts), self.config.seed, self.batch_size)
         return self.shared / "references" / key
 
     def reference(self, prompts: list[str], num_inference_steps: int) -> Samples:
@@ -368,7 +398,7 @@ class Run:
         try:
             return self.loaded.kept.get(kind, str(folder.absolute()), read)
         except torch.OutOfMemoryError:
-            self.loaded.too_large[self._key(self.call)] = min(self.batch_size, len(prompts))
+            self.loaded.too_large[_key(self.call)] = min(self.batch_size, len(prompts))
             raise
 
     def samples(self, method: Runnable, prompts: list[str]) -> tuple[Samples, list[dict]]:

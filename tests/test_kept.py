@@ -25,6 +25,7 @@ from dpcache.predictors import Reuse
 from dpcache.sampler import Batch
 from dpcache.schedules import EvenlySpaced
 from dpcache.session import Report
+from dpcache.statistics import Gram
 from eval import runs
 from eval.kept import Kept
 from eval.metrics import METRICS, Metric, Settings, load
@@ -225,6 +226,26 @@ def test_a_metric_is_loaded_once_for_the_same_settings_and_again_where_it_could_
     for device in ("cpu", "cpu", "cuda", "broken", "broken"):
         load(["mine", "psnr"], Settings(device=device), kept=kept)
     assert loads == ["cpu", "cuda", "broken", "broken"]
+
+
+def test_a_given_calibration_is_known_by_what_the_method_takes_of_it(process, config):
+    def known(calibration, statistics=()) -> str:
+        calibration.save(path)
+        given = OmegaConf.merge(config, {"calibration": {"path": str(path)}})
+        return runs.made_with(given, statistics, [])
+
+    path = process.folder / "calibration.safetensors"
+    with process.run() as one:
+        one.pipe.set_progress_bar_config(disable=True)
+        calibration = runs.calibrate(one.pipe, PROMPTS, T, (), **one.call)
+        before = known(calibration)
+        calibration.arrays["another"] = np.ones(2)  # that a run of another method has added
+        assert known(calibration) == before
+        calibration.arrays[Gram("output").name] = np.ones(2)
+        measured = known(calibration, [Gram("output")])
+        calibration.arrays[Gram("output").name] *= 2
+        assert len({before, measured, known(calibration, [Gram("output")])}) == 3
+        assert known(runs.calibrate(one.pipe, ["cat"], T, (), **one.call)) != before
 
 
 def test_deleted_images_are_written_again_from_the_samples(process):

@@ -244,6 +244,35 @@ def test_a_result_is_never_taken_for_that_of_other_prompts(tmp_path):
 
 
 @pytest.mark.ci
+def test_a_changed_calibration_is_refused_before_its_samples_are_mixed_with_others(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("dog\n")
+    command = ["method=dpcache", "budget=4", "num_inference_steps=6", "num_prompts=2", "batch_size=1"]
+    command += [f"calibration.prompts={file}", "calibration.num_prompts=1", "eval.metrics=[psnr]"]
+    command += ["eval.timing.repeats=0"]
+    assert run(*command, folder=tmp_path)[0] == 0
+    (folder,) = tmp_path.glob("runs/*-dpcache-*")
+    record = (folder / "made_with.json").read_text()
+
+    file.write_text("sun\n")
+    refusal = "was made with another calibration, whose prompts or file have changed since: overwrite=true"
+    code, _, err = run(*command, folder=tmp_path)
+    assert code == 1 and refusal in err and "Traceback" not in err
+    result = (folder / "result.json").read_text()
+    (folder / "result.json").unlink()
+    (folder / "samples/batch_0001.safetensors").unlink()
+    code, _, err = run(*command, folder=tmp_path)
+    assert code == 1 and refusal in err and not list(folder.glob("samples/batch_0001*"))
+
+    (folder / "result.json").write_text(result)
+    (folder / "made_with.json").unlink()  # as of an earlier version
+    code, out, _ = run(*command, folder=tmp_path)
+    assert code == 0 and "finished earlier" in out
+    code, out, err = run(*command, "overwrite=true", folder=tmp_path)
+    assert code == 0 and (folder / "made_with.json").read_text() != record, err
+
+
+@pytest.mark.ci
 def test_wandb_logs_a_run_offline(tmp_path):
     code, _, err = run("method=uniform_skip", "budget=4", *TINY, "logger=wandb", folder=tmp_path)
     assert code == 0, err

@@ -83,7 +83,8 @@ def score(config: DictConfig) -> None:
 
 
 def calibrate(config: DictConfig, folder: Path) -> None:
-    """Calibrate and build the method, and leave it in a file, beside those of other budgets; print what was decided."""
+    """Calibrate and build the method, and leave it in a file, beside those of other budgets; print what was decided.
+    What was calibrated on something else, or with other settings, has another file: the names end with a digest."""
     from dpcache import storage
     from eval import runs
     from eval.store import locked
@@ -93,6 +94,7 @@ def calibrate(config: DictConfig, folder: Path) -> None:
         raise SettingError(f"stage=calibrate: method={choices.method} has nothing to calibrate")
     runs.check(config)
     _, prompts = runs.read_prompts(config, True)
+    made_with = runs.made_with(config, recipe.statistics or (), prompts)
     with runs.pipeline(config) as loaded:
         one = runs.Run(config, loaded, folder)
 
@@ -103,14 +105,14 @@ def calibrate(config: DictConfig, folder: Path) -> None:
         calibration, path, method, budget, quality = one.fitting(make, recipe, choices.method, len(prompts))
     cost = {"statistics": calibration.took(recipe.statistics or ()), "method": calibration.reran}
     model, name, T = choices.model, choices.method, config.num_inference_steps
-    file = path.with_name(f"{model}-{name}-T{T}.method.safetensors")
+    settings = OmegaConf.to_container(OmegaConf.merge(config, {"budget": T}).method, resolve=True)
+    key = runs.digest(path.stem, made_with, settings)
+    file = path.with_name(f"{model}-{name}-T{T}-{key}.method.safetensors")
     with locked(file):
-        others = storage.load(file) if file.exists() else {}
-        same = {budget: other for budget, other in others.items() if other.made_for == method.made_for}
-        storage.save({**same, budget: method}, file)
+        storage.save({**(storage.load(file) if file.exists() else {}), budget: method}, file)
     found = dict(method.decided) | {"quality": quality} if quality else dict(method.decided)
     found |= {"calibration_trajectories": cost, "made_from": str(path), "method": str(file)}
-    write_text(path.with_name(f"{model}-{name}-K{budget}-T{T}.json"), json.dumps(found, indent=1))
+    write_text(path.with_name(f"{model}-{name}-K{budget}-T{T}-{key}.json"), json.dumps(found, indent=1))
     print(*(f"{key}: {json.dumps(value)}" for key, value in found.items()), sep="\n")
 
 

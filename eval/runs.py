@@ -135,15 +135,15 @@ def made_with(config: DictConfig, statistics: Sequence[Statistic], prompts: list
     from the file of `calibration.path`, to which other runs may add. All this is known before the model is loaded."""
     c = config.calibration
     if c.path is None:
-        return _key(identity(prompts), c.seed)
+        return digest(identity(prompts), c.seed)
     given = Calibration.load(c.path)
     made_from = given.made_from | {"prompts": identity(given.made_from["prompts"])}
     names = [statistic.name for statistic in statistics if statistic.name in given.arrays]
     arrays = [hashlib.sha256(given.arrays[name].tobytes()).hexdigest() for name in names]
-    return _key(given.made_for, [made_from[name] for name in ("prompts", "seeds", "batch_size")], names, arrays)
+    return digest(given.made_for, [made_from[name] for name in ("prompts", "seeds", "batch_size")], names, arrays)
 
 
-def _key(*parts) -> str:
+def digest(*parts) -> str:
     """16 hex digits of values that JSON can hold."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -317,11 +317,11 @@ class Run:
         Raises SettingError for a batch of one that does not fit, and where half the batch would be another run: methods
         that decide online do so once per batch, and processes that share a run have to agree on its batches.
         """
-        method = _key(self.call, OmegaConf.to_container(self.config.method, resolve=True))
+        method = digest(self.call, OmegaConf.to_container(self.config.method, resolve=True))
         too_large = self.loaded.too_large
         while True:
             size = min(self.batch_size, prompts)
-            if all(size < too_large.get(of, math.inf) for of in (_key(self.call), method)):
+            if all(size < too_large.get(of, math.inf) for of in (digest(self.call), method)):
                 try:
                     return make()
                 except torch.OutOfMemoryError:
@@ -361,7 +361,7 @@ class Run:
                 names = ", ".join(statistic.name for statistic in missing)
                 raise SettingError(f"calibration.path={path} does not hold {names}, which this method needs")
             return calibration, Path(path)
-        name = _key(self.made_by, identity(prompts), c.calibration.seed, self.batch_size)
+        name = digest(self.made_by, identity(prompts), c.calibration.seed, self.batch_size)
         path = self.shared / "calibrations" / f"{name}.safetensors"
         with locked(path):
             if path.exists():
@@ -379,8 +379,8 @@ class Run:
     def reference_folder(self, prompts: list[str], num_inference_steps: int) -> Path:
         """Where full-step samples of these prompts are kept."""
         made_by = self.made_by | {"num_inference_steps": str(num_inference_steps)}
-        key = _key(made_by, identity(prompts), self.config.seed, self.batch_size)
-        return self.shared / "references" / key
+        name = digest(made_by, identity(prompts), self.config.seed, self.batch_size)
+        return self.shared / "references" / name
 
     def reference(self, prompts: list[str], num_inference_steps: int) -> Samples:
         """Samples with so many steps, all computed, shared by all runs of the same model, prompts, seed and batch
@@ -398,7 +398,7 @@ class Run:
         try:
             return self.loaded.kept.get(kind, str(folder.absolute()), read)
         except torch.OutOfMemoryError:
-            self.loaded.too_large[_key(self.call)] = min(self.batch_size, len(prompts))
+            self.loaded.too_large[digest(self.call)] = min(self.batch_size, len(prompts))
             raise
 
     def samples(self, method: Runnable, prompts: list[str]) -> tuple[Samples, list[dict]]:

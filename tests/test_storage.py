@@ -164,12 +164,18 @@ def test_stage_calibrate_leaves_a_method_file_with_all_its_budgets(pipe, tmp_pat
     for budget in (3, 5):
         code, out, err = run("stage=calibrate", "method=dpcache", f"budget={budget}", *tiny, folder=tmp_path)
         assert code == 0, err
-    path = tmp_path / "calibrations" / "tiny_flux-dpcache-T8.method.safetensors"
+    (path,) = (tmp_path / "calibrations").glob("tiny_flux-dpcache-T8-*.method.safetensors")
     assert f"method: {json.dumps(str(path))}" in out
     for budget in (3, 5):
         method = dpcache.Method.load(path, budget)
         report = sample(pipe, method, ["cat"], [3], decode=False, **CALL).report
         assert report.computed == {"cond": method.schedule.steps} and len(method.schedule.steps) == budget
+    content = path.read_bytes()
+    for other in ("method.order=1", "model.call.height=32", "calibration.seed=5"):
+        code, _, err = run("stage=calibrate", "method=dpcache", "budget=5", *tiny, other, folder=tmp_path)
+        assert code == 0, err
+    assert len(list(path.parent.glob("tiny_flux-dpcache-T8-*.method.safetensors"))) == 4
+    assert len(list(path.parent.glob("tiny_flux-dpcache-K5-T8-*.json"))) == 4 and path.read_bytes() == content
 
 
 class Damped(Taylor):

@@ -39,8 +39,11 @@ def main(config: DictConfig) -> float | None:
     if not (sys.stderr.isatty() and main_process()):  # bars are for terminals; tqdm reads this when it is imported
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        if config.quality is not None and any(o.startswith("budget=") for o in HydraConfig.get().overrides.task):
+        given = [override.lstrip("+") for override in HydraConfig.get().overrides.task]
+        if config.quality is not None and any(override.startswith("budget=") for override in given):
             raise SettingError(f"budget={config.budget} and quality={config.quality}: give one of the two")
+        if config.dry_run and config.stage is not Stage.run:
+            raise SettingError(f"dry_run=true tells of stage=run alone, not of stage={config.stage.name}")
         if config.stage is Stage.eval:
             score(config)
             return None
@@ -96,6 +99,7 @@ def calibrate(config: DictConfig, folder: Path) -> None:
     _, prompts = runs.read_prompts(config, True)
     made_with = runs.made_with(config, recipe.statistics or (), prompts)
     with runs.pipeline(config) as loaded:
+        runs.check_pipeline(config, loaded.pipe, prompts)
         one = runs.Run(config, loaded, folder)
 
         def make() -> tuple:
@@ -190,6 +194,7 @@ def run(config: DictConfig, folder: Path) -> dict:
         with phase("metrics loaded"):
             scorers = runs.load_metrics(config) if main else {}
         with runs.pipeline(config) as loaded:
+            runs.check_pipeline(config, loaded.pipe, [*prompts, *calibration_prompts])
             one = runs.Run(config, loaded, folder)
             most = max(len(prompts), len(calibration_prompts))
             make = partial(make_samples, config, one, recipe, prompts, calibration_prompts if calibrates else None)

@@ -119,7 +119,7 @@ def other_times(made_for: Mapping[str, str], timesteps: Sequence[float]) -> list
     """The same of a run's timesteps: custom ones, or a shift of the noise levels that no configuration tells. A method
     with a grid of its own has another number of them than its calibration, and nothing to compare."""
     made = literal_eval(made_for.get("timesteps", "[]"))
-    if not made or len(made) != len(timesteps) or np.allclose(made, timesteps, rtol=1e-3, atol=1e-3 * max(map(abs, made))):
+    if not made or len(made) != len(timesteps) or np.abs(np.subtract(made, timesteps)).max() <= 1e-3 * max(made):
         return []
     return [
         f"this method was made for the timesteps {made[0]:.4g}, {made[1 % len(made)]:.4g}, ..., {made[-1]:.4g}, this "

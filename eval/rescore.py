@@ -87,6 +87,7 @@ def _score(folder: Path, scorers: dict, config: DictConfig) -> None:
         if isinstance(loaded, HydraException):
             raise SettingError(f"model={result['model']}: {loaded}")
         wanted = {name: loaded[name] for name in _missing(result, config) if name in loaded}
+        check_fine(folder, config.reference.num_inference_steps)
         if wanted:
             prompts = result["per_prompt"]["prompts"]
             check_prompts(folder / "samples", prompts, result.get("batch_size") or len(prompts))
@@ -100,6 +101,15 @@ def _score(folder: Path, scorers: dict, config: DictConfig) -> None:
             result["metrics_unavailable"] = {name: lost[name] for name in lost if name not in result["metrics"]}
             write_text(folder / "result.json", json.dumps(result, indent=1))
     print(summary(result, folder, plain_runs(folder, result)))
+
+
+def check_fine(folder: Path, steps: int | None) -> None:
+    """Raises SettingError if a fine reference of so many steps is asked for, and the run has none or another one."""
+    settings = folder / ".hydra" / "config.yaml"
+    own = OmegaConf.select(OmegaConf.load(settings), "reference.num_inference_steps") if settings.exists() else None
+    if steps not in (None, own):
+        has = "no finer one" if own is None else f"one of {own}"
+        raise SettingError(f"reference.num_inference_steps={steps}: this run has {has}, and scoring samples nothing")
 
 
 def _reference(folder: Path, name: str) -> Path:

@@ -1,6 +1,7 @@
 """The stages of a run, which `run.py` puts in order: calibration, reference, samples, measurements, pictures."""
 
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -61,6 +62,15 @@ def check(config: DictConfig) -> None:
             raise SettingError(f"{name}={value} must be 1: many pipelines that take an image take one in a call")
     if given := [name for name in config.model.images if name in config.model.call]:
         raise SettingError(f"model.call.{given[0]}: images stand in the prompt file, in its column {given[0]}")
+    for name in ELSEWHERE.keys() & config.model.call.keys():
+        raise SettingError(f"model.call.{name} is not given here: {ELSEWHERE[name]}")
+    try:
+        torch.device("cpu" if config.model.device == "auto" else config.model.device)
+    except RuntimeError:
+        raise SettingError(f"model.device={config.model.device} is not auto, nor cpu, cuda, cuda:1, mps, ...") from None
+    for name, count in (("seed", config.num_prompts), ("calibration.seed", config.calibration.num_prompts)):
+        if not -(2**63) <= (seed := OmegaConf.select(config, name)) <= 2**64 - count:
+            raise SettingError(f"{name}={seed} must be between -2**63 and 2**64 - {count}: prompt i takes seed + i")
     if missing := OmegaConf.missing_keys(config.model):
         raise SettingError(f"{', '.join(sorted(missing))} must be given")
     if not config.num_inference_steps < (config.reference.num_inference_steps or math.inf):
@@ -74,6 +84,37 @@ def check(config: DictConfig) -> None:
         measure(config).check(config.quality)
     elif config.quality_metric is not None:
         raise SettingError(f"quality_metric={config.quality_metric} is that of quality=, which is not given")
+
+
+ELSEWHERE = {
+    "prompt": "prompts=FILE has the prompts",
+    "class_labels": "prompts=FILE has the classes",
+    "num_inference_steps": "num_inference_steps=T is a setting of its own",
+    "generator": "seed=N decides the noise",
+    "output_type": "images and latents are always taken",
+    "return_dict": "images and latents are always taken",
+}
+"""Arguments of a pipeline that are not in `model.call`, with what decides them."""
+
+
+def check_pipeline(config: DictConfig, pipe, prompts: list[str]) -> None:
+    """Raises SettingError for an argument of the call or a setting of the scheduler that this pipeline does not have,
+    and for a prompt that is the number of no class."""
+    for setting, given, of in (
+        ("model.call", config.model.call.keys(), pipe.__call__),
+        ("model.scheduler", config.model.scheduler.keys() - {"name"}, type(pipe.scheduler).__init__),
+    ):
+        known = inspect.signature(of).parameters
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+            continue
+        if unknown := sorted(given - known.keys()):
+            names = ", ".join(sorted(known.keys() - ELSEWHERE.keys() - {"self"}))
+            owner = type(pipe if setting == "model.call" else pipe.scheduler).__name__
+            raise SettingError(f"{setting}.{unknown[0]} is not one of those that {owner} takes: {names}")
+    classes = (getattr(pipe, "labels", None) or {}).values()  # of a pipeline that takes classes
+    for prompt in prompts:
+        if classes and prompt.isdecimal() and int(prompt) not in classes:
+            raise SettingError(f"prompt {prompt!r} is not one of the model's classes {min(classes)} to {max(classes)}")
 
 
 def warn_few_steps(config: DictConfig) -> None:

@@ -306,6 +306,20 @@ MISTAKES = [
     (["eval=offline", "model.metrics.clip_model=ViT-Z-99", *TINY, "budget=4"], "model.metrics.clip_model=ViT-Z-99 is"),
     (["model.metrics.clip_modell=ViT-L-14"], "clip_modell"),
     (["eval.require_all=perhaps"], "require_all"),
+    (["dry_run=true", "stage=calibrate"], "dry_run=true tells of stage=run alone, not of stage=calibrate"),
+    (["dry_run=true", "stage=eval", "dir=."], "dry_run=true tells of stage=run alone, not of stage=eval"),
+    (["++budget=6", "quality=40"], "budget=6 and quality=40.0: give one of the two"),
+    (["model.device=gpu"], "model.device=gpu is not auto, nor cpu, cuda, cuda:1, mps"),
+    (["seed=99999999999999999999"], "seed=99999999999999999999 must be between -2**63 and 2**64 - 16"),
+    (["calibration.seed=18446744073709551607"], "calibration.seed=18446744073709551607 must be between"),
+    (["+model.call.num_inference_steps=20"], "model.call.num_inference_steps is not given here: num_inference_steps=T"),
+    (["+model.call.prompt=foo"], "model.call.prompt is not given here: prompts=FILE has the prompts"),
+    (["+model.call.heigth=64"], "model.call.heigth is not one of those that FluxPipeline takes: "),
+    (["+model.scheduler.shfit=3"], "model.scheduler.shfit is not one of those that FlowMatchEulerDiscreteScheduler"),
+    (
+        ["model=tiny_dit", "prompts=classes.txt", "num_prompts=2", "method=fora"],
+        "prompt '10' is not one of the model's",
+    ),
 ]
 
 
@@ -329,6 +343,7 @@ print(json.dumps(answers))
 def answers(tmp_path_factory):
     """Exit code and stderr of every mistaken command, one after the other in one process, and its folder."""
     folder = tmp_path_factory.mktemp("mistakes")
+    (folder / "classes.txt").write_text("9\n10\n")
     commands = json.dumps([[*arguments, f"output_dir={folder}"] for arguments, _ in MISTAKES])
     process = subprocess.run(
         [sys.executable, "-c", COMMANDS, str(ROOT / "run.py")],

@@ -18,7 +18,7 @@ from PIL import Image
 
 from dpcache.sampler import generate
 from eval import failures, prompts, report, timing
-from eval.rescore import rescore
+from eval.rescore import check_fine, rescore
 from eval.results import objective
 from eval.store import load_or_make, stored
 from eval.sweep import Board
@@ -260,6 +260,17 @@ def test_finished_runs_are_scored_again_without_the_model(serial, tmp_path):
     settings["tiny_flux"].overwrite = True
     rescore(settings["tiny_flux"], settings.get)
     assert scores_of(output) == new
+
+
+def test_another_fine_reference_than_a_runs_own_is_refused(tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    for own, asked in ((None, None), (500, 500), (500, None)):
+        OmegaConf.save({"reference": {"num_inference_steps": own}}, tmp_path / ".hydra" / "config.yaml")
+        check_fine(tmp_path, asked)
+    with pytest.raises(ValueError, match=r"reference.num_inference_steps=100: this run has one of 500, and scoring"):
+        check_fine(tmp_path, 100)
+    with pytest.raises(ValueError, match="this run has no finer one"):
+        check_fine(tmp_path / "elsewhere", 500)
 
 
 @pytest.mark.ci

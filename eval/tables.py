@@ -142,7 +142,7 @@ def _at(run, metric: str, apart: Mapping[int, Mapping[str, Difference]], digits:
 
 def _cell(text: str) -> str:
     """A text of the user's in a table, whose columns a | would part."""
-    return " ".join(text.split()).replace("|", "\\|")
+    return text.replace("\n", " ").replace("|", "\\|")
 
 
 def _number(value: float | None, digits: int, sign: str = "") -> str:

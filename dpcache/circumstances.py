@@ -81,9 +81,9 @@ def check_use(pipe, made_for: Mapping[str, str], what: str = "method") -> None:
     """
     if "model" not in made_for:  # not known
         return
-    models, kinds = _models(pipe), [[part.split()[0] for part in made_for["model"].split(", ")]]
-    kinds.append([type(model).__name__ for model in denoisers(pipe).values()])
-    if kinds[0] != kinds[1]:
+    models = _models(pipe)
+    kinds, kinds_now = ([part.split()[0] for part in text.split(", ")] for text in (made_for["model"], models))
+    if kinds != kinds_now:
         raise SettingError(f"this {what} was made for the model {made_for['model']}, this pipeline has {models}")
     scheduler = getattr(pipe, "scheduler", None)
     if hasattr(scheduler, "config") and made_for["scheduler"] != _scheduler(scheduler):

@@ -160,19 +160,14 @@ class RunHook(StreamHook):
         if self.last:
             # Not the last block's input: what the model adds between two blocks, as for ControlNets, is in `added`.
             (before, other_before), branch.run_input = branch.run_input, None
-        if skip and self.last:
-            added = self.session.predict(self.name)
-            image, other = (
-                (before + added, other_before)
-                if torch.is_tensor(added)
-                else (before + added[0], other_before + added[1])
-            )
-        if skip:
-            return self.result(image, other)
-        if self.last:
-            added, after = self.image(output) - before, self.other(output)
-            self.session.keep(self.name, added if after is None else (added, after - other_before))
-        return output
+            if skip:
+                added = self.session.predict(self.name)
+                added, other_added = (added, None) if torch.is_tensor(added) else added
+                image, other = before + added, other_before if other_added is None else other_before + other_added
+            else:
+                added, after = self.image(output) - before, self.other(output)
+                self.session.keep(self.name, added if after is None else (added, after - other_before))
+        return self.result(image, other) if skip else output
 
 
 class ProbeHook(SessionHook):

@@ -47,7 +47,7 @@ def generate(
     prompts with images, and for arguments that the pipeline refuses.
     """
     if "class_labels" in inspect.signature(pipe.__call__).parameters:
-        call["class_labels"] = [_class(pipe, prompt) for prompt in prompts]
+        call["class_labels"] = [class_of(pipe, prompt) for prompt in prompts]
     else:
         call |= _images(pipe, prompts, call)
         call["prompt"] = [str(prompt) for prompt in prompts]
@@ -85,8 +85,13 @@ _CHECKS = ("check_inputs", "retrieve_timesteps", "set_timesteps")
 """Where pipelines and schedulers of diffusers look at their arguments."""
 
 
-def _class(pipe, prompt: str) -> int:
+def class_of(pipe, prompt: str) -> int:
+    """The class that a prompt names, or whose number it is, for a pipeline that takes classes. Raises SettingError for
+    any other prompt."""
     if prompt.isdecimal():
+        classes = pipe.labels.values()
+        if int(prompt) not in classes:
+            raise SettingError(f"prompt {prompt!r} is not one of the model's classes {min(classes)} to {max(classes)}")
         return int(prompt)
     if prompt not in pipe.labels:
         some = ", ".join(list(pipe.labels)[:10])

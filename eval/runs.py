@@ -31,7 +31,7 @@ from dpcache.models.pretrained import default_device
 from dpcache.other_steps import carry
 from dpcache.prompts import identity
 from dpcache.quality import PSNR, Measure
-from dpcache.sampler import Batch, sample
+from dpcache.sampler import Batch, class_of, sample
 from dpcache.schedules import OnlineSchedule
 from dpcache.statistics import Statistic
 from eval import metrics, pictures, timing
@@ -99,7 +99,7 @@ ELSEWHERE = {
 
 def check_pipeline(config: DictConfig, pipe, prompts: list[str]) -> None:
     """Raises SettingError for an argument of the call or a setting of the scheduler that this pipeline does not have,
-    and for a prompt that is the number of no class."""
+    and for a prompt that is no class of a pipeline which takes classes."""
     for setting, given, of in (
         ("model.call", config.model.call.keys(), pipe.__call__),
         ("model.scheduler", config.model.scheduler.keys() - {"name"}, type(pipe.scheduler).__init__),
@@ -111,10 +111,8 @@ def check_pipeline(config: DictConfig, pipe, prompts: list[str]) -> None:
             names = ", ".join(sorted(known.keys() - ELSEWHERE.keys() - {"self"}))
             owner = type(pipe if setting == "model.call" else pipe.scheduler).__name__
             raise SettingError(f"{setting}.{unknown[0]} is not one of those that {owner} takes: {names}")
-    classes = (getattr(pipe, "labels", None) or {}).values()  # of a pipeline that takes classes
-    for prompt in prompts:
-        if classes and prompt.isdecimal() and int(prompt) not in classes:
-            raise SettingError(f"prompt {prompt!r} is not one of the model's classes {min(classes)} to {max(classes)}")
+    for prompt in prompts if getattr(pipe, "labels", None) else ():
+        class_of(pipe, prompt)
 
 
 def warn_few_steps(config: DictConfig) -> None:

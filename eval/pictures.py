@@ -44,7 +44,7 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 def plain_ticks(axis: Axis) -> None:
     """Labels a logarithmic axis with numbers instead of formulas, which are not drawn, see `STYLE`."""
-    axis.set_major_formatter(LogFormatter())
+    axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(LogFormatter())
 
 

@@ -88,17 +88,13 @@ _CHECKS = ("check_inputs", "retrieve_timesteps", "set_timesteps")
 def class_of(pipe, prompt: str) -> int:
     """The class that a prompt names, or whose number it is, for a pipeline that takes classes. Raises SettingError for
     any other prompt."""
-    if prompt.isdecimal():
-        classes = pipe.labels.values()
-        if int(prompt) not in classes:
-            raise SettingError(f"prompt {prompt!r} is not one of the model's classes {min(classes)} to {max(classes)}")
+    if prompt in pipe.labels:
+        return pipe.labels[prompt]
+    numbers = pipe.labels.values() or range(pipe.transformer.config.num_embeds_ada_norm)  # of classes without names
+    if prompt.isdecimal() and int(prompt) in numbers:
         return int(prompt)
-    if prompt not in pipe.labels:
-        some = ", ".join(list(pipe.labels)[:10])
-        raise SettingError(
-            f"prompt {prompt!r} is not one of the {len(pipe.labels)} class names of this model ({some}, ...)"
-        )
-    return pipe.labels[prompt]
+    names = f" ({', '.join(list(pipe.labels)[:10])}, ...)" if pipe.labels else ""
+    raise SettingError(f"prompt {prompt!r} is not one of the model's classes {min(numbers)} to {max(numbers)}{names}")
 
 
 def _images(pipe, prompts: Sequence[str], call: Mapping) -> dict:

@@ -111,7 +111,7 @@ def check_pipeline(config: DictConfig, pipe, prompts: list[str]) -> None:
             names = ", ".join(sorted(known.keys() - ELSEWHERE.keys() - {"self"}))
             owner = type(pipe if setting == "model.call" else pipe.scheduler).__name__
             raise SettingError(f"{setting}.{unknown[0]} is not one of those that {owner} takes: {names}")
-    for prompt in prompts if getattr(pipe, "labels", None) else ():
+    for prompt in prompts if hasattr(pipe, "labels") else ():
         class_of(pipe, prompt)
 
 

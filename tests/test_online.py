@@ -283,16 +283,6 @@ ONLINE = {
 }
 
 
-@pytest.mark.parametrize("name", ONLINE)
-def test_detaching_leaves_no_trace(any_rollout, name):
-    any_rollout.steps, method = 20, ONLINE[name]()
-    before, expected = snapshot(any_rollout.model), any_rollout()
-    with dpcache.cached(any_rollout.model, method) as session:
-        assert not torch.equal(any_rollout(), expected)
-    assert snapshot(any_rollout.model) == before and torch.equal(any_rollout(), expected)
-    assert session.report().history_bytes > 0 and session.current is None
-
-
 def test_dicache_spends_its_probe(any_rollout):
     spent, computed = spent_by_flops(any_rollout, ONLINE["dicache"](probe=2))
     assert computed < spent < 20

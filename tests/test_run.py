@@ -364,6 +364,7 @@ def test_mistakes_end_in_one_clear_line(answers, index):
     assert not list(folder.glob("runs/*/result.json"))
 
 
+@pytest.mark.ci
 def test_a_mistake_as_a_command(tmp_path):
     code, _, err = run_alone("budget=2", folder=tmp_path)
     assert code == 1 and "error: budget=2 must be between warmup=3" in err and "Traceback" not in err

@@ -183,6 +183,6 @@ def cost_heatmap(path: str | Path, cost: np.ndarray, steps: Sequence[int]) -> Pa
     axes.legend(loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
     bar = figure.colorbar(image, ax=axes, shrink=0.9, label="path cost of the jump, minimum over earlier keys")
-    plain_ticks(bar.long_axis)
+    plain_ticks(bar.ax.yaxis)
     bar.outline.set_visible(False)
     return save(figure, path)

@@ -94,7 +94,7 @@ class SimulatedPlan(CalibratedRecipe):
     num_inference_steps: int
     predictors: Sequence[str] = PREDICTORS
     finalists: int = 3
-    trajectories: float = 5.0
+    trajectories: float = 3.0
     probes: int = 12
     finer: int = 1
 
@@ -127,7 +127,7 @@ class SimulatedPlan(CalibratedRecipe):
         simulator, T = simulator_of(calibration, self.probes, self.finer), self.num_inference_steps
         trials = self.search(simulator)
         runs = int(self.trajectories * T / self.budget)
-        finalists = min(self.finalists, max(runs // 2, 2))
+        finalists = min(self.finalists, max(runs // 3, 2))
         methods = [make_method(simulator, trial["predictor"], trial["steps"]) for trial in trials[:finalists]]
         fits = {
             number: ClosedLoopFit(simulator.recorded, method.schedule.steps, method.predictor)

@@ -367,7 +367,8 @@ def test_a_simulator_comes_back_from_its_array():
 
 
 def test_the_recipe_takes_the_finalist_that_real_runs_confirm_and_counts_what_it_took(pipe):
-    recipe = dpcache.recipe("dpcache_sim", 4, 10, predictors=["lagrange2", "lsq2x", "ab2"], probes=4, finalists=3)
+    settings = {"predictors": ["lagrange2", "lsq2x", "ab2"], "probes": 4, "finalists": 3, "trajectories": 4}
+    recipe = dpcache.recipe("dpcache_sim", 4, 10, **settings)
     calibration = dpcache.calibrate(pipe, ["dog", "car"], 10, recipe.statistics, batch_size=2, **CALL)
     probed = sum(2 * len(plan) for plan, _ in random_probes(4, 10)) / 10
     assert calibration.took(recipe.statistics) == pytest.approx(2 + probed)
@@ -379,6 +380,7 @@ def test_the_recipe_takes_the_finalist_that_real_runs_confirm_and_counts_what_it
     simulator = simulator_of(calibration, probes=4)
     real = decibels(real_errors(pipe, method, simulator.recorded))
     assert best["confirmed"] == pytest.approx(real, abs=0.05)
+    assert 4 * sum(trial["prompts"] for trial in confirmed) / 10 <= settings["trajectories"]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra import compose
@@ -25,6 +26,13 @@ from eval import failures, published, sweep
 from eval.files import write_text
 from eval.processes import main_process, wait_for_all
 from eval.schema import Stage, config_hash, label
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dpcache.calibration import Calibration
+    from dpcache.method import Recipe
+    from eval.runs import Run
 
 log = logging.getLogger("run")
 
@@ -121,7 +129,7 @@ def calibrate(config: DictConfig, folder: Path) -> None:
     print(*(f"{key}: {json.dumps(value)}" for key, value in found.items()), sep="\n")
 
 
-def recipe_for(config: DictConfig, budget: int | None = None):
+def recipe_for(config: DictConfig, budget: int | None = None) -> "Recipe":
     """The `Recipe` of the method's file for a budget; for that of `config`, or with a quality for all steps."""
     from hydra.utils import instantiate  # here: a wrong command is answered before torch is loaded
 
@@ -134,7 +142,7 @@ def recipe_for(config: DictConfig, budget: int | None = None):
         raise error.__cause__ if isinstance(error.__cause__, SettingError) else error  # noqa: B904, its own cause
 
 
-def build(config: DictConfig, pipe, recipe, calibration) -> tuple:
+def build(config: DictConfig, pipe: "DiffusionPipeline", recipe: "Recipe", calibration: "Calibration | None") -> tuple:
     """The method, its budget and, where a quality was asked for instead, what is known of that."""
     from dpcache.quality import find_budget
     from eval import runs
@@ -230,7 +238,9 @@ def run(config: DictConfig, folder: Path) -> dict:
         return result
 
 
-def make_samples(config: DictConfig, one, recipe, prompts: list[str], calibration_prompts: list[str] | None) -> tuple:
+def make_samples(
+    config: DictConfig, one: "Run", recipe: "Recipe", prompts: list[str], calibration_prompts: list[str] | None
+) -> tuple:
     """What a run measures, made in one batch size: the calibration (None where `calibration_prompts` is), what `build`
     returns, the full-step and the fine reference, and what `Run.samples` returns."""
     from eval.console import phase

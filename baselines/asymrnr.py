@@ -2,16 +2,16 @@
 2412.11706), as in the authors' code."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
 from baselines.search import Search, with_decided
-from dpcache._diffusers import leave_uncompiled, unwrap_module
+from dpcache._diffusers import Hook, leave_uncompiled, unwrap_module
 from dpcache.calibration import Calibration
 from dpcache.denoisers import denoiser
 from dpcache.errors import SettingError
@@ -23,6 +23,11 @@ from dpcache.predictors import Reuse
 from dpcache.schedules import Schedule, check_budget
 from dpcache.sites import Site, transformer_blocks
 from dpcache.statistics import Rerun
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dpcache.session import Session
 
 CHUNK = (6, 2, 2)
 """Frames, rows and columns of the chunks of tokens, each with one that others are matched with: for HunyuanVideo."""
@@ -48,10 +53,10 @@ class ThinnedAttention(Site):
     value_ratio: float = 0.3
 
     @property
-    def partial(self):
+    def partial(self) -> bool:
         return True
 
-    def hooks(self, session, transformer):
+    def hooks(self, session: "Session", transformer: torch.nn.Module) -> list[tuple[torch.nn.Module, Hook]]:
         config, pairs = unwrap_module(transformer).config, []
         for index, block in enumerate(transformer_blocks(transformer)):
             known = block_of(block)
@@ -141,7 +146,7 @@ def thinning(
 class _Attention(TorchFunctionMode):
     """PyTorch's attention, with `attend` in its place."""
 
-    def __init__(self, attend):
+    def __init__(self, attend: Callable):
         super().__init__()
         self.attend, self.seen = attend, False
 
@@ -161,21 +166,31 @@ class ThinHook(SessionHook):
         text_first: whether the text's tokens come before the video's; where there are any.
     """
 
-    def __init__(self, session, index: int, config: Mapping, text_first: bool):
+    def __init__(self, session: "Session", index: int, config: Mapping, text_first: bool):
         super().__init__(session)
         self.index, self.text_first = index, text_first
         self.patch, self.channels = patches(config), config.get("in_channels")
         self.latest, self.parted = None, ()  # step and grid, and how their tokens are split
 
     @leave_uncompiled
-    def new_forward(self, module, *args, **kwargs):
+    def new_forward(self, module: torch.nn.Module, *args, **kwargs) -> Any:
         with _Attention(self.attend) as attention:
             output = self.forward(*args, **kwargs)
         if not attention.seen:
             raise SettingError("AsymRnR has to see PyTorch's own attention: set_attention_backend('native')")
         return output
 
-    def attend(self, func, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
+    def attend(
+        self,
+        func: Callable,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **kwargs,
+    ) -> torch.Tensor:
         """The attention `func` of (B, H, N, D) where tokens are left out, (B, H, N, D)."""
         session, site = self.session, self.session.site
         branch, shape = session.current, session.current.signature[0][0]
@@ -241,7 +256,7 @@ class Redundancy(Rerun):
     """Mean squared distance of a video's tokens to the nearest of those that they would be matched with, in units of
     their mean square, of queries and of values: (2, blocks, T), mean over prompts, guidance branches and heads."""
 
-    def measure(self, pipe, calibration):
+    def measure(self, pipe: "DiffusionPipeline", calibration: Calibration) -> np.ndarray:
         T, count = calibration.num_inference_steps, len(transformer_blocks(denoiser(pipe)))
         found = defaultdict(list)
 
@@ -289,7 +304,7 @@ class AsymRnR(CalibratedRecipe):
         site = ThinnedAttention(queries, values, self.query_ratio, self.value_ratio)
         return Method(Schedule(range(0, T, self.reuse), T), site, Reuse())
 
-    def fit(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
         distances = calibration[Redundancy()]
 
         def make(share: float) -> Method:

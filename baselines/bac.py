@@ -4,6 +4,7 @@ transformers of images and videos."""
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Staggered, check_budget
 from dpcache.sites import Modules, transformer_blocks, unknown_block
 from dpcache.statistics import Rerun
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 MOST_ELEMENTS = 2**16
 """Of a module's output for one sample, how many are compared from step to step: the outputs of all steps are held."""
@@ -43,7 +47,7 @@ class Likeness(Rerun):
     """Of every module's output at any two steps, the cosine similarity and the mean absolute difference: (2, modules,
     T, T), mean over prompts and guidance branches. Of large outputs, elements at equal distances stand for all."""
 
-    def measure(self, pipe, calibration):
+    def measure(self, pipe: "DiffusionPipeline", calibration: Calibration) -> np.ndarray:
         T, names = calibration.num_inference_steps, Modules.names(denoiser(pipe))
         total, outputs = np.zeros((2, len(names), T, T)), defaultdict(list)
         count = 0
@@ -148,7 +152,7 @@ class BAC(CalibratedRecipe):
     def example(self) -> Method:
         return Method(Staggered(self.num_inference_steps, {}), "modules", Reuse())
 
-    def fit(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
         T, transformer = self.num_inference_steps, denoiser(pipe)
         names, (similarities, differing) = Modules.names(transformer), calibration[Likeness()]
         depths = feed_forwards(transformer)

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from dpcache.errors import SettingError
 from dpcache.method import CalibratedRecipe, Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget, given
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 Steps = tuple[int, ...]
 
@@ -57,7 +60,7 @@ class BudCache(CalibratedRecipe):
     def example(self) -> Method:
         return Method(EvenlySpaced(self.budget, self.num_inference_steps), "residual", Reuse())
 
-    def fit(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
         T = self.num_inference_steps
         wanted, _ = calibration.rerun(pipe, full(T), self.prompts)
 

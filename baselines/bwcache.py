@@ -1,6 +1,7 @@
 """BWCache: Accelerating Video Diffusion Transformers through Block-Wise Caching (Cui et al., arXiv 2509.13789)."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -9,6 +10,9 @@ from dpcache.method import Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import OnlineSchedule, check_budget
 from dpcache.statistics import relative_change
+
+if TYPE_CHECKING:
+    from dpcache.session import Branch
 
 
 @dataclass
@@ -42,17 +46,17 @@ class SimilarBlocks(OnlineSchedule):
     threshold: float
     reuse: int
 
-    def start(self):
+    def start(self) -> BlockState:
         return BlockState()
 
-    def learn(self, context, name, feature):
+    def learn(self, context: "Branch", name: str | int, feature: torch.Tensor) -> None:
         if isinstance(name, int):  # a block's
             state = context.state
             if name in state.outputs:
                 state.changes.append(relative_change(feature, state.outputs[name]))
             state.outputs[name] = feature
 
-    def decide(self, context, block, args, kwargs):
+    def decide(self, context: "Branch", block: torch.nn.Module, args: tuple, kwargs: dict) -> bool:
         state, step = context.state, context.step
         if state.changes and context.keys[-1] == step - 1:  # a step was computed just now: what does it say?
             similar = torch.stack(state.changes).mean().item() < self.threshold

@@ -2,19 +2,23 @@
 Caching (Zheng et al., arXiv 2509.10312), as in the authors' code."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import torch
 
 from baselines.search import FullSteps
-from dpcache._diffusers import leave_uncompiled
+from dpcache._diffusers import Hook, leave_uncompiled
 from dpcache.errors import SettingError
 from dpcache.hooks import ModuleHook, SessionHook, StreamHook
 from dpcache.method import Method
-from dpcache.models.family import block_of, feed_forwards_of
+from dpcache.models.family import Block, block_of, feed_forwards_of
 from dpcache.predictors import Taylor
 from dpcache.schedules import Schedule, check_budget
 from dpcache.sites import Modules, transformer_blocks, unknown_block
+
+if TYPE_CHECKING:
+    from dpcache.session import Session
 
 
 def clusca(
@@ -102,13 +106,13 @@ class Clusters(Modules):
     propagation: float = 0.005
 
     @property
-    def partial(self):
+    def partial(self) -> bool:
         return True
 
-    def start(self):
+    def start(self) -> ClusterState:
         return ClusterState()
 
-    def hooks(self, session, transformer):
+    def hooks(self, session: "Session", transformer: torch.nn.Module) -> list[tuple[torch.nn.Module, Hook]]:
         pairs, last = super().hooks(session, transformer), {}
         for block in transformer_blocks(transformer):
             for _, name in own_feed_forwards(block):
@@ -121,7 +125,15 @@ class Clusters(Modules):
             pairs.append((block, ClusterHook(session, block, streams, self.clusters)))
         return pairs
 
-    def block_hooks(self, session, block, known, index, layer, present):
+    def block_hooks(
+        self,
+        session: "Session",
+        block: torch.nn.Module,
+        known: Block,
+        index: int,
+        layer: int,
+        present: dict[str, torch.nn.Module],
+    ) -> list[tuple[torch.nn.Module, Hook]]:
         pairs = super().block_hooks(session, block, known, index, layer, present)
         hooked = {module: hook for module, hook in pairs}
         for norm, name in own_feed_forwards(block):
@@ -145,12 +157,12 @@ def stream_of(feed_forward: str) -> str:
 class ClusterHook(StreamHook):
     """On the last block with a feed-forward of some streams: a full step clusters the tokens that leave it."""
 
-    def __init__(self, session, block, streams: list[str], clusters: int):
+    def __init__(self, session: "Session", block: torch.nn.Module, streams: list[str], clusters: int):
         super().__init__(session, block)
         self.own, self.clusters = streams, clusters
 
     @leave_uncompiled
-    def new_forward(self, module, *args, **kwargs):
+    def new_forward(self, module: torch.nn.Module, *args, **kwargs) -> Any:
         output, branch = self.forward(*args, **kwargs), self.session.current
         if not branch.skip:
             state = branch.state
@@ -189,13 +201,13 @@ class DrawHook(SessionHook):
     """On the norm before a feed-forward: on a skipped step it lets through one token of each cluster, (B, N, D) -> (B,
     K, D)."""
 
-    def __init__(self, session, name: str, stream: str, clusters: int):
+    def __init__(self, session: "Session", name: str, stream: str, clusters: int):
         super().__init__(session)
         self.name, self.stream, self.clusters = name, stream, clusters
         self.index = None  # of the tokens, (B, K)
 
     @leave_uncompiled
-    def new_forward(self, module, stream, *args, **kwargs):
+    def new_forward(self, module: torch.nn.Module, stream: torch.Tensor, *args, **kwargs) -> Any:
         branch, (_, count, width) = self.session.current, stream.shape
         if branch.skip:
             order = numbers(count, f"{branch.step} {self.name}").to(stream.device, non_blocking=True)
@@ -215,12 +227,12 @@ class SpreadHook(ModuleHook):
     """On a feed-forward: a skipped step puts the drawn tokens' outputs into what was kept, lets them tell on the others
     of their cluster, and adds the terms of higher order."""
 
-    def __init__(self, session, drawn: DrawHook, propagation: float):
+    def __init__(self, session: "Session", drawn: DrawHook, propagation: float):
         super().__init__(session, drawn.name)
         self.drawn, self.propagation = drawn, propagation if drawn.stream == "image" else 0.0
 
     @leave_uncompiled
-    def new_forward(self, module, *args, **kwargs):
+    def new_forward(self, module: torch.nn.Module, *args, **kwargs) -> Any:
         branch = self.session.current
         anew, history = branch.state.anew, branch.histories.get(self.name, [None])[0]
         if not branch.skip:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from math import inf
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from diffusers import DiffusionPipeline
 
@@ -18,6 +18,9 @@ from dpcache.method import CalibratedRecipe
 from dpcache.planned import dpcache
 from dpcache.schedules import check_budget
 from dpcache.statistics import L1Cost
+
+if TYPE_CHECKING:
+    import torch
 
 CALIBRATORS = {"taylorseer": "TaylorSeerCalibratorConfig", "foca": "FoCaCalibratorConfig"}
 
@@ -42,7 +45,7 @@ class DBCache(LibraryCache):
     package = "cache_dit"
     partial = True
 
-    def start(self, pipe, transformer):
+    def start(self, pipe: DiffusionPipeline, transformer: "torch.nn.Module") -> None:
         os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # it tells of every step
         import cache_dit
 
@@ -59,10 +62,10 @@ class DBCache(LibraryCache):
             calibrator_config=getattr(cache_dit, CALIBRATORS[self.calibrator])() if self.calibrator else None,
         )
 
-    def keeps_branches_apart(self, transformer):
+    def keeps_branches_apart(self, transformer: "torch.nn.Module") -> bool:
         return bool(transformer._context_kwargs["cache_config"].enable_separate_cfg)
 
-    def stop(self, pipe, transformer):
+    def stop(self, pipe: DiffusionPipeline, transformer: "torch.nn.Module") -> None:
         import cache_dit
 
         cache_dit.disable_cache(pipe)
@@ -80,7 +83,7 @@ class Thresholded(CalibratedRecipe):
     statistics: ClassVar[tuple] = ()
     example: ClassVar[None] = None
 
-    def fit(self, pipe, calibration: Calibration) -> DBCache:
+    def fit(self, pipe: DiffusionPipeline, calibration: Calibration) -> DBCache:
         warmup = first_warmup(self.budget) if self.warmup is None else self.warmup
         if self.warmup is None:
             while warmup > 1 and spent(self.make(inf, warmup), pipe, calibration, limit=1) > self.budget:
@@ -104,7 +107,7 @@ class Masked(CalibratedRecipe):
     def statistics(self) -> tuple[L1Cost]:
         return dpcache(self.budget, self.num_inference_steps, warmup=1).statistics
 
-    def fit(self, pipe, calibration: Calibration) -> DBCache:
+    def fit(self, pipe: DiffusionPipeline, calibration: Calibration) -> DBCache:
         T = self.num_inference_steps
 
         def make(skipped: int) -> DBCache:

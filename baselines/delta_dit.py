@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -16,6 +16,11 @@ from dpcache.method import CalibratedRecipe, Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Staggered, check_budget
 from dpcache.sites import Blocks, Site, transformer_blocks
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dpcache.session import Session
 
 PAPERS_SHARE = 0.75
 """Of all blocks, how many are reused: 1.6 times the speed, which the paper reports, where every 2nd step is full."""
@@ -67,10 +72,10 @@ class Ends(Site):
             raise SettingError(f"share={self.share} must be above 0 and at most 1")
 
     @property
-    def partial(self):
+    def partial(self) -> bool:
         return True
 
-    def hooks(self, session, transformer) -> list[tuple[torch.nn.Module, Hook]]:
+    def hooks(self, session: "Session", transformer: torch.nn.Module) -> list[tuple[torch.nn.Module, Hook]]:
         depth = len(transformer_blocks(transformer))
         count = max(round(self.share * depth), 1)
         front, rear = set(range(count)), set(range(depth - count, depth))
@@ -115,7 +120,7 @@ class DeltaDiT(CalibratedRecipe):
         }
         return Method(Staggered(T, lists), Ends(share), Reuse())
 
-    def fit(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
         T, share = self.num_inference_steps, self.share
 
         def make(full: int) -> Method:

@@ -1,6 +1,8 @@
 """DiCache: Let Diffusion Model Determine Its Own Cache (Bu et al., arXiv 2508.17356), as in the authors' code."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +13,9 @@ from dpcache.predictors import Predictor
 from dpcache.schedules import OnlineSchedule, check_budget
 from dpcache.sites import Residual
 from dpcache.statistics import relative_change
+
+if TYPE_CHECKING:
+    from dpcache.session import Branch
 
 
 @dataclass
@@ -46,10 +51,10 @@ class ShallowProbe(OnlineSchedule):
     minus_input: bool
     clip: tuple[float, float]
 
-    def start(self):
+    def start(self) -> ProbeState:
         return ProbeState()
 
-    def decide(self, context, block, args, kwargs):
+    def decide(self, context: "Branch", block: torch.nn.Module, args: tuple, kwargs: dict) -> bool:
         state, before = context.state, context.stack_input
         after = args[0] if args else kwargs["hidden_states"]
         if after.shape != before.shape:
@@ -73,7 +78,7 @@ class ShallowProbe(OnlineSchedule):
         state.before, state.after = before, after
         return compute
 
-    def scale(self, context, weights):
+    def scale(self, context: "Branch", weights: tuple[float, ...]) -> tuple[float, ...]:
         low, high = self.clip
         gamma = min(max(low, context.state.gamma), high)  # not a number where nothing has changed: low
         return (1 - gamma, gamma) if len(weights) > 1 else weights
@@ -86,7 +91,7 @@ class TrajectoryAlignment(Predictor):
 
     history = 2
 
-    def weights(self, keys, step):
+    def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...]:
         return (0.0, 1.0)[-len(keys) :]
 
 

@@ -1,12 +1,16 @@
 """TaylorSeer (Liu et al., arXiv 2503.06923) as diffusers has it."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from diffusers import TaylorSeerCacheConfig
 
 from baselines.library import DiffusersCache
 from dpcache.errors import SettingError
 from dpcache.schedules import check_budget
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 # As in diffusers, and Wan's, which are called attn1 and attn2: there it would cache nothing, without a word.
 ATTENTIONS = [r"(transformer_|single_transformer_|temporal_transformer_)?blocks.*attn\d?"]
@@ -30,7 +34,7 @@ class DiffusersTaylorSeer(DiffusersCache):
     def partial(self) -> bool:
         return not self.lite
 
-    def config(self, pipe):
+    def config(self, pipe: "DiffusionPipeline") -> TaylorSeerCacheConfig:
         if self.lite and not hasattr(pipe.transformer, "proj_out"):
             raise SettingError(
                 f"TaylorSeer lite of diffusers needs a proj_out, {type(pipe.transformer).__name__} has none"

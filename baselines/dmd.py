@@ -3,18 +3,18 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from dpcache._diffusers import leave_uncompiled
+from dpcache._diffusers import Hook, leave_uncompiled
 from dpcache.errors import SettingError
 from dpcache.hooks import BlockHook
 from dpcache.method import Method
 from dpcache.predictors import Predictor, Taylor
 from dpcache.schedules import Schedule, check_budget
-from dpcache.session import History
+from dpcache.session import Branch, History, Session
 from dpcache.sites import Residual, transformer_blocks
 
 FEWEST = 4  # snapshots that tell an oscillation
@@ -59,7 +59,7 @@ class Line(Predictor):
 
     history: int
 
-    def weights(self, keys, step):
+    def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...]:
         return Taylor(1).weights(keys, step)
 
 
@@ -69,7 +69,7 @@ class Modes(Residual):
 
     name = "modes"
 
-    def hooks(self, session, transformer):
+    def hooks(self, session: Session, transformer: torch.nn.Module) -> list[tuple[torch.nn.Module, Hook]]:
         pairs, last = super().hooks(session, transformer), transformer_blocks(transformer)[-1]
         return [(module, ModeHook(session, last, hook.index) if module is last else hook) for module, hook in pairs]
 
@@ -77,12 +77,12 @@ class Modes(Residual):
 class ModeHook(BlockHook):
     """On the last block: weighs a skipped step's features by their modes, fitted once after each computed step."""
 
-    def __init__(self, session, block, index: int):
+    def __init__(self, session: Session, block: torch.nn.Module, index: int):
         super().__init__(session, block, index, last=True, probe=0, residual=True)
         self.fits: dict[str, list[Modal]] = {}  # by branch; of each sample
 
     @leave_uncompiled
-    def new_forward(self, module, *args, **kwargs):
+    def new_forward(self, module: torch.nn.Module, *args, **kwargs) -> Any:
         branch = self.session.current
         if not branch.skip:
             self.fits.pop(branch.name, None)
@@ -95,7 +95,7 @@ class ModeHook(BlockHook):
             branch.weights = np.array([fit.weights(gaps) for fit in fits]).T[:, :, None, None]  # (n, B, 1, 1)
         return super().new_forward(module, *args, **kwargs)
 
-    def fit(self, branch, count: int) -> "list[Modal]":
+    def fit(self, branch: Branch, count: int) -> "list[Modal]":
         """Each sample's modes; none where too few features have equal gaps."""
         if count < FEWEST:
             return []

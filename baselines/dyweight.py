@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from dpcache.method import CalibratedRecipe, Method
 from dpcache.sampler import generate
 from dpcache.schedules import check_budget
 from dpcache.statistics import Rerun
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
 SCALES = 0.5, 1.5  # the lowest and the highest that a step scale can be
 DIFFERENTIATED = 4  # what such a call of the model costs, in calls: itself, once more, and two for the way back
@@ -91,7 +95,7 @@ class DyWeight(CalibratedRecipe):
     def example(self) -> Method:
         return fewer_steps(self.budget, self.teacher_steps)
 
-    def fit(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
         """The method with its weights. `pipe` is not run and may be None."""
         (trained,) = self.statistics
         found = calibration[trained]
@@ -145,13 +149,13 @@ class WeightedSteps(OtherScheduler):
     weights: np.ndarray = field(kw_only=True)
     scales: np.ndarray = field(kw_only=True)
 
-    def scheduler_for(self, own):
+    def scheduler_for(self, own: "SchedulerMixin") -> "SchedulerMixin":
         steps, predictions = self.weights.nonzero()
         window = int((steps - predictions).max(initial=0)) + 1
         return weighted(own, torch.from_numpy(self.weights), torch.from_numpy(self.scales), window)
 
 
-def weighted(scheduler, weights: torch.Tensor, scales: torch.Tensor, window: int):
+def weighted(scheduler: "SchedulerMixin", weights: torch.Tensor, scales: torch.Tensor, window: int) -> "SchedulerMixin":
     """A copy of `scheduler` that takes such steps, of the same class and a further one. Its `final` are the last
     latents, with the graph that leads to the weights where gradients are on.
 
@@ -177,7 +181,7 @@ class _WeightedSteps(OtherSteps):
             twin.step = copy.deepcopy(self.step, memo)
         return twin
 
-    def set_timesteps(self, *args, **kwargs):
+    def set_timesteps(self, *args, **kwargs) -> None:
         if kwargs.get("timesteps") is not None:
             raise SettingError("the times that this pipeline tells its model need not follow from its noise levels")
         super().set_timesteps(*args, **kwargs)
@@ -194,7 +198,7 @@ class _WeightedSteps(OtherSteps):
         if of_flow_matching(self):
             self.sigmas = torch.stack(times).detach().to(self.sigmas)  # pipelines make a given image as noisy
 
-    def advance(self, prediction, timestep, latents):
+    def advance(self, prediction: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         step, count = self.taken, len(self.weights)
         self.predictions = [*self.predictions, prediction][-self.window :]
         row = self.weights[step, step + 1 - len(self.predictions) : step + 1]
@@ -211,7 +215,7 @@ class _WeightedSteps(OtherSteps):
         return latents
 
 
-def time_of(scheduler) -> tuple[torch.Tensor | None, Callable, Callable]:
+def time_of(scheduler: "SchedulerMixin") -> tuple[torch.Tensor | None, Callable, Callable]:
     """The grid of K + 1 times, float64 (None before `set_timesteps`); the factor of the latents at a time that makes
     them a state in which a step is Euler's; and the timesteps that tell the model of times.
 
@@ -253,7 +257,7 @@ class TrainedSteps(Rerun):
     rate: float
     decay: float
 
-    def measure(self, pipe, calibration):
+    def measure(self, pipe: "DiffusionPipeline", calibration: Calibration) -> np.ndarray:
         weighted(pipe.scheduler, torch.eye(1), torch.ones(1), 1)  # refuses before anything is run
         K, T, call = self.budget, calibration.num_inference_steps, calibration.made_from["call"]
         wanted, _ = calibration.rerun(pipe, full(T))
@@ -307,7 +311,9 @@ def adams(budget: int, window: int) -> torch.Tensor:
 STARTS = {"euler": euler, "adams": adams}
 
 
-def student(pipe, steps: tuple, prompts: Sequence[str], seeds: Sequence[int], **call) -> torch.Tensor:
+def student(
+    pipe: "DiffusionPipeline", steps: tuple, prompts: Sequence[str], seeds: Sequence[int], **call
+) -> torch.Tensor:
     """Final latents, float32 (B, ...), of the K-step solver, with the graph that leads to weights and scales where
     gradients are on. `steps`: weights, scales and window, see `weighted`."""
     own = pipe.scheduler
@@ -320,7 +326,7 @@ def student(pipe, steps: tuple, prompts: Sequence[str], seeds: Sequence[int], **
 
 
 @contextmanager
-def recomputed(pipe) -> Iterator[None]:
+def recomputed(pipe: "DiffusionPipeline") -> Iterator[None]:
     """Within it a differentiated call of the pipeline's models keeps its inputs alone, and runs once more on the way
     back."""
     with calling(dict.fromkeys(denoisers(pipe).values(), partial(checkpoint, use_reentrant=False))):

@@ -2,6 +2,7 @@
 arXiv 2507.02860), as in the authors' code."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +12,9 @@ from dpcache.method import Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import OnlineSchedule, check_budget
 from dpcache.sites import OutputResidual
+
+if TYPE_CHECKING:
+    from dpcache.session import Branch
 
 
 @dataclass
@@ -43,10 +47,10 @@ class TransformationRate(OnlineSchedule):
     warmup: int
     threshold: float
 
-    def start(self):
+    def start(self) -> RateState:
         return RateState()
 
-    def decide(self, context, block, args, kwargs):
+    def decide(self, context: "Branch", block: torch.nn.Module, args: tuple, kwargs: dict) -> bool:
         if context.leader is not context:
             return not context.leader.skip
         state, step, x = context.state, context.step, whole(context.part.input(args, kwargs), context)
@@ -60,7 +64,7 @@ class TransformationRate(OnlineSchedule):
         state.x = x.clone()  # the sampler's own, which it may change in place
         return compute
 
-    def learn(self, context, name, feature):
+    def learn(self, context: "Branch", name: str | int, feature: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
         state = context.state
         if context.leader is not context:
             return
@@ -71,7 +75,7 @@ class TransformationRate(OnlineSchedule):
         state.computed_x, state.v = x, v
 
 
-def whole(latents, context) -> torch.Tensor:
+def whole(latents: torch.Tensor, context: "Branch") -> torch.Tensor:
     """Latents as one tensor, without what an image-to-video model has appended to their channels."""
     if not torch.is_tensor(latents):
         return torch.stack(tuple(latents))

@@ -1,7 +1,7 @@
 """ERTACache: Error Rectification and Timesteps Adjustment for Efficient Diffusion (Peng et al., arXiv 2508.21091)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -11,7 +11,10 @@ from dpcache.lsq import FittedWeights
 from dpcache.method import CalibratedRecipe, Method
 from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
-from dpcache.statistics import Gram, Mean
+from dpcache.statistics import Gram, Mean, Trajectories
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class ResidualErrors(Mean):
 
     site: ClassVar[str] = "output_residual"
 
-    def measure(self, batch, branch):
+    def measure(self, batch: Trajectories, branch: str) -> np.ndarray:
         rows = batch.features[branch].float().flatten(2).transpose(0, 1)
         distances = torch.cdist(rows, rows, p=1) / rows.abs().sum(-1)[:, None]
         return distances.mean(0).double().cpu().numpy()
@@ -62,7 +65,7 @@ class ERTACache(CalibratedRecipe):
     def example(self) -> Method:
         return Method(EvenlySpaced(self.budget, self.num_inference_steps), ResidualErrors.site, Reuse())
 
-    def fit(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
         errors, threshold = calibration[ResidualErrors()], self.threshold
         if threshold is None:
             candidates = np.unique(errors)  # the counts change only there

@@ -2,12 +2,16 @@
 
 import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from diffusers import FasterCacheConfig
 
 from baselines.library import AttentionReuse, every_nth
 from baselines.search import Search
 from dpcache.method import session_of
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +27,7 @@ class FasterCache(AttentionReuse):
 
     weight: float
 
-    def config(self, pipe):
+    def config(self, pipe: "DiffusionPipeline") -> FasterCacheConfig:
         logging.getLogger("diffusers.hooks.faster_cache").setLevel(logging.ERROR)  # it warns every time
         return FasterCacheConfig(
             spatial_attention_block_skip_range=self.skip_range,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from diffusers import FirstBlockCacheConfig
 
@@ -13,6 +14,9 @@ from dpcache.hooks import streams_of
 from dpcache.schedules import check_budget
 from dpcache.sites import transformer_blocks
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 
 @dataclass(frozen=True, eq=False)
 class FirstBlockCache(DiffusersCache):
@@ -22,7 +26,7 @@ class FirstBlockCache(DiffusersCache):
     threshold: float
     partial = True
 
-    def config(self, pipe):
+    def config(self, pipe: "DiffusionPipeline") -> FirstBlockCacheConfig:
         transformer = denoiser(pipe)
         first, *_, last = [streams_of(block) for block in transformer_blocks(transformer)]
         if (first.other_index is None) != (last.other_index is None):  # it would subtract one from the other

@@ -2,18 +2,23 @@
 the authors' code."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from dpcache._diffusers import leave_uncompiled
+from dpcache._diffusers import Hook, leave_uncompiled
 from dpcache.errors import SettingError
 from dpcache.hooks import StreamHook
 from dpcache.method import Method
 from dpcache.predictors import Hermite, Predictor, Taylor
 from dpcache.schedules import EvenlySpaced
 from dpcache.sites import Stack, transformer_blocks
+
+if TYPE_CHECKING:
+    from dpcache.session import Session
 
 
 def freqca(
@@ -51,7 +56,7 @@ class BandWise(Predictor):
     def history(self) -> int:
         return max(self.low.history, self.high.history)
 
-    def weights(self, keys, step):
+    def weights(self, keys: Sequence[int], step: int) -> np.ndarray:
         """(n, 2, 1, 1, 1)."""
         both = [predictor.weights(keys, step) for predictor in (self.low, self.high)]
         table = np.zeros((max(map(len, both)), 2))
@@ -81,7 +86,7 @@ class Bands(Stack):
         if self.transform not in (None, "dct", "fft") or not 0 <= self.cutoff <= 1:
             raise SettingError(f"transform={self.transform}, cutoff={self.cutoff}: must be dct or fft, and from 0 to 1")
 
-    def hooks(self, session, transformer):
+    def hooks(self, session: "Session", transformer: torch.nn.Module) -> list[tuple[torch.nn.Module, Hook]]:
         pairs, last = super().hooks(session, transformer), transformer_blocks(transformer)[-1]
         return [(module, BandHook(session, self, last) if module is last else hook) for module, hook in pairs]
 
@@ -103,14 +108,14 @@ class Bands(Stack):
 class BandHook(StreamHook):
     """On the last block: keeps its image stream in bands, and puts their sum back."""
 
-    def __init__(self, session, site: Bands, block):
+    def __init__(self, session: "Session", site: Bands, block: torch.nn.Module):
         super().__init__(session, block)
         self.site = site
         if self.streams.both:
             raise SettingError(f"site={site.name}: the last {self.block.kind} has two streams to keep")
 
     @leave_uncompiled
-    def new_forward(self, module, *args, **kwargs):
+    def new_forward(self, module: torch.nn.Module, *args, **kwargs) -> Any:
         if self.session.current.skip:
             return self.result(self.session.predict("stack").sum(0), self.other_in(args, kwargs))
         output = self.forward(*args, **kwargs)

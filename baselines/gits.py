@@ -2,6 +2,7 @@
 authors' code."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget, given
 from dpcache.statistics import Rerun
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 
 @dataclass(frozen=True)
 class LongStepCosts(Rerun):
@@ -21,7 +25,7 @@ class LongStepCosts(Rerun):
 
     metric: str
 
-    def measure(self, pipe, calibration):
+    def measure(self, pipe: "DiffusionPipeline", calibration: Calibration) -> np.ndarray:
         costs = []
         for batch in calibration.batches():
             run = follow(pipe, *batch, calibration.num_inference_steps, **calibration.made_from["call"])
@@ -66,7 +70,7 @@ class GITS(CalibratedRecipe):
     def example(self) -> Method:
         return Method(EvenlySpaced(self.budget, self.num_inference_steps), "output", Reuse())
 
-    def fit(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
         """The method with its steps. `pipe` is not run and may be None."""
         (costs,) = self.statistics
         steps = cheapest(calibration[costs], self.budget, self.coefficient)

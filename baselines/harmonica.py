@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,10 @@ from dpcache.sampler import generate
 from dpcache.schedules import Staggered, check_budget
 from dpcache.sites import Modules, kept_modules, transformer_blocks, unknown_block
 from dpcache.statistics import Rerun
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
+    from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +93,7 @@ class HarmoniCa(CalibratedRecipe):
     def example(self) -> Method:
         return routed_method(self.num_inference_steps, {})
 
-    def fit(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
         (trained,) = self.statistics
         T, names, scores = self.num_inference_steps, Modules.names(denoiser(pipe)), calibration[trained]
 
@@ -209,7 +214,7 @@ class RouterScores(Rerun):
     proxy_every: int
     seed: int
 
-    def measure(self, pipe, calibration):
+    def measure(self, pipe: "DiffusionPipeline", calibration: Calibration) -> np.ndarray:
         model, T, call = denoiser(pipe), calibration.num_inference_steps, calibration.made_from["call"]
         modules, batches = modules_of(model), calibration.batches()
         share = (self.budget - 1) / (T - 1) if T > 1 else 1.0  # of the outputs after step 0 that are computed
@@ -245,7 +250,9 @@ def _apart(value: object) -> object:
     return value.detach() if torch.is_tensor(value) else value
 
 
-def image_errors(pipe, routed: Callable, scores: torch.Tensor, batch: tuple, call: Mapping) -> torch.Tensor:
+def image_errors(
+    pipe: "DiffusionPipeline", routed: Callable, scores: torch.Tensor, batch: tuple, call: Mapping
+) -> torch.Tensor:
     """Lambda of every step, (T,): mean squared change of the final latents when that step is mixed, too, after those
     before it. That of step 0 is 0.
 
@@ -264,7 +271,12 @@ def image_errors(pipe, routed: Callable, scores: torch.Tensor, batch: tuple, cal
 
 
 def gradient(
-    pipe, routed: Callable, scores: torch.Tensor, proxies: torch.Tensor, batch: tuple, call: Mapping
+    pipe: "DiffusionPipeline",
+    routed: Callable,
+    scores: torch.Tensor,
+    proxies: torch.Tensor,
+    batch: tuple,
+    call: Mapping,
 ) -> torch.Tensor:
     """Of lambda_t |prediction - model|^2 with respect to the scores, (T, M), along the trajectory that they lead to."""
     T, (prompts, seeds) = len(scores), batch
@@ -286,19 +298,19 @@ class EndOfSteps(StepListener):
     def __init__(self, end_step: Callable[[], None]):
         self.end_step = end_step
 
-    def after_step(self, scheduler, output):
+    def after_step(self, scheduler: "SchedulerMixin", output: "SchedulerOutput | tuple") -> None:
         self.end_step()
 
 
 class _Compare(EndOfSteps):
     """Differentiates every step's prediction by itself, and hands it to the scheduler without its graph."""
 
-    def __init__(self, pipe, router, wanted: torch.Tensor, proxies: torch.Tensor):
+    def __init__(self, pipe: "DiffusionPipeline", router: Router, wanted: torch.Tensor, proxies: torch.Tensor):
         super().__init__(router.end_step)
         self.guider = getattr(pipe, "guider", None)
         self.router, self.wanted, self.proxies = router, wanted, proxies
 
-    def given(self, scheduler, arguments):
+    def given(self, scheduler: "SchedulerMixin", arguments: dict) -> None:
         step, prediction = self.router.step, arguments["model_output"]
         if step:
             wanted = self.wanted[step]

@@ -1,7 +1,7 @@
 """HyCa: Let Features Decide Their Own Solvers (Zheng et al., arXiv 2510.04188)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from dpcache.method import CalibratedRecipe, Method
 from dpcache.predictors import Multistep
 from dpcache.schedules import EvenlySpaced, check_budget
 from dpcache.statistics import Folded, Trajectories
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 # The paper's pool (A.2.2, after a public reproduction): F_t+1 = F_t + a (F_t - F_t-1) + b (F_t-1 - F_t-2).
 SOLVERS = {
@@ -29,7 +32,7 @@ class Indicators(Folded):
 
     site: ClassVar[str] = "stack"
 
-    def fold(self, total, batch):
+    def fold(self, total: np.ndarray | None, batch: Trajectories) -> np.ndarray:
         return indicators(first_prompt(batch)) if batch.first else total
 
 
@@ -39,7 +42,7 @@ class NextStepErrors(Folded):
 
     site: ClassVar[str] = "stack"
 
-    def fold(self, total, batch):
+    def fold(self, total: np.ndarray | None, batch: Trajectories) -> np.ndarray:
         return next_step_errors(first_prompt(batch)) if batch.first else total
 
 
@@ -82,7 +85,7 @@ class HyCa(CalibratedRecipe):
     def _schedule(self) -> EvenlySpaced:
         return EvenlySpaced(self.budget, self.num_inference_steps, self.warmup)
 
-    def fit(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
         cluster = k_means(calibration[Indicators()], self.clusters)
         names, errors = list(SOLVERS), calibration[NextStepErrors()]
         chosen = [names[errors[:, cluster == c].mean(1).argmin()] for c in range(cluster.max() + 1)]

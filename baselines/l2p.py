@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from dpcache.method import CalibratedRecipe, Method
 from dpcache.predictors import Predictor
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget, given
 from dpcache.statistics import Gram
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 # The authors' computed steps of 50, by their number: for FLUX.1-dev.
 STEPS = {
@@ -63,7 +66,7 @@ class L2P(CalibratedRecipe):
         T = self.num_inference_steps
         return Method(self._schedule(), "output", Unrolled(np.eye(T), self.budget))
 
-    def fit(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
         """The method with its weights. `pipe` is not run and may be None."""
         T = self.num_inference_steps
         weights = train(calibration[Gram("output")][:T, :T], self.updates, self.rate)
@@ -105,7 +108,7 @@ class Unrolled(Predictor):
     table: np.ndarray
     history: int
 
-    def weights(self, keys, step):
+    def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...]:
         made_of = np.zeros((step + 1, len(keys)))  # of every step, its weights of the keys
         place = {key: index for index, key in enumerate(keys)}
         for s in range(keys[0], step + 1):

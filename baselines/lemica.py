@@ -4,6 +4,7 @@
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -16,6 +17,9 @@ from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget, given
 from dpcache.statistics import Rerun
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 
 @dataclass(frozen=True)
 class EdgeErrors(Rerun):
@@ -25,7 +29,7 @@ class EdgeErrors(Rerun):
     max_jump: int
     prompts: int
 
-    def measure(self, pipe, calibration):
+    def measure(self, pipe: "DiffusionPipeline", calibration: Calibration) -> np.ndarray:
         T = calibration.num_inference_steps
         wanted, _ = calibration.rerun(pipe, full(T), self.prompts)
         errors = np.full((T, T), np.inf)
@@ -72,7 +76,7 @@ class LeMiCa(CalibratedRecipe):
     def example(self) -> Method:
         return Method(EvenlySpaced(self.budget, self.num_inference_steps), "residual", Reuse())
 
-    def fit(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
         """The method with its steps. `pipe` is not run and may be None."""
         (edges,) = self.statistics
         steps = minimax_path(calibration[edges], self.budget)

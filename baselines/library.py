@@ -6,19 +6,24 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
 from baselines.full import full
 from baselines.search import Search
-from dpcache._diffusers import reset_caches, without_offload
+from dpcache._diffusers import Hook, reset_caches, without_offload
 from dpcache.denoisers import denoiser
 from dpcache.errors import SettingError
 from dpcache.flops import LayerFlops, matrix_layers
 from dpcache.schedules import check_budget
-from dpcache.session import CallHook, Part, Session
+from dpcache.session import Branch, CallHook, Part, Session
 from dpcache.sites import transformer_blocks
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dpcache.calibration import Calibration
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,23 +49,23 @@ class LibraryCache(ABC):
     statistics: ClassVar[None] = None
     example: ClassVar[None] = None
 
-    def build(self, pipe=None, calibration=None) -> Self:
+    def build(self, pipe: "DiffusionPipeline | None" = None, calibration: "Calibration | None" = None) -> Self:
         """Itself: it is its own recipe."""
         return self
 
-    def keeps_branches_apart(self, transformer) -> bool:
+    def keeps_branches_apart(self, transformer: torch.nn.Module) -> bool:
         """Whether it may be enabled where the pipeline runs guidance branches one after the other."""
         return True
 
     @abstractmethod
-    def start(self, pipe, transformer) -> None:
+    def start(self, pipe: "DiffusionPipeline", transformer: torch.nn.Module) -> None:
         """Switch the library's cache on."""
 
     @abstractmethod
-    def stop(self, pipe, transformer) -> None:
+    def stop(self, pipe: "DiffusionPipeline", transformer: torch.nn.Module) -> None:
         """Switch it off."""
 
-    def session(self, pipe, observe=None) -> "LibrarySession":
+    def session(self, pipe: "DiffusionPipeline", observe: Callable | None = None) -> "LibrarySession":
         if isinstance(pipe, torch.nn.Module):
             raise SettingError(f"{type(self).__name__} needs a pipeline, whose scheduler tells the steps")
         transformer, shared = denoiser(pipe), dict(vars(type(pipe)))
@@ -122,10 +127,10 @@ class DiffusersCache(LibraryCache):
     """One of diffusers' own: `config` makes its configuration."""
 
     @abstractmethod
-    def config(self, pipe):
+    def config(self, pipe: "DiffusionPipeline") -> object:
         """Of diffusers' own class for the cache."""
 
-    def start(self, pipe, transformer):
+    def start(self, pipe: "DiffusionPipeline", transformer: torch.nn.Module) -> None:
         if not hasattr(transformer, "enable_cache"):
             raise SettingError(f"diffusers offers none of its caches for {type(transformer).__name__}")
         config = self.config(pipe)
@@ -136,7 +141,7 @@ class DiffusersCache(LibraryCache):
                 f"diffusers offers none of its caches for {type(transformer).__name__}: {error}"
             ) from error
 
-    def stop(self, pipe, transformer):
+    def stop(self, pipe: "DiffusionPipeline", transformer: torch.nn.Module) -> None:
         transformer.disable_cache()
 
 
@@ -153,7 +158,7 @@ class AttentionReuse(DiffusersCache):
     timesteps: tuple[int, int]
     partial = True
 
-    def keeps_branches_apart(self, transformer):
+    def keeps_branches_apart(self, transformer: torch.nn.Module) -> bool:
         return False
 
 
@@ -171,7 +176,7 @@ def every_nth(
 class LibrarySession(Session):
     """Tells which steps a library's cache computes, those in which the last block's attention runs, and how much."""
 
-    def __init__(self, pipe, library: LibraryCache):
+    def __init__(self, pipe: "DiffusionPipeline", library: LibraryCache):
         self.library, transformer = library, denoiser(pipe)
         inside = {
             module
@@ -188,17 +193,17 @@ class LibrarySession(Session):
     def check_other_caches(self, part: Part) -> None:
         """The library's own is meant to be there."""
 
-    def ended(self):
+    def ended(self) -> None:
         if not self.beginning:
             super().ended()
 
-    def watching(self, part):
+    def watching(self, part: Part) -> LayerFlops:
         return LayerFlops(part.module, self.library.partial)
 
-    def hooks(self, part):
+    def hooks(self, part: Part) -> list[tuple[torch.nn.Module, Hook]]:
         return [(part.module, CallHook(self, part))]
 
-    def begin(self):
+    def begin(self) -> None:
         super().begin()
         (part,), scheduler = self.parts, self.pipe().scheduler
         self.beginning = True
@@ -209,7 +214,7 @@ class LibrarySession(Session):
         self.times = scheduler.timesteps.tolist()[skipped:]  # once: on a GPU every look waits for it
         self.sigmas = None if sigmas is None else sigmas.tolist()[skipped:]
 
-    def forwarded(self, forward: Callable, args: tuple, kwargs: dict):
+    def forwarded(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
         """What `forward` returns. Raises SettingError where the library's own code does not run on this model."""
         try:
             return forward(*args, **kwargs)
@@ -219,7 +224,7 @@ class LibrarySession(Session):
                 raise
             raise SettingError(f"{package} does not run on {self.parts[0]}: {error}") from error
 
-    def run(self, branch, forward, args, kwargs):
+    def run(self, branch: Branch, forward: Callable, args: tuple, kwargs: dict) -> Any:
         """Tells the library where the sampler is, and sees what it computes."""
         if len(self.branches) > 1 and not self.apart:
             raise SettingError(

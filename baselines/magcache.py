@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +14,10 @@ from baselines.search import Search
 from dpcache.calibration import Calibration
 from dpcache.method import CalibratedRecipe
 from dpcache.schedules import check_budget
-from dpcache.statistics import Mean
+from dpcache.statistics import Mean, Trajectories
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class MagnitudeRatios(Mean):
 
     site: ClassVar[str] = "residual"
 
-    def measure(self, batch, branch):
+    def measure(self, batch: Trajectories, branch: str) -> np.ndarray:
         norms = torch.stack([step.float().norm(dim=-1).cpu() for step in batch.features[branch]])
         ratios = norms[1:] / (norms[:-1] + 1e-8)
         return np.concatenate([[1.0], ratios.flatten(1).mean(1).numpy()])
@@ -39,7 +42,7 @@ class MagCache(DiffusersCache):
     retention: float
     max_skip: int
 
-    def config(self, pipe):
+    def config(self, pipe: "DiffusionPipeline") -> MagCacheConfig:
         return MagCacheConfig(
             self.threshold, self.max_skip, self.retention, self.num_inference_steps, list(self.ratios)
         )
@@ -68,7 +71,7 @@ class Measured(CalibratedRecipe):
         settings = {"mag_ratios": list(ratios), "retention_ratio": self.retention, "max_skip_steps": self.max_skip}
         return MagCache(self.num_inference_steps, threshold, ratios, self.retention, self.max_skip, decided=settings)
 
-    def fit(self, pipe, calibration: Calibration) -> MagCache:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> MagCache:
         ratios = calibration[MagnitudeRatios()].tolist() if self.ratios is None else self.ratios
         if self.threshold is not None:
             return self.make(self.threshold, ratios)

@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from dpcache.predictors import Predictor
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget, given
 from dpcache.statistics import Rerun
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 
 @dataclass(frozen=True)
 class MeanErrors(Rerun):
@@ -25,7 +29,7 @@ class MeanErrors(Rerun):
 
     spans: tuple[int, ...]
 
-    def measure(self, pipe, calibration):
+    def measure(self, pipe: "DiffusionPipeline", calibration: Calibration) -> np.ndarray:
         weights = []
         for batch in calibration.batches():
             run = follow(pipe, *batch, calibration.num_inference_steps, **calibration.made_from["call"])
@@ -80,7 +84,7 @@ class MeanCache(CalibratedRecipe):
         T = self.num_inference_steps
         return Method(EvenlySpaced(self.budget, T), "output", Averages(tuple(range(T + 1)), {}, self.budget))
 
-    def fit(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
         """The method with its steps and spans. `pipe` is not run and may be None."""
         errors, times = (calibration[statistic] for statistic in self.statistics)
         steps = self._plan(errors.min(0)) if self.steps is None else list(self.steps)
@@ -144,7 +148,7 @@ class Averages(Predictor):
     spans: dict[int, int]
     history: int
 
-    def weights(self, keys, step):
+    def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...]:
         made_of: list[np.ndarray] = []  # of every step, its weights of the keys
         place, key = dict(zip(keys, np.eye(len(keys)))), keys[0]
         for s in range(step + 1):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget, given
 from dpcache.statistics import Rerun
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 
 @dataclass(frozen=True)
 class Grids(Rerun):
@@ -21,7 +25,7 @@ class Grids(Rerun):
     budget: int
     prompts: int
 
-    def measure(self, pipe, calibration):
+    def measure(self, pipe: "DiffusionPipeline", calibration: Calibration) -> np.ndarray:
         grids, call = [], calibration.made_from["call"]
         for prompts, seeds in calibration.batches(self.prompts):
             run = follow(pipe, prompts, seeds, calibration.num_inference_steps, **call)
@@ -67,7 +71,7 @@ class OSS(CalibratedRecipe):
     def example(self) -> Method:
         return Method(EvenlySpaced(self.budget, self.num_inference_steps), "output", Reuse())
 
-    def fit(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
         """The method with its steps. `pipe` is not run and may be None."""
         (grids,) = self.statistics
         steps = median(calibration[grids], self.num_inference_steps)

@@ -1,6 +1,7 @@
 """Pyramid Attention Broadcast (Zhao et al., arXiv 2408.12588) as diffusers has it."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from diffusers import PyramidAttentionBroadcastConfig
 
@@ -8,12 +9,15 @@ from baselines.library import AttentionReuse, every_nth
 from baselines.search import Search
 from dpcache.method import session_of
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 
 @dataclass(frozen=True, eq=False)
 class PyramidAttentionBroadcast(AttentionReuse):
     """Attention outputs are reused for N steps, within a range of timesteps; everything else is computed."""
 
-    def config(self, pipe):
+    def config(self, pipe: "DiffusionPipeline") -> PyramidAttentionBroadcastConfig:
         ranges = {
             f"{kind}_attention_{what}": value
             for kind in ("spatial", "temporal", "cross")

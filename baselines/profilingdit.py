@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from baselines.search import Search, with_decided
 from dpcache.calibration import Calibration
@@ -12,6 +13,9 @@ from dpcache.predictors import Reuse
 from dpcache.schedules import Schedule, check_budget
 from dpcache.sites import Blocks
 from dpcache.statistics import BlockChanges
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Profiled(CalibratedRecipe):
         steps = [*range(min(self.warmup, T)), *range(self.warmup, T, interval)]
         return Method(Schedule(steps, T), Blocks(blocks), Reuse())
 
-    def fit(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
         blocks, profile = self.blocks, {}
         if blocks is None:
             changes = calibration[BlockChanges()].tolist()

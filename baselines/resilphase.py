@@ -61,7 +61,7 @@ class PhaseAxis(Predictor):
     def history(self) -> int:
         return self.order + 1
 
-    def weights(self, keys, step):
+    def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...]:
         keys = keys[-self.history :]
         if len(keys) == 1:
             return (1.0,)

@@ -1,6 +1,7 @@
 """SeaCache (arXiv 2602.18993) as diffusers has it."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import SeaCacheConfig
@@ -13,6 +14,9 @@ from dpcache.errors import SettingError
 from dpcache.models.family import family_of
 from dpcache.schedules import check_budget
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 
 @dataclass(frozen=True, eq=False)
 class SeaCache(DiffusersCache):
@@ -22,7 +26,7 @@ class SeaCache(DiffusersCache):
     threshold: float
     max_skip: int
 
-    def config(self, pipe):
+    def config(self, pipe: "DiffusionPipeline") -> SeaCacheConfig:
         scheduler = pipe.scheduler
         if not of_flow_matching(scheduler) or scheduler.config.get("invert_sigmas"):
             raise SettingError(
@@ -32,7 +36,7 @@ class SeaCache(DiffusersCache):
         return SeaCacheConfig(self.threshold, max_consecutive_cached=self.max_skip, raw_vision_callback=latents_of)
 
 
-def latents_of(module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+def latents_of(module: torch.nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
     """The latents of a transformer's call, (C, F, H, W) each; packed ones have 2 x 2 in a token. Raises LookupError
     where the model packs them and its family's record does not say how (diffusers would hide a ValueError). An image to
     be edited, whose tokens stand behind, is left out."""

@@ -5,13 +5,16 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from dpcache.calibration import Calibration
 from dpcache.method import CalibratedRecipe, Method, Runnable
 from dpcache.schedules import EvenlySpaced
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +36,19 @@ def closest(spent: Callable[[float], float], budget: float, first: float, tries:
     return min(tried.items(), key=lambda pair: abs(pair[1] - budget))
 
 
-def spent(method: Runnable, pipe, calibration: Calibration, limit: int | None = None) -> float:
+def spent(method: Runnable, pipe: "DiffusionPipeline", calibration: Calibration, limit: int | None = None) -> float:
     """Full steps that the (first `limit`) calibration prompts take, on average."""
     _, report = calibration.rerun(pipe, method, limit)
     return float(np.mean([*report.spent.values()]))
 
 
 def with_full_steps(
-    make: Callable[[int], Runnable], budget: int, num_inference_steps: int, least: int, pipe, calibration: Calibration
+    make: Callable[[int], Runnable],
+    budget: int,
+    num_inference_steps: int,
+    least: int,
+    pipe: "DiffusionPipeline",
+    calibration: Calibration,
 ) -> Runnable:
     """The method with as many full steps as spend the budget together with what is computed of the other steps.
 
@@ -90,7 +98,7 @@ class FullSteps(CalibratedRecipe):
         """The authors' full steps: those of the warm-up, and one after every `interval` - 1 others."""
         return sorted({*range(self.warmup), *range(self.warmup - 1, self.num_inference_steps, interval)})
 
-    def fit(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
         return with_full_steps(self.make, self.budget, self.num_inference_steps, self.warmup, pipe, calibration)
 
 
@@ -128,7 +136,7 @@ class Search(CalibratedRecipe):
         """Itself, for a search by quality, see `dpcache.quality.find_budget`; None where budgets are to be tried."""
         return self if self.alone else None
 
-    def fit(self, pipe, calibration: Calibration) -> Runnable:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Runnable:
         """The method, with the value and what it "spent" among what was decided."""
 
         def rounded(value: float) -> float:

@@ -1,7 +1,9 @@
 """SenCache: Accelerating Diffusion Model Inference via Sensitivity-Aware Caching (Haghighi and Alahi, arXiv
 2602.24208), as in the authors' code for Wan2.1."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +19,11 @@ from dpcache.schedules import OnlineSchedule, check_budget
 from dpcache.sites import Residual
 from dpcache.statistics import Rerun
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dpcache.session import Branch, Session
+
 
 @dataclass(frozen=True)
 class Sensitivities(Rerun):
@@ -30,7 +37,7 @@ class Sensitivities(Rerun):
 
     prompts: int
 
-    def measure(self, pipe, calibration):
+    def measure(self, pipe: "DiffusionPipeline", calibration: Calibration) -> np.ndarray:
         T, found, call = calibration.num_inference_steps, [], calibration.made_from["call"]
         for prompts, seeds in calibration.batches(self.prompts):
             run = recorded(pipe, prompts, seeds, T, **call)
@@ -85,10 +92,10 @@ class SensitivityBound(OnlineSchedule):
     early: float
     max_skip: int
 
-    def start(self):
+    def start(self) -> SensitivityState:
         return SensitivityState()
 
-    def decide(self, context, block, args, kwargs):
+    def decide(self, context: "Branch", block: torch.nn.Module, args: tuple, kwargs: dict) -> bool:
         if context.leader is not context:
             return not context.leader.skip
         state, step, latents, compute = context.state, context.step, whole(context.state.latents, context), True
@@ -109,7 +116,7 @@ class SensitivityBound(OnlineSchedule):
 class LatentsBeside(Residual):
     """What all blocks add; the schedule's state is shown the model's input."""
 
-    def call(self, session, branch, forward, args, kwargs):
+    def call(self, session: "Session", branch: "Branch", forward: Callable, args: tuple, kwargs: dict) -> Any:
         branch.state.latents = branch.part.input(args, kwargs)
         return forward(*args, **kwargs)
 
@@ -157,7 +164,7 @@ class SenCache(CalibratedRecipe):
             SensitivityBound(self.num_inference_steps, table, threshold, self.early, max_skip), LatentsBeside(), Reuse()
         )
 
-    def fit(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
         (sensitivities,) = self.statistics
         table = calibration[sensitivities]
         if self.threshold is not None:

@@ -4,6 +4,7 @@ as in the authors' code."""
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, Staggered, check_budget, kind
 from dpcache.sites import Modules
 from dpcache.statistics import Rerun
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 def smoothcache(
@@ -55,7 +59,7 @@ class LayerErrors(Rerun):
 
     lookahead: int
 
-    def measure(self, pipe, calibration):
+    def measure(self, pipe: "DiffusionPipeline", calibration: Calibration) -> np.ndarray:
         T, types = calibration.num_inference_steps, layer_types(pipe)
         total = np.full((len(types), self.lookahead, T), np.inf)
         latest, errors = defaultdict(lambda: deque(maxlen=self.lookahead)), defaultdict(list)
@@ -81,7 +85,7 @@ def relative_error(reused: Sequence[torch.Tensor], real: Sequence[torch.Tensor])
     return (moved / sum(new.float().abs().sum() for new in real)).item()
 
 
-def layer_types(pipe) -> list[str]:
+def layer_types(pipe: "DiffusionPipeline") -> list[str]:
     """Names of the modules that are kept of a block, in all kinds of blocks."""
     return list(dict.fromkeys(map(kind, Modules.names(denoiser(pipe)))))
 
@@ -131,7 +135,7 @@ class SmoothCache(CalibratedRecipe):
     def example(self) -> Method:
         return method(self.num_inference_steps, {})
 
-    def fit(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
         T, errors = self.num_inference_steps, calibration[LayerErrors(self.reach)]
 
         def make(threshold: float) -> Method:

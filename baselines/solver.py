@@ -4,8 +4,10 @@ DPM-Solver++ (Lu et al., arXiv 2211.01095) and UniPC (Zhao et al., arXiv 2302.04
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from typing import TYPE_CHECKING
 
 import diffusers
 import numpy as np
@@ -16,16 +18,21 @@ from baselines.fewer_steps import fewer_steps
 from dpcache.errors import SettingError
 from dpcache.method import Method
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
+
+    from dpcache.session import Session
+
 
 @dataclass(frozen=True, eq=False)
 class OtherScheduler(Method, ABC):
     """The pipeline's scheduler gives way to another one for as long as the method is enabled."""
 
     @abstractmethod
-    def scheduler_for(self, own):
+    def scheduler_for(self, own: "SchedulerMixin") -> "SchedulerMixin":
         """The one in place of the pipeline's own, which is left as it is."""
 
-    def session(self, pipe, observe=None):
+    def session(self, pipe: "DiffusionPipeline", observe: Callable | None = None) -> "Session":
         own = getattr(pipe, "scheduler", None)
         if own is None:
             raise SettingError(f"{type(self).__name__} needs a pipeline, whose scheduler it replaces")
@@ -59,7 +66,7 @@ class Solver(OtherScheduler):
     scheduler: str = field(kw_only=True)
     order: int = field(kw_only=True)
 
-    def scheduler_for(self, own):
+    def scheduler_for(self, own: "SchedulerMixin") -> "SchedulerMixin":
         """Raises SettingError for schedulers that are neither of flow matching nor such as `self.scheduler`, and for
         those that clip what they predict."""
         kind, name = getattr(diffusers, self.scheduler), type(own).__name__
@@ -79,7 +86,7 @@ class Solver(OtherScheduler):
         return twin
 
 
-def of_flow_matching(scheduler) -> bool:
+def of_flow_matching(scheduler: "SchedulerMixin") -> bool:
     """Whether its `sigmas` are the noise levels of flow matching (Mochi's: what is left of the image) from 1 to 0, and
     its predictions are the slope of the latents. Cosmos 2 sets others, up to 80, in a scheduler of flow matching."""
     config, multistep = scheduler.config, (diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler)
@@ -88,7 +95,7 @@ def of_flow_matching(scheduler) -> bool:
     return isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler) and (config.get("sigma_max") or 1) <= 1
 
 
-def variant(scheduler, behaviour: type):
+def variant(scheduler: "SchedulerMixin", behaviour: type) -> "SchedulerMixin":
     """A copy of `scheduler` whose class has `behaviour` before its own. What listens to the steps of `scheduler` does
     not listen to the copy's."""
     own = type(scheduler)
@@ -110,11 +117,20 @@ class OtherSteps(ABC):
     def advance(self, prediction: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The latents after this step."""
 
-    def scale_model_input(self, sample, timestep=None):
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | None = None) -> torch.Tensor:
         """Bria's pipeline asks for it where it does not know the class."""
         return sample
 
-    def step(self, model_output, timestep, sample, *, generator=None, per_token_timesteps=None, return_dict=True):
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: torch.Tensor,
+        sample: torch.Tensor,
+        *,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        per_token_timesteps: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple:
         if per_token_timesteps is not None:
             raise SettingError("this call gives tokens times of their own, but the method steps all of them together")
         counts = of_flow_matching(self)  # its place on the grid, from which pipelines tell how noisy a given image is
@@ -129,7 +145,9 @@ class OtherSteps(ABC):
 class SolversGrid(OtherSteps):
     """A scheduler of flow matching whose noise levels are those for `Solver`."""
 
-    def set_timesteps(self, num_inference_steps=None, device=None, **given):
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: torch.device | str | None = None, **given
+    ) -> None:
         left_to_it = given.get("sigmas") is None and given.get("timesteps") is None
         if left_to_it and isinstance(self, diffusers.FlowMatchEulerDiscreteScheduler):
             given["sigmas"] = np.linspace(1, 1 / self.config.num_train_timesteps, num_inference_steps + 1)[:-1]
@@ -147,7 +165,7 @@ class _MultistepSteps(SolversGrid):
         self.solver.sigmas = levels.cpu().clamp(max=1 - 1e-6)  # it divides by what is left of the image
         self.solver.set_begin_index(self.step_index)
 
-    def advance(self, prediction, timestep, latents):
+    def advance(self, prediction: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         towards_noise = -prediction if self.config.get("invert_sigmas") else prediction
         return self.solver.step(towards_noise, timestep, latents, return_dict=False)[0]
 

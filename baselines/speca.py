@@ -1,6 +1,7 @@
 """SpeCa: Accelerating Diffusion Transformers with Speculative Feature Caching (Liu et al., arXiv 2509.11628)."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,6 +11,9 @@ from dpcache.method import Method
 from dpcache.predictors import Taylor
 from dpcache.schedules import OnlineSchedule, check_budget
 from dpcache.sites import Modules
+
+if TYPE_CHECKING:
+    from dpcache.session import Branch
 
 
 @dataclass
@@ -45,10 +49,10 @@ class Verified(OnlineSchedule):
     longest: int
     warmup: int
 
-    def start(self):
+    def start(self) -> Verification:
         return Verification()
 
-    def decide(self, context, block, args, kwargs):
+    def decide(self, context: "Branch", block: torch.nn.Module, args: tuple, kwargs: dict) -> bool:
         state, step = context.state, context.step
         if context.keys and context.keys[-1] == step - 1:  # the step after a computed one is never computed
             state.forecasts, state.verify, state.error = 1, False, None
@@ -61,10 +65,10 @@ class Verified(OnlineSchedule):
         state.forecasts = 0 if compute else state.forecasts + 1
         return compute
 
-    def verifies(self, context):
+    def verifies(self, context: "Branch") -> bool:
         return context.state.verify
 
-    def verify(self, context, draft, real):
+    def verify(self, context: "Branch", draft: torch.Tensor, real: torch.Tensor) -> None:
         real = real.float()
         context.state.error = ((draft.float() - real).abs() / (real.abs() + 1e-10)).mean()
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,11 @@ from dpcache.models.family import modulated_input
 from dpcache.predictors import Reuse
 from dpcache.schedules import OnlineSchedule
 from dpcache.statistics import InputChange, OutputChange, Statistic, relative_change
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dpcache.session import Branch
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +47,10 @@ class AccumulatedChange(OnlineSchedule):
     polynomial: Sequence[float]
     warmup: int = 1
 
-    def start(self):
+    def start(self) -> SinceComputed:
         return SinceComputed()
 
-    def decide(self, context, block, args, kwargs):
+    def decide(self, context: "Branch", block: torch.nn.Module, args: tuple, kwargs: dict) -> bool:
         state, step, current = context.state, context.step, modulated_input(block, args, kwargs)
         if self.warmup <= step < self.num_inference_steps - 1 and context.keys:
             state.accumulated += np.polyval(self.polynomial, relative_change(current, state.previous).item())
@@ -63,14 +69,14 @@ def fit_polynomial(input_change: np.ndarray, output_change: np.ndarray, degree: 
     return tuple(np.polyfit(x, y, degree).tolist())
 
 
-def r_squared(polynomial, input_change: np.ndarray, output_change: np.ndarray) -> float:
+def r_squared(polynomial: Sequence[float], input_change: np.ndarray, output_change: np.ndarray) -> float:
     """Share of the variance of the output's change that the polynomial explains, at most 1."""
     y = output_change[:, 1:].ravel()
     rest = y - np.polyval(polynomial, input_change[:, 1:].ravel())
     return float(1 - rest.var() / y.var())
 
 
-def count_computed(input_change: np.ndarray, polynomial, threshold: float, warmup: int = 1) -> float:
+def count_computed(input_change: np.ndarray, polynomial: Sequence[float], threshold: float, warmup: int = 1) -> float:
     """Computed steps, on average over the trajectories (n, T), that a threshold leads to."""
     rescaled, total = np.polyval(polynomial, input_change), 0
     for row in rescaled:
@@ -83,7 +89,7 @@ def count_computed(input_change: np.ndarray, polynomial, threshold: float, warmu
     return total / len(rescaled)
 
 
-def find_threshold(input_change: np.ndarray, polynomial, budget: int, warmup: int = 1) -> float:
+def find_threshold(input_change: np.ndarray, polynomial: Sequence[float], budget: int, warmup: int = 1) -> float:
     """The middle of the thresholds that spend the budget on average on recorded trajectories, by bisection."""
 
     def lowest(limit: float) -> float:
@@ -122,7 +128,7 @@ class TeaCache(CalibratedRecipe):
         decided = {"threshold": threshold, "polynomial": list(polynomial), **(fitted or {})}
         return Method(schedule, "residual", Reuse(), decided)
 
-    def fit(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
         if self.threshold is not None:
             return self.make(self.threshold, *self._fitted(calibration))
         return self.knob(calibration).fit(pipe, calibration)

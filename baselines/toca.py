@@ -3,6 +3,7 @@ authors' code."""
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +14,9 @@ from dpcache.models.family import block_named
 from dpcache.predictors import Reuse
 from dpcache.schedules import Schedule, check_budget
 from dpcache.sites import Tokens
+
+if TYPE_CHECKING:
+    from dpcache.session import Branch
 
 # Factors of models with both kinds of blocks: much of a single-stream block, little of a double-stream one.
 PARTS = {"double": 0.4, "single": 1.6, None: 1.0}
@@ -49,7 +53,7 @@ class TokenScores:
             ratio = (0.1 if ratio is None else ratio) * (1.5 - layer / 27) * PARTS[block_named(block).part]
         return int(torch.tensor(min(max(ratio, 0.0), 1.0)) * length)  # in float32, like theirs
 
-    def select(self, context, name, block, layer, received):
+    def select(self, context: "Branch", name: str, block: str, layer: int, received: torch.Tensor) -> torch.Tensor:
         refreshed_before, step = context.state.refreshed, context.step
         refreshed = refreshed_before.get(name, torch.zeros_like(received)).clamp(min=context.keys[-1])
         score = torch.nn.functional.normalize(received, dim=-1)

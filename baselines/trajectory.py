@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +13,13 @@ from dpcache._diffusers import StepListener, copy_of_scheduler, watching
 from dpcache.errors import SettingError
 from dpcache.sampler import generate
 from dpcache.statistics import Rerun
+
+if TYPE_CHECKING:
+    import numpy as np
+    from diffusers import DiffusionPipeline, SchedulerMixin
+    from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+    from dpcache.calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class _Record(StepListener):
     def __init__(self, count: int):
         self.count, self.states, self.slopes, self.timesteps, self.factors = count, [], [], [], []
 
-    def given(self, scheduler, arguments):
+    def given(self, scheduler: "SchedulerMixin", arguments: dict) -> None:
         prediction, time, sample = (arguments[name] for name in ("model_output", "timestep", "sample"))
         self.timesteps.append(float(time))
         self.factors.append(_factors(scheduler, prediction, time, sample))
@@ -74,18 +82,20 @@ class _Answers(StepListener):
     def __init__(self, wanted: torch.Tensor):
         self.wanted, self.slopes = wanted, []
 
-    def given(self, scheduler, arguments):
+    def given(self, scheduler: "SchedulerMixin", arguments: dict) -> None:
         channels = arguments["sample"].shape[1]
         self.slopes.append(arguments["model_output"][: self.wanted.shape[1], :channels].float().cpu())
 
-    def after_step(self, scheduler, output):
+    def after_step(self, scheduler: "SchedulerMixin", output: "SchedulerOutput | tuple") -> None:
         if len(self.slopes) < len(self.wanted):
             wanted, stepped = self.wanted[len(self.slopes)], _stepped(output)
             stepped.copy_(torch.cat([wanted] * (len(stepped) // len(wanted))))  # guidance may double the batch
 
 
 @torch.no_grad()
-def recorded(pipe, prompts: Sequence[str], seeds: Sequence[int], num_inference_steps: int, **call) -> Run:
+def recorded(
+    pipe: "DiffusionPipeline", prompts: Sequence[str], seeds: Sequence[int], num_inference_steps: int, **call
+) -> Run:
     """Sample without a cache and record. Raises SettingError for a scheduler whose steps take something before the
     time, as CogVideoX's DPM solver does."""
     _check_arguments(pipe.scheduler)
@@ -96,7 +106,9 @@ def recorded(pipe, prompts: Sequence[str], seeds: Sequence[int], num_inference_s
     return Run(torch.stack([*record.states, last]), torch.stack(record.slopes), record.timesteps, record.factors, name)
 
 
-def follow(pipe, prompts: Sequence[str], seeds: Sequence[int], num_inference_steps: int, **call) -> Trajectory:
+def follow(
+    pipe: "DiffusionPipeline", prompts: Sequence[str], seeds: Sequence[int], num_inference_steps: int, **call
+) -> Trajectory:
     """Sample without a cache and record. Raises SettingError if the scheduler's step is not of the first order: a
     linear function of its latest prediction and state alone."""
     run = recorded(pipe, prompts, seeds, num_inference_steps, **call)
@@ -120,7 +132,7 @@ def follow(pipe, prompts: Sequence[str], seeds: Sequence[int], num_inference_ste
 class Times(Rerun):
     """The `times` of a `Trajectory`, (T + 1,), which are the same for all prompts."""
 
-    def measure(self, pipe, calibration):
+    def measure(self, pipe: "DiffusionPipeline", calibration: "Calibration") -> "np.ndarray":
         ((prompts, seeds),) = calibration.batches(1)
         calibration.reran += 1
         return follow(
@@ -129,7 +141,9 @@ class Times(Rerun):
 
 
 @torch.no_grad()
-def answers(pipe, states: torch.Tensor, prompts: Sequence[str], seeds: Sequence[int], **call) -> torch.Tensor:
+def answers(
+    pipe: "DiffusionPipeline", states: torch.Tensor, prompts: Sequence[str], seeds: Sequence[int], **call
+) -> torch.Tensor:
     """The model's predictions, (T, B, ...), at latents (T, B, ...) of one's own, one of each step, in one pass.
 
     Args:

@@ -16,6 +16,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -26,6 +27,12 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch._dynamo.decorators import skip
 
 from dpcache.errors import SettingError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
+    from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+    from dpcache.steps import Loop
 
 __all__ = [
     "BLOCK_LISTS",
@@ -73,7 +80,7 @@ class Hook(ModelHook):
     """
 
     @property
-    def forward(self):
+    def forward(self) -> Callable:
         """What the module does without this hook."""
         return self.fn_ref.original_forward
 
@@ -107,12 +114,12 @@ class RootHook(Hook):
         """A pipeline calls it at its end."""
 
 
-def execution_device(pipe) -> torch.device | None:
+def execution_device(pipe: "DiffusionPipeline | torch.nn.Module | Loop") -> torch.device | None:
     """Where a pipeline runs its models. With offloading their weights wait on the CPU. None: `pipe` does not say."""
     return getattr(pipe, "_execution_device", None)
 
 
-def interrupted(pipe) -> bool:
+def interrupted(pipe: "DiffusionPipeline") -> bool:
     """Whether a callback has stopped this run of a pipeline before its last step."""
     return getattr(pipe, "_interrupt", False)
 
@@ -224,13 +231,13 @@ def block_metadata(block: torch.nn.Module) -> TransformerBlockMetadata | None:
 class StepListener:
     """Is told of a scheduler's steps, see `watch_steps`."""
 
-    def before_step(self, scheduler, sample: torch.Tensor, kwargs: dict) -> None:
+    def before_step(self, scheduler: "SchedulerMixin", sample: torch.Tensor, kwargs: dict) -> None:
         """`sample`: the latents that the step starts from; `kwargs` may be changed."""
 
-    def given(self, scheduler, arguments: dict) -> None:
+    def given(self, scheduler: "SchedulerMixin", arguments: dict) -> None:
         """`arguments`: what this step is given, by name; may be changed."""
 
-    def after_step(self, scheduler, output) -> None:
+    def after_step(self, scheduler: "SchedulerMixin", output: "SchedulerOutput | tuple") -> None:
         """`output`: what the scheduler's `step` returned."""
 
 
@@ -238,7 +245,7 @@ class _WatchedStep:
     """In the place of a scheduler's `step`: tells the listeners of every call. Pipelines that copy their scheduler get
     a copy that is watched, too."""
 
-    def __init__(self, scheduler):
+    def __init__(self, scheduler: "SchedulerMixin"):
         self.scheduler, self.is_copy = scheduler, False
         self.listeners: list[tuple[StepListener, bool]] = []  # and whether it is told of copies, too
         self.replaced = vars(scheduler).get("step")  # somebody else's, in the same place
@@ -274,7 +281,7 @@ class _WatchedStep:
         )
 
 
-def copy_of_scheduler(scheduler):
+def copy_of_scheduler(scheduler: "SchedulerMixin") -> "SchedulerMixin":
     """A copy in the same state, whose steps nobody watches."""
     twin = copy.deepcopy(scheduler)
     if isinstance(vars(twin).get("step"), _WatchedStep):
@@ -282,7 +289,7 @@ def copy_of_scheduler(scheduler):
     return twin
 
 
-def watch_steps(scheduler, listener: StepListener, copies: bool = False) -> Callable[[], None]:
+def watch_steps(scheduler: "SchedulerMixin", listener: StepListener, copies: bool = False) -> Callable[[], None]:
     """From now on `listener` is told of every `scheduler.step`. Returns what undoes it: with its last listener gone the
     scheduler is as it was before.
 
@@ -307,7 +314,7 @@ def watch_steps(scheduler, listener: StepListener, copies: bool = False) -> Call
 
 
 @contextmanager
-def watching(scheduler, listener: StepListener, copies: bool = False) -> Iterator[None]:
+def watching(scheduler: "SchedulerMixin", listener: StepListener, copies: bool = False) -> Iterator[None]:
     """`watch_steps` for as long as it is entered."""
     unwatch = watch_steps(scheduler, listener, copies)
     try:
@@ -317,7 +324,7 @@ def watching(scheduler, listener: StepListener, copies: bool = False) -> Iterato
 
 
 @contextmanager
-def with_gradients(pipe) -> Iterator[None]:
+def with_gradients(pipe: "DiffusionPipeline") -> Iterator[None]:
     """Within it a call of `pipe` keeps the graph of what it computes, which pipelines of diffusers otherwise switch
     off, and no parameter of its models asks for a gradient: for training what stands around the models."""
     kind = type(pipe)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -13,6 +14,6 @@ def argument_names(module: torch.nn.Module) -> list[str]:
     return list(inspect.signature(type(unwrap_module(module)).forward).parameters)[1:]
 
 
-def argument(place: int, name: str, args: tuple, kwargs: Mapping):
+def argument(place: int, name: str, args: tuple, kwargs: Mapping) -> Any:
     """An argument of a call, by name or by place."""
     return kwargs[name] if name in kwargs else args[place]

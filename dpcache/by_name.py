@@ -4,11 +4,15 @@ from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpcache.calibration import calibrate
 from dpcache.errors import SettingError
 from dpcache.method import Recipe, Runnable, enable
 from dpcache.quality import find_budget
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 METHODS = Path(__file__).parents[1] / "conf" / "method"
 
@@ -46,7 +50,7 @@ def _settings(name: str):
 
 
 def accelerate(
-    pipe,
+    pipe: "DiffusionPipeline",
     name: str,
     budget: int | None = None,
     prompts: Sequence[str] = (),

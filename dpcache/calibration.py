@@ -5,6 +5,7 @@ from ast import literal_eval
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,8 +21,12 @@ from dpcache.predictors import Reuse
 from dpcache.prompts import from_json, to_json
 from dpcache.sampler import Batch, generate, sample
 from dpcache.schedules import EvenlySpaced, OnlineSchedule, Schedule
-from dpcache.session import Report
+from dpcache.session import Branch, Report
 from dpcache.statistics import Folded, L1Cost, Rerun, Statistic, Trajectories, of_one_pass, relative_change
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 
 _KIND = "calibration 4"
 
@@ -116,7 +121,12 @@ class Calibration:
         return [(prompts[i : i + size], seeds[i : i + size]) for i in range(0, len(prompts), size)]
 
     def rerun(
-        self, pipe, method: Runnable, limit: int | None = None, observe: Callable | None = None, start: int = 0
+        self,
+        pipe: "DiffusionPipeline",
+        method: Runnable,
+        limit: int | None = None,
+        observe: Callable | None = None,
+        start: int = 0,
     ) -> tuple[np.ndarray, Report]:
         """Final latents (n, ...) of the calibration's prompts (from `start` to before `limit`) under `method`, and what
         it did in all of them. `observe`: see `Session`."""
@@ -131,7 +141,9 @@ class Calibration:
             self._note(pipe, report)
         return torch.cat(latents).numpy(), report
 
-    def errors(self, pipe, method: Runnable, limit: int | None = None, start: int = 0) -> np.ndarray:
+    def errors(
+        self, pipe: "DiffusionPipeline", method: Runnable, limit: int | None = None, start: int = 0
+    ) -> np.ndarray:
         """Relative distance of the prompts' final latents under `method` to the full-step ones, (n,). It takes a
         statistic that has kept those."""
         reference = self.latents[start:limit]
@@ -144,7 +156,7 @@ class Calibration:
         spent = np.mean([generations[-len(prompts) :] for generations in report.spent.values()], axis=0)
         self.reran += float(np.dot(spent, prompts)) / self.num_inference_steps
 
-    def measure(self, pipe, statistics: Sequence[Statistic]) -> None:
+    def measure(self, pipe: "DiffusionPipeline", statistics: Sequence[Statistic]) -> None:
         """Add those of the statistics that are missing. Statistics at the same site share the trajectories; only the T
         features of one batch are held at a time, of every guidance branch."""
         missing = self.missing(statistics)
@@ -203,7 +215,7 @@ class Calibration:
         """Steps at which the pipeline's second model took over, if it has one."""
         return self.made_from.get("switches", [])
 
-    def check_use(self, pipe, num_inference_steps: int) -> None:
+    def check_use(self, pipe: "DiffusionPipeline | None", num_inference_steps: int) -> None:
         """Warns, and raises SettingError, as `dpcache.circumstances.check_use` does of a method; it also raises it for
         another number of steps. `pipe`: None where the model is not run."""
         if num_inference_steps != self.num_inference_steps:
@@ -263,7 +275,9 @@ def _room(like: torch.Tensor, steps: int) -> torch.Tensor:
     return torch.empty((steps, *like.shape), dtype=like.dtype, device=like.device if fits else "cpu")
 
 
-def record(pipe, method, prompts, seeds, **call) -> tuple[Batch, dict[str, dict[str, torch.Tensor]]]:
+def record(
+    pipe: "DiffusionPipeline", method: Method, prompts: Sequence[str], seeds: Sequence[int], **call
+) -> tuple[Batch, dict[str, dict[str, torch.Tensor]]]:
     """Sample with `method` and keep everything that passes at its site.
 
     Returns:
@@ -287,10 +301,10 @@ class _InputChanges(OnlineSchedule):
 
     changes: dict[str, list[float]] = field(default_factory=dict)
 
-    def start(self):
+    def start(self) -> _LastInput:
         return _LastInput()
 
-    def decide(self, context, block, args, kwargs):
+    def decide(self, context: Branch, block: torch.nn.Module, args: tuple, kwargs: dict) -> bool:
         try:
             current = modulated_input(block, args, kwargs)
         except ValueError:  # not known for this model: a calibration without it
@@ -302,7 +316,7 @@ class _InputChanges(OnlineSchedule):
 
 
 def calibrate(
-    pipe,
+    pipe: "DiffusionPipeline",
     prompts: Sequence[str],
     num_inference_steps: int = 50,
     statistics: Sequence[Statistic] | None = None,

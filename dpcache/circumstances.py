@@ -6,12 +6,18 @@ import json
 import logging
 from ast import literal_eval
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from dpcache.denoisers import denoisers
 from dpcache.errors import SettingError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dpcache.steps import Loop
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +42,7 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def describe(pipe, num_inference_steps: int, **call) -> dict[str, str]:
+def describe(pipe: "DiffusionPipeline", num_inference_steps: int, **call) -> dict[str, str]:
     """The circumstances under which a pipeline's samples and features stay the same, field by field."""
     shape, guidance, rest = {}, {}, {}
     for name, value in sorted(call.items()):
@@ -66,14 +72,16 @@ def _dtype(pipe) -> str:
     return str(next(iter(denoisers(pipe).values())).dtype).removeprefix("torch.")
 
 
-def told_guidance(pipe) -> dict[str, object]:
+def told_guidance(pipe: "DiffusionPipeline") -> dict[str, object]:
     """The guidance scales that the latest run of a pipeline had, of those that it tells: defaults, too."""
     names = [name for name in inspect.signature(type(pipe).__call__).parameters if _is_guidance(name)]
     told = {name: getattr(pipe, name, None) for name in names}
     return {name: value for name, value in told.items() if value is not None}
 
 
-def check_use(pipe, made_for: Mapping[str, str], what: str = "method") -> None:
+def check_use(
+    pipe: "DiffusionPipeline | torch.nn.Module | Loop", made_for: Mapping[str, str], what: str = "method"
+) -> None:
     """Warn where a method (or another thing, named by `what`) was made for other weights than the pipeline's: another
     dtype, or a fine-tuned model. A model without a pipeline is looked at as well.
 
@@ -101,7 +109,12 @@ def check_use(pipe, made_for: Mapping[str, str], what: str = "method") -> None:
         )
 
 
-def other_use(pipe, made_for: Mapping[str, str], input_shape: Sequence[int], branches: Sequence[str]) -> list[str]:
+def other_use(
+    pipe: "DiffusionPipeline | torch.nn.Module | Loop",
+    made_for: Mapping[str, str],
+    input_shape: Sequence[int],
+    branches: Sequence[str],
+) -> list[str]:
     """A line for each way in which a run differs from what its method was made for: another resolution, other guidance
     branches, another guidance scale. Scales are those that the pipeline tells; some tell none."""
     made = literal_eval(made_for.get("guidance", "{}"))

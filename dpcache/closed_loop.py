@@ -16,6 +16,7 @@ have taught, its weights count as if one more had.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,6 +27,10 @@ from dpcache.method import Method
 from dpcache.predictors import Predictor, ridge_regression
 from dpcache.recorded import Recorded, kept_elements
 from dpcache.schedules import Schedule
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
+    from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 TRUST = 1.0  # for how many prompts simulated weights count
 
@@ -63,7 +68,7 @@ class ClosedLoopFit:
         """With the weights as they are by now."""
         return replace(self.simulated, table={step: self._solve(step) for step in self.simulated.table})
 
-    def run(self, pipe, calibration: Calibration, start: int, limit: int) -> np.ndarray:
+    def run(self, pipe: "DiffusionPipeline", calibration: Calibration, start: int, limit: int) -> np.ndarray:
         """Learn from the calibration's prompts from `start` to before `limit`. Returns the relative errors of their
         final latents in these runs."""
         size, errors = calibration.made_from["batch_size"], []
@@ -109,13 +114,13 @@ class _Learner(StepListener, Predictor):
         self.dx: list[np.ndarray] = []
         self.found: dict[int, tuple[float, ...]] = {}
 
-    def given(self, scheduler, arguments):
+    def given(self, scheduler: "SchedulerMixin", arguments: dict) -> None:
         if not self.y:
             self._arrive(arguments["sample"])
         self.q.append(kept_elements(arguments["model_output"], len(self.sizes)))
         self.dv.append(self.q[-1] - self.v[:, len(self.dv)])
 
-    def after_step(self, scheduler, output):
+    def after_step(self, scheduler: "SchedulerMixin", output: "SchedulerOutput | tuple") -> None:
         self._arrive(output[0])
 
     def _arrive(self, latents) -> None:

@@ -1,12 +1,19 @@
 """The models of a pipeline that a method works on."""
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from dpcache._diffusers import unwrap_module
 from dpcache.errors import SettingError
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
-def denoisers(pipe) -> dict[str, torch.nn.Module]:
+    from dpcache.steps import Loop
+
+
+def denoisers(pipe: "DiffusionPipeline | torch.nn.Module | Loop") -> dict[str, torch.nn.Module]:
     """The transformers (or the U-Net) that a pipeline denoises with, by their names in it; a model alone has none.
 
     Raises SettingError if there is none.
@@ -21,7 +28,7 @@ def denoisers(pipe) -> dict[str, torch.nn.Module]:
     return found
 
 
-def denoiser(pipe) -> torch.nn.Module:
+def denoiser(pipe: "DiffusionPipeline") -> torch.nn.Module:
     """The only one of `denoisers(pipe)`. Raises SettingError where there are more."""
     found = list(denoisers(pipe).values())
     if len(found) > 1:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +13,9 @@ from dpcache.predictors import Reuse
 from dpcache.schedules import EvenlySpaced, OnlineSchedule
 from dpcache.steps import Loop
 
+if TYPE_CHECKING:
+    from dpcache.session import Branch
+
 
 @dataclass(frozen=True)
 class _Computing(OnlineSchedule):
@@ -19,13 +23,13 @@ class _Computing(OnlineSchedule):
 
     schedule: OnlineSchedule
 
-    def start(self):
+    def start(self) -> object:
         return self.schedule.start()
 
-    def learn(self, context, name, feature):
+    def learn(self, context: "Branch", name: str | int, feature: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
         self.schedule.learn(context, name, feature)
 
-    def decide(self, context, block, args, kwargs):
+    def decide(self, context: "Branch", block: torch.nn.Module, args: tuple, kwargs: dict) -> bool:
         with suppress(RuntimeError):  # from the second step on it may want numbers, of which there are none
             self.schedule.decide(context, block, args, kwargs)
         return True

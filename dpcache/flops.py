@@ -3,7 +3,7 @@
 import functools
 import logging
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import ClassVar
 
@@ -13,7 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 log = logging.getLogger(__name__)
 
 
-def attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
+def attention_flops(
+    query: Sequence[int],
+    key: Sequence[int],
+    value: Sequence[int],
+    *args,
+    out_shape: Sequence[int] | None = None,
+    **kwargs,
+) -> int:
     """FLOPs of scaled dot-product attention, 4 B H N M D where values are as wide as keys: two products of matrices per
     head, a multiplication with its addition as two. A mask saves nothing, and heads that share keys count like others.
 
@@ -109,7 +116,7 @@ class LayerFlops:
             self.costs[self.layer] = flops + total - self.counted, size + self.size
         self.counted = total
 
-    def forget(self, layer) -> None:
+    def forget(self, layer: torch.nn.Module) -> None:
         """It has been called just now, but something else stands in for it."""
         if self.ran and self.ran[-1][0] is layer:
             self.ran.pop()
@@ -119,7 +126,7 @@ class LayerFlops:
         self.spared += flops
 
     @contextmanager
-    def call(self, shapes: tuple):
+    def call(self, shapes: tuple) -> Iterator[None]:
         """Around one call of the transformer with inputs of these shapes. Those of a generation's first call stand for
         all of it: later calls may leave inputs out, and are not computed in full."""
         self.ran.clear()

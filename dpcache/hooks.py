@@ -3,7 +3,7 @@
 Each asks the session (`session.py`) whether the current call is skipped, and otherwise leaves its module alone.
 """
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.utils._pytree import tree_map
@@ -13,11 +13,14 @@ from dpcache.arguments import argument, argument_names
 from dpcache.errors import SettingError
 from dpcache.models.family import Streams, block_of
 
+if TYPE_CHECKING:
+    from dpcache.session import Branch, Session
+
 
 class SessionHook(Hook):
     """Base of the site's hooks."""
 
-    def __init__(self, session):
+    def __init__(self, session: "Session"):
         super().__init__()
         self.session = session
 
@@ -44,31 +47,33 @@ def streams_of(block: torch.nn.Module) -> Streams:
 class StreamHook(SessionHook):
     """Knows a block's streams."""
 
-    def __init__(self, session, block):
+    def __init__(self, session: "Session", block: torch.nn.Module):
         super().__init__(session)
         self.block, self.streams, names = block_of(block), streams_of(block), argument_names(block)
         self.image_place = names.index(self.streams.image)
         self.other_place = None if self.streams.other_index is None else names.index(self.streams.other)
 
-    def image_in(self, args, kwargs) -> torch.Tensor:
+    def image_in(self, args: tuple, kwargs: dict) -> torch.Tensor:
         """The image stream that enters the block."""
         return argument(self.image_place, self.streams.image, args, kwargs)
 
-    def other_in(self, args, kwargs) -> torch.Tensor | None:
+    def other_in(self, args: tuple, kwargs: dict) -> torch.Tensor | None:
         """The other stream that enters the block, if it also returns one."""
         if self.other_place is None:
             return None
         return argument(self.other_place, self.streams.other, args, kwargs)
 
-    def image(self, output) -> torch.Tensor:
+    def image(self, output: torch.Tensor | tuple) -> torch.Tensor:
         """The image stream of what the block returned."""
         return output if torch.is_tensor(output) else output[self.streams.image_index]
 
-    def other(self, output) -> torch.Tensor | None:
+    def other(self, output: torch.Tensor | tuple) -> torch.Tensor | None:
         """The other stream of what the block returned, if it does."""
         return None if self.streams.other_index is None else output[self.streams.other_index]
 
-    def result(self, image, other):
+    def result(
+        self, image: torch.Tensor, other: torch.Tensor | None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """What the block returns of these streams."""
         index = self.streams.other_index
         return image if index is None else (other, image) if index == 0 else (image, other)
@@ -82,13 +87,13 @@ class BlockHook(StreamHook):
     The other stream, the text's, is kept only where the model reads it after its last block (`Streams.both`).
     """
 
-    def __init__(self, session, block, index: int, last: bool, probe: int, residual: bool):
+    def __init__(self, session: "Session", block: torch.nn.Module, index: int, last: bool, probe: int, residual: bool):
         super().__init__(session, block)
         self.index, self.decides, self.last, self.residual = index, index == probe, last, residual
         self.first = index == 0 and (residual or probe > 0)
 
     @leave_uncompiled
-    def new_forward(self, module, *args, **kwargs):
+    def new_forward(self, module: torch.nn.Module, *args, **kwargs) -> Any:
         session = self.session
         branch = session.current
         if self.first:
@@ -115,7 +120,9 @@ class BlockHook(StreamHook):
             branch.stack_input = branch.other_input = None
         return self.result(image, other)
 
-    def feature(self, branch, output):
+    def feature(
+        self, branch: "Branch", output: torch.Tensor | tuple
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """What is kept: the last block's output, at site=residual minus the first block's input."""
         image, other = self.image(output), self.other(output) if self.streams.both else None
         if self.residual:
@@ -123,7 +130,7 @@ class BlockHook(StreamHook):
             other = None if other is None else other - branch.other_input
         return image if other is None else (image, other)
 
-    def entered(self, branch, image: torch.Tensor) -> torch.Tensor:
+    def entered(self, branch: "Branch", image: torch.Tensor) -> torch.Tensor:
         """The first block's input, with the text before it where the last one has both in one stream."""
         before, text = branch.stack_input, branch.other_input
         if before is None:
@@ -145,12 +152,12 @@ class RunHook(StreamHook):
     """On a block of the site `blocks`. A computed step keeps what a run of consecutive such blocks adds to the streams;
     a skipped step adds the prediction of that instead of running them."""
 
-    def __init__(self, session, block, name: str, first: bool, last: bool):
+    def __init__(self, session: "Session", block: torch.nn.Module, name: str, first: bool, last: bool):
         super().__init__(session, block)
         self.name, self.first, self.last = name, first, last
 
     @leave_uncompiled
-    def new_forward(self, module, *args, **kwargs):
+    def new_forward(self, module: torch.nn.Module, *args, **kwargs) -> Any:
         branch, skip = self.session.current, self.session.skips(self.name)
         if self.first or skip:
             image, other = self.image_in(args, kwargs), self.other_in(args, kwargs)
@@ -174,7 +181,7 @@ class ProbeHook(SessionHook):
     """On the first block, where the site itself has no hook: an online schedule decides before the block runs."""
 
     @leave_uncompiled
-    def new_forward(self, module, *args, **kwargs):
+    def new_forward(self, module: torch.nn.Module, *args, **kwargs) -> Any:
         self.session.decide(module, args, kwargs)
         return self.forward(*args, **kwargs)
 
@@ -182,11 +189,11 @@ class ProbeHook(SessionHook):
 class Verifier(Protocol):
     """What looks at how well the last block's outputs were predicted."""
 
-    def verifies(self, context) -> bool:
+    def verifies(self, context: "Branch") -> bool:
         """Whether the last block is to run in earnest as well on this skipped step."""
         ...
 
-    def verify(self, context, draft: torch.Tensor, real: torch.Tensor) -> None:
+    def verify(self, context: "Branch", draft: torch.Tensor, real: torch.Tensor) -> None:
         """Told of the image stream that the block made of predicted outputs, and in earnest, (B, N, D)."""
         ...
 
@@ -195,12 +202,12 @@ class VerifyHook(StreamHook):
     """On the last block. On a skipped step that the verifier wants to look at, the block runs twice: once with its
     modules predicted, and once with its modules computed."""
 
-    def __init__(self, session, block, verifier: Verifier):
+    def __init__(self, session: "Session", block: torch.nn.Module, verifier: Verifier):
         super().__init__(session, block)
         self.verifier = verifier
 
     @leave_uncompiled
-    def new_forward(self, module, *args, **kwargs):
+    def new_forward(self, module: torch.nn.Module, *args, **kwargs) -> Any:
         branch, verifier = self.session.current, self.verifier
         draft = self.forward(*args, **kwargs)
         if branch.skip and verifier.verifies(branch):
@@ -214,12 +221,12 @@ class VerifyHook(StreamHook):
 class ModuleHook(SessionHook):
     """Keeps and predicts one attention or feed-forward output (a tensor or a tuple of tensors)."""
 
-    def __init__(self, session, name: str):
+    def __init__(self, session: "Session", name: str):
         super().__init__(session)
         self.name = name
 
     @leave_uncompiled
-    def new_forward(self, module, *args, **kwargs):
+    def new_forward(self, module: torch.nn.Module, *args, **kwargs) -> Any:
         if self.session.skips(self.name):
             self.session.left_out(module)
             return self.session.predict(self.name)
@@ -237,12 +244,12 @@ class FeederHook(SessionHook):
         readers: names of the block's kept modules.
     """
 
-    def __init__(self, session, readers: list[str]):
+    def __init__(self, session: "Session", readers: list[str]):
         super().__init__(session)
         self.readers = readers
 
     @leave_uncompiled
-    def new_forward(self, module, *args, **kwargs):
+    def new_forward(self, module: torch.nn.Module, *args, **kwargs) -> Any:
         if all(self.session.skips(name) for name in self.readers):
             self.session.left_out(module)
             nothing = (args[0] if args else kwargs["hidden_states"])[..., :0]
@@ -257,7 +264,7 @@ class EmbedderHook(SessionHook):
     memory. Outside of the model's calls it does nothing: a ControlNet may share the embedder (Z-Image)."""
 
     @leave_uncompiled
-    def new_forward(self, module, *args, **kwargs):
+    def new_forward(self, module: torch.nn.Module, *args, **kwargs) -> Any:
         branch = self.session.current
         if branch is None:
             return self.forward(*args, **kwargs)

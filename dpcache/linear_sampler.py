@@ -16,6 +16,7 @@ order 2, 3 for UniPC of order 2:
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from torch.utils._pytree import tree_map
 
 from dpcache._diffusers import copy_of_scheduler
 from dpcache.errors import SettingError
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 LONGEST_MEMORY = 6
 TOLERANCE = 1e-4  # relative; schedulers that count in float32 are off by 1e-6
@@ -50,7 +54,7 @@ class LinearSampler:
         """T."""
         return len(self.drive)
 
-    def carried(self, step: int, moved: Sequence, predicted: Sequence):
+    def carried(self, step: int, moved: Sequence, predicted: Sequence) -> np.ndarray:
         """What earlier steps leave of dx_{step+1}: the recurrence without its term drive[step, 0] dm_step.
 
         Args:
@@ -77,7 +81,7 @@ HANDED_BACK = "old_pred_original_sample"
 
 
 @torch.no_grad()
-def read_sampler(scheduler, calls: Sequence[dict]) -> LinearSampler:
+def read_sampler(scheduler: "SchedulerMixin", calls: Sequence[dict]) -> LinearSampler:
     """Run a copy of `scheduler` on unit vectors: element 0 of the latents starts at 1, element r + 1 is given a
     prediction of 1 at step r alone.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from dpcache.planner import plan, through
 from dpcache.predictors import LeastSquares, Predictor, Reuse, ridge_regression, short_names
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
 from dpcache.statistics import Gain, Gram, L1Cost, Statistic
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 SCREENED, FINALISTS = 3, 4  # of many candidates, the best ones on some calibration prompts are tried on all
 LEAST_SQUARES = [f"lsq{keys}{seen}" for seen in ("", "x") for keys in range(1, 5)]
@@ -88,7 +92,7 @@ class LeastSquaresPlan(CalibratedRecipe):
         longest = max(predictors, key=lambda predictor: predictor.history)
         return Method(EvenlySpaced(self.budget, T, min(self.warmups)), self.site, longest)
 
-    def fit(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
         predictors, trials = self._candidates(calibration)
         runs = list(dict.fromkeys((trial["predictor"], *trial["steps"]) for trial in trials))  # some coincide
 
@@ -183,12 +187,12 @@ class FittedWeights(Predictor):
     table: dict[int, tuple[float, ...]]
     sees_input: bool = False
 
-    def weights(self, keys, step):
+    def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...]:
         return self.table[step]
 
 
 def fit_closed_loop(
-    pipe, calibration: Calibration, method: Method, split: int, ridge: float = 1e-6
+    pipe: "DiffusionPipeline", calibration: Calibration, method: Method, split: int, ridge: float = 1e-6
 ) -> tuple[FittedWeights, FittedWeights]:
     """Least-squares weights from what `method`'s runs have at their keys (and see) to the full-step features.
 

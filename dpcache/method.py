@@ -20,9 +20,12 @@ from dpcache.sites import Site, as_site
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
+    from diffusers import DiffusionPipeline
 
     from dpcache.calibration import Calibration
     from dpcache.statistics import Statistic
+    from dpcache.steps import Loop
 
 
 class Runnable(Protocol):
@@ -38,7 +41,7 @@ class Runnable(Protocol):
     decided: Mapping[str, object]
     made_for: Mapping[str, str]
 
-    def session(self, pipe, observe: Callable | None = None) -> Session:
+    def session(self, pipe: "DiffusionPipeline | torch.nn.Module | Loop", observe: Callable | None = None) -> Session:
         """Start caching. Raises SettingError where the pipeline does not allow it."""
         ...
 
@@ -58,7 +61,7 @@ class Recipe(Protocol):
     statistics: "tuple[Statistic, ...] | None"
     example: "Method | None"
 
-    def build(self, pipe, calibration: "Calibration | None") -> Runnable:
+    def build(self, pipe: "DiffusionPipeline", calibration: "Calibration | None") -> Runnable:
         """The method, ready to be enabled. It may run `pipe` on the calibration's prompts."""
         ...
 
@@ -71,7 +74,7 @@ class CalibratedRecipe(ABC):
         """T of the calibration that it takes."""
         return self.num_inference_steps
 
-    def build(self, pipe, calibration: "Calibration") -> Runnable:
+    def build(self, pipe: "DiffusionPipeline", calibration: "Calibration") -> Runnable:
         """The method, which remembers what it was made for.
 
         Raises SettingError for a calibration of another number of steps, class of model or scheduler than `pipe` has,
@@ -81,7 +84,7 @@ class CalibratedRecipe(ABC):
         return calibration.sign(self.fit(pipe, calibration))
 
     @abstractmethod
-    def fit(self, pipe, calibration: "Calibration") -> Runnable:
+    def fit(self, pipe: "DiffusionPipeline", calibration: "Calibration") -> Runnable:
         """The method, with what this calibration decides. It may run `pipe` on the calibration's prompts. Raises
         SettingError for a calibration that lacks a statistic."""
 
@@ -134,7 +137,7 @@ class Method:
         """Itself, see `Recipe`."""
         return self
 
-    def build(self, pipe=None, calibration=None) -> "Method":
+    def build(self, pipe: "DiffusionPipeline | None" = None, calibration: "Calibration | None" = None) -> "Method":
         """Itself, see `Recipe`."""
         return self
 
@@ -159,7 +162,7 @@ class Method:
             raise SettingError(f"{path} holds methods for budget={', '.join(map(str, methods))}, not {budget}")
         return methods[budget]
 
-    def session(self, pipe, observe: Callable | None = None) -> Session:
+    def session(self, pipe: "DiffusionPipeline | torch.nn.Module | Loop", observe: Callable | None = None) -> Session:
         """Start caching on a pipeline, or on its transformer alone. Raises SettingError where the model does not offer
         the site. `observe`: see `Session`."""
         return Session(pipe, self, observe)
@@ -168,7 +171,7 @@ class Method:
 _sessions: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # pipeline, or model alone -> its session
 
 
-def session_of(pipe) -> Session | None:
+def session_of(pipe: "DiffusionPipeline | torch.nn.Module | Loop") -> Session | None:
     """The session on a pipeline, if there is one: its own, or that of another pipeline with the same transformer."""
     if pipe in _sessions:
         return _sessions[pipe]
@@ -176,7 +179,9 @@ def session_of(pipe) -> Session | None:
     return next((hook.session for hook in hooks if hook is not None), None)
 
 
-def enable(pipe, method: Runnable, observe: Callable | None = None) -> None:
+def enable(
+    pipe: "DiffusionPipeline | torch.nn.Module | Loop", method: Runnable, observe: Callable | None = None
+) -> None:
     """Cache with `method` from now on.
 
     Args:
@@ -197,7 +202,7 @@ def enable(pipe, method: Runnable, observe: Callable | None = None) -> None:
     _sessions[pipe] = method.session(pipe, observe)
 
 
-def disable(pipe) -> Report:
+def disable(pipe: "DiffusionPipeline | torch.nn.Module | Loop") -> Report:
     """Undo `enable`: the transformer is as it was before. Returns what the method did.
 
     Raises SettingError if nothing is enabled.
@@ -210,7 +215,9 @@ def disable(pipe) -> Report:
 
 
 @contextmanager
-def cached(pipe, method: Runnable, observe: Callable | None = None) -> Iterator[Session]:
+def cached(
+    pipe: "DiffusionPipeline | torch.nn.Module | Loop", method: Runnable, observe: Callable | None = None
+) -> Iterator[Session]:
     """`enable` within a `with` block, `disable` at its end. Gives the session, whose `report()` stays."""
     enable(pipe, method, observe)
     session = session_of(pipe)
@@ -220,7 +227,7 @@ def cached(pipe, method: Runnable, observe: Callable | None = None) -> Iterator[
         disable(pipe)
 
 
-def report(pipe) -> Report:
+def report(pipe: "DiffusionPipeline | torch.nn.Module | Loop") -> Report:
     """What the method that is enabled on `pipe` has done so far. Raises SettingError if none is."""
     return _known(pipe).report()
 

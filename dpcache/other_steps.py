@@ -12,6 +12,7 @@ prompts would know. The table "What is a calibration good for?" in notebooks/REA
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from dpcache.recorded import Recorded, record
 from dpcache.simulated import SimulatedRuns, simulator_of
 from dpcache.simulator import Simulator
 from dpcache.statistics import Statistic
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +38,11 @@ def carried_response(simulator: Simulator, recorded: Recorded) -> np.ndarray:
 
 
 def carry(
-    pipe, calibration: Calibration, num_inference_steps: int, statistics: Sequence[Statistic], prompts: int = 3
+    pipe: "DiffusionPipeline",
+    calibration: Calibration,
+    num_inference_steps: int,
+    statistics: Sequence[Statistic],
+    prompts: int = 3,
 ) -> Calibration:
     """A calibration for another number of steps, in place of one that was made with it.
 

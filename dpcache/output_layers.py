@@ -16,6 +16,7 @@ steps, and is led back to that run's latents by the scheduler's step. So guidanc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,6 +32,10 @@ from dpcache.recorded import Recorded, kept_elements
 from dpcache.sampler import sample
 from dpcache.schedules import EvenlySpaced, Schedule
 from dpcache.session import Report, Session
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
+    from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 DELAYS = 16  # at most: how many steps ago the features are
 EXTRA = 64  # directions at most beside those of the recorded runs
@@ -87,10 +92,10 @@ class _Forced(StepListener):
         self.prompts, self.latents = prompts, latents
         self.predictions, self.returned = [], []
 
-    def given(self, scheduler, arguments):
+    def given(self, scheduler: "SchedulerMixin", arguments: dict) -> None:
         self.predictions.append(kept_elements(arguments["model_output"], self.prompts))
 
-    def after_step(self, scheduler, output):
+    def after_step(self, scheduler: "SchedulerMixin", output: "SchedulerOutput | tuple") -> None:
         if self.latents is None:
             self.returned.append(output[0].clone())
         else:
@@ -103,12 +108,12 @@ class _Given(Method):
 
     feature: Callable[[str, int], torch.Tensor] = field(kw_only=True)
 
-    def session(self, pipe, observe=None):
+    def session(self, pipe: "DiffusionPipeline", observe: Callable | None = None) -> Session:
         return _GivenSession(pipe, self, observe)
 
 
 class _GivenSession(Session):
-    def predict(self, name, seen=None):
+    def predict(self, name: str, seen: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, ...]:
         self._once(name)
         return self.method.feature(self.current.name, self.current.step)
 
@@ -116,7 +121,15 @@ class _GivenSession(Session):
 class _Batch:
     """One batch of prompts, with the features and latents of its full-step run."""
 
-    def __init__(self, pipe, prompts, seeds, num_inference_steps: int, count, call):
+    def __init__(
+        self,
+        pipe: "DiffusionPipeline",
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        num_inference_steps: int,
+        count: Callable[[Report, list[int]], None],
+        call: dict,
+    ):
         self.pipe, self.prompts, self.seeds, self.T = pipe, prompts, seeds, num_inference_steps
         self.count, self.call = count, call
         full = _Forced(len(prompts))
@@ -149,7 +162,7 @@ class _Batch:
 
 
 def measure_output_layers(
-    pipe,
+    pipe: "DiffusionPipeline",
     recorded: Recorded,
     batches: Sequence[tuple[Sequence[str], Sequence[int]]],
     count: Callable[[Report, list[int]], None] = lambda report, prompts: None,

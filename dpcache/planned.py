@@ -1,6 +1,7 @@
 """DPCache: steps planned by dynamic programming, the last block's output, Taylor (arXiv 2602.22654)."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from dpcache.planner import plan, through
 from dpcache.predictors import Taylor
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget, given
 from dpcache.statistics import Gram, L1Cost
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Planned(CalibratedRecipe):
             tensor = path_costs(tensor, self.predictor, key_axes(self.predictor, self.num_inference_steps))
         return through(tensor, calibration.switches)
 
-    def fit(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
         """The method with its steps. `pipe` is not run and may be None."""
         steps = plan(self.costs(calibration), self.budget, self.warmup, self.solver, self.max_jump)
         return Method(Schedule(steps, self.num_inference_steps), "stack", self.predictor, {"steps": steps})

@@ -69,7 +69,7 @@ class Reuse(Predictor):
 
     history, by_distance = 1, True
 
-    def weights(self, keys, step):
+    def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...]:
         return (1.0,)
 
 
@@ -97,7 +97,7 @@ class Taylor(Predictor):
     def history(self) -> int:
         return self.order + 1
 
-    def weights(self, keys, step):
+    def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...]:
         used = ([key for key in keys if key >= self.since] or keys[-1:])[-self.history :]
         n, distance = len(used), step - used[-1]
         # Plain floats, because cost tensors need tens of thousands of weights. Row a: weights of the factor at key a.
@@ -134,7 +134,7 @@ class Hermite(Taylor):
         if not 0 < self.scale <= 1:
             raise SettingError(f"scale={self.scale} must be above 0 and at most 1")
 
-    def basis(self, distance, power):
+    def basis(self, distance: int, power: int) -> float:
         value = np.polynomial.hermite.hermval(self.scale * distance, [0] * power + [1])
         return float(self.scale**power * value / math.factorial(power))
 
@@ -153,7 +153,7 @@ class Lagrange(Predictor):
     def history(self) -> int:
         return self.order + 1
 
-    def weights(self, keys, step):
+    def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...]:
         return tuple(_through(keys[-self.history :], step))
 
 
@@ -175,7 +175,7 @@ class AdamsBashforth(Predictor):
     def history(self) -> int:
         return self.order
 
-    def weights(self, keys, step):
+    def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...]:
         # Gauss' rule of two points: exact to degree three.
         one, two = (_through(keys[-self.history :], step + 0.5 + offset) for offset in (-(12**-0.5), 12**-0.5))
         return tuple((a + b) / 2 for a, b in zip(one, two))
@@ -195,7 +195,7 @@ class Multistep(Predictor):
     before: float | np.ndarray
     history = 3
 
-    def weights(self, keys, step):
+    def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...] | np.ndarray:
         if len(keys) == 1:
             return (1.0,)
         latest = (step - keys[-1]) / (keys[-1] - keys[-2])
@@ -233,7 +233,7 @@ class Zeus(Predictor):
     history = 2
     short_name, by_distance = "zeus", True
 
-    def weights(self, keys, step):
+    def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...]:
         return (-1.0, 2.0) if len(keys) > 1 and (step - keys[-1]) % 2 else (1.0,)
 
 
@@ -264,7 +264,7 @@ class Chebyshev(Predictor):
                 f"degree={self.degree}, ridge={self.ridge}, mix={self.mix}: must be at least 0, above 0 and from 0 to 1"
             )
 
-    def weights(self, keys, step):
+    def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...]:
         used = np.array([*keys[-self.history :], step])
         basis = np.polynomial.chebyshev.chebvander(2 * used / self.num_inference_steps - 1, self.degree)
         X, x = basis[:-1], basis[-1]
@@ -327,7 +327,7 @@ class LeastSquares(Predictor):
         """T."""
         return len(self.gram) // (2 if self.sees_input else 1)
 
-    def weights(self, keys, step):
+    def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...]:
         if not keys[-1] < step < self.steps:
             raise SettingError(f"step={step} must lie between key {keys[-1]} and the {self.steps} steps of the gram")
         return tuple(self.solve(np.array(keys[-self.history :]))[:, step].tolist())

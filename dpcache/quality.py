@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from dpcache.predictors import Reuse
 from dpcache.sampler import generate
 from dpcache.schedules import EvenlySpaced, OnlineSchedule
 from dpcache.session import Report
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +139,11 @@ PSNR = Measure("PSNR (dB)", psnr)
 
 
 def find_budget(
-    pipe, make: Callable[[int], Recipe], calibration: Calibration, quality: float, measure: Measure = PSNR
+    pipe: "DiffusionPipeline",
+    make: Callable[[int], Recipe],
+    calibration: Calibration,
+    quality: float,
+    measure: Measure = PSNR,
 ) -> Found:
     """The smallest budget with which the images of the calibration prompts come as close to the full-step ones as
     `quality` says. Quality is taken to grow with the budget; a budget that the method does not take counts as too

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from dpcache.predictors import AdamsBashforth, Lagrange, LeastSquares, Predictor
 from dpcache.sampler import Batch, sample
 from dpcache.schedules import EvenlySpaced, Schedule
 from dpcache.session import Report
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
 DIRECTIONS = 128  # at most so many coordinates stand for simulated latents; with T < 128 they hold all that is recorded
 ELEMENTS = 4096  # at most so many elements of each prompt's latents are kept; of FLUX.1-dev's at 1024 x 1024 one in 64
@@ -187,7 +191,7 @@ class _Recorder(StepListener):
         self.prompts, self.scheduler = prompts, None
         self.calls, self.predictions, self.latents = [], [], []
 
-    def given(self, scheduler, arguments):
+    def given(self, scheduler: "SchedulerMixin", arguments: dict) -> None:
         if self.scheduler is None:
             self.scheduler = copy_of_scheduler(scheduler)
         prediction, latents = arguments["model_output"], arguments["sample"]
@@ -219,7 +223,7 @@ def _run(
 
 
 def record(
-    pipe,
+    pipe: "DiffusionPipeline",
     batches: Sequence[tuple[Sequence[str], Sequence[int]]],
     num_inference_steps: int,
     probes: Sequence[tuple[Plan, Predictor]],

@@ -4,15 +4,20 @@ import inspect
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from dpcache._diffusers import StepListener, watching
 from dpcache.errors import SettingError
-from dpcache.method import cached
+from dpcache.method import Runnable, cached
 from dpcache.prompts import Prompt
 from dpcache.session import Report
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
+    from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 
 @dataclass
@@ -31,7 +36,12 @@ class Batch:
 
 
 def generate(
-    pipe, prompts: Sequence[str], seeds: Sequence[int], num_inference_steps: int, decode: bool = True, **call
+    pipe: "DiffusionPipeline",
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    num_inference_steps: int,
+    decode: bool = True,
+    **call,
 ) -> Batch:
     """One pipeline call. Each sample's noise comes from its own seed alone, so it is the same in every batch.
 
@@ -85,7 +95,7 @@ _CHECKS = ("check_inputs", "retrieve_timesteps", "set_timesteps")
 """Where pipelines and schedulers of diffusers look at their arguments."""
 
 
-def class_of(pipe, prompt: str) -> int:
+def class_of(pipe: "DiffusionPipeline", prompt: str) -> int:
     """The class that a prompt names, or whose number it is, for a pipeline that takes classes. Raises SettingError for
     any other prompt."""
     if prompt in pipe.labels:
@@ -130,23 +140,23 @@ class _Latents(StepListener):
     """Keeps what the scheduler returned last. Schedulers that draw noise take it from the samples' own `generators`,
     also in pipelines that would leave it to the global one (DiT's)."""
 
-    def __init__(self, scheduler, generators: list[torch.Generator]):
+    def __init__(self, scheduler: "SchedulerMixin", generators: list[torch.Generator]):
         self.scheduler, self.generators = scheduler, generators
         self.noisy = "generator" in inspect.signature(scheduler.step).parameters
         self.latents: torch.Tensor | None = None
 
-    def before_step(self, scheduler, sample, kwargs):
+    def before_step(self, scheduler: "SchedulerMixin", sample: torch.Tensor, kwargs: dict) -> None:
         if self.noisy and kwargs.get("generator") is None:
             kwargs["generator"] = self.generators * (len(sample) // len(self.generators))
 
-    def after_step(self, scheduler, output):
+    def after_step(self, scheduler: "SchedulerMixin", output: "SchedulerOutput | tuple") -> None:
         if scheduler is self.scheduler:  # not a copy, with which some pipelines step something else beside the image
             self.latents = output[0]
 
 
 def sample(
-    pipe,
-    method,
+    pipe: "DiffusionPipeline",
+    method: Runnable,
     prompts: Sequence[str],
     seeds: Sequence[int],
     decode: bool = True,

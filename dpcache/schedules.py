@@ -7,8 +7,14 @@ steps that are always computed first.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from dpcache.errors import SettingError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dpcache.session import Branch
 
 
 @dataclass(frozen=True)
@@ -152,15 +158,15 @@ class OnlineSchedule(ABC):
         """The state of a new generation, a dataclass. Its tensors count as memory that the method takes."""
 
     @abstractmethod
-    def decide(self, context, block, args: tuple, kwargs: dict) -> bool:
+    def decide(self, context: "Branch", block: "torch.nn.Module", args: tuple, kwargs: dict) -> bool:
         """True if `context.step` is to be computed, as it always is where `context.keys` is empty. `args` and `kwargs`
         are those of the block's call (of the model's, at the output sites); with blocks probed, `context.stack_input`
         is what the first one was given, (B, N, D)."""
 
-    def learn(self, context, name: str | int, feature) -> None:  # noqa: B027, few look at it
+    def learn(self, context: "Branch", name: str | int, feature: "torch.Tensor | tuple[torch.Tensor, ...]") -> None:  # noqa: B027, few look at it
         """Told of every feature that a computed step keeps, under its name, and at the sites `stack` and `residual`
         of every block's image stream, under the block's index."""
 
-    def scale(self, context, weights: tuple[float, ...]) -> tuple[float, ...]:
+    def scale(self, context: "Branch", weights: tuple[float, ...]) -> tuple[float, ...]:
         """The predictor's weights at a skipped step, corrected by what `decide` has seen."""
         return weights

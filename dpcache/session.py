@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,7 +35,12 @@ from dpcache.denoisers import denoisers
 from dpcache.errors import SettingError
 from dpcache.flops import LayerFlops
 from dpcache.schedules import OnlineSchedule, Staggered
-from dpcache.steps import SchedulerSteps, Steps, TimestepSteps
+from dpcache.steps import Loop, SchedulerSteps, Steps, TimestepSteps
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dpcache.method import Method
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +226,7 @@ class Branch:
 class Stopwatch:
     """The host's clock: `now` is taken before and after a span, `seconds` sums pairs of such."""
 
-    def now(self):
+    def now(self) -> Any:
         return time.perf_counter()
 
     def seconds(self, spans: list) -> float:
@@ -230,12 +236,12 @@ class Stopwatch:
 class CudaStopwatch(Stopwatch):
     """The GPU's clock, by events: the host does not wait for them until it asks for the sum."""
 
-    def now(self):
+    def now(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def seconds(self, spans):
+    def seconds(self, spans: list) -> float:
         torch.cuda.synchronize()
         return sum(start.elapsed_time(end) for start, end in spans) / 1000
 
@@ -262,7 +268,7 @@ class Part:
     def __str__(self):
         return f"{self.name or 'the model'} ({type(self.module).__name__})"
 
-    def input(self, args: tuple, kwargs: dict):
+    def input(self, args: tuple, kwargs: dict) -> Any:
         """The noisy latents among the arguments of a call: the first, whatever its name."""
         return argument(0, self.input_name, args, kwargs)
 
@@ -274,11 +280,11 @@ class CallHook(RootHook):
         super().__init__()
         self.session, self.part = session, part
 
-    def reset_state(self, module):
+    def reset_state(self, module: torch.nn.Module) -> None:
         self.session.ended()
 
     @leave_uncompiled
-    def new_forward(self, module, *args, **kwargs):
+    def new_forward(self, module: torch.nn.Module, *args, **kwargs) -> Any:
         session, start = self.session, self.session.stopwatch.now()
         branch = session.open(self.part, self.branch_name, args, kwargs)
         try:
@@ -301,7 +307,9 @@ class Session:
     Raises SettingError where the model does not offer the site, or where something else is enabled on it.
     """
 
-    def __init__(self, pipe, method, observe: Callable | None = None):
+    def __init__(
+        self, pipe: "DiffusionPipeline | torch.nn.Module | Loop", method: "Method", observe: Callable | None = None
+    ):
         self.method, self.site, self.schedule, self.observe = method, method.site, method.schedule, observe
         # The same keys and steps come back in every generation.
         self.predicted_weights = functools.lru_cache(maxsize=None)(method.predictor.weights)
@@ -523,7 +531,7 @@ class Session:
         self.computed = self.computed - {min(later)} | {step}
 
     @torch.compiler.disable
-    def decide(self, block, args, kwargs) -> None:
+    def decide(self, block: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         """An online schedule decides here whether the step is computed. Fixed ones have done so in `open`."""
         if self.online:
             branch = self.current
@@ -543,7 +551,7 @@ class Session:
         branch = self.current
         return branch.skip and not (self.staggered and self.staggered.refreshes(name, branch.step))
 
-    def left_out(self, module) -> None:
+    def left_out(self, module: torch.nn.Module) -> None:
         """A hook calls it when its module is called but not run, so that its FLOPs do not count."""
         watch = self.current.part.watch
         if watch is not None:
@@ -557,7 +565,7 @@ class Session:
             watch.spare(flops)
 
     @torch.compiler.disable
-    def keep(self, name: str, feature) -> None:
+    def keep(self, name: str, feature: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
         """Keep a computed feature (a tensor or a tuple of tensors) under `name`."""
         branch = self.current
         self._once(name)
@@ -575,13 +583,13 @@ class Session:
             self.observe(branch.name, branch.step, name, feature)
 
     @torch.compiler.disable
-    def learn(self, name: str | int, feature) -> None:
+    def learn(self, name: str | int, feature: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
         """An online schedule is told of what a computed step leaves."""
         if self.online:
             self.schedule.learn(self.current, name, feature)
 
     @torch.compiler.disable
-    def predict(self, name: str, seen: torch.Tensor | None = None):
+    def predict(self, name: str, seen: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """The feature kept under `name`, predicted for the current step, from the model's input too if it is given."""
         branch = self.current
         self._once(name)
@@ -611,7 +619,7 @@ class Session:
             )
         branch.seen.add(name)
 
-    def run(self, branch: Branch, forward: Callable, args: tuple, kwargs: dict):
+    def run(self, branch: Branch, forward: Callable, args: tuple, kwargs: dict) -> Any:
         """The call itself, with the model's own `forward`."""
         watch = branch.part.watch
         if watch is not None and branch.input_shapes is None:
@@ -634,7 +642,7 @@ class Session:
                 "pipeline leaves out now and then cannot be kept): choose another site"
             )
 
-    def close(self, branch: Branch, start) -> None:
+    def close(self, branch: Branch, start: Any) -> None:
         """End the call: count and time it."""
         branch.spans[branch.skip].append((start, self.stopwatch.now()))
         branch.calls += 1

@@ -4,7 +4,7 @@ their weights are learnt."""
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from dpcache.recorded import Plan, Recorded, random_probes, record
 from dpcache.schedules import EvenlySpaced, Schedule, check_budget
 from dpcache.simulator import Simulator, Weights, decibels, fit_simulator
 from dpcache.statistics import Rerun
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 CLOSED_LOOP = [f"closed{keys}{seen}" for seen in ("", "x") for keys in range(1, 5)]
 HOPELESS = 10.0  # decibels, about by how much the simulator can be too hopeful about one plan more than another
@@ -48,7 +51,7 @@ class SimulatedRuns(Rerun):
         if self.stack and self.finer > 1:
             raise SettingError(f"finer={self.finer}: site=stack is simulated with finer=1")
 
-    def measure(self, pipe, calibration):
+    def measure(self, pipe: "DiffusionPipeline", calibration: Calibration) -> np.ndarray:
         T, call = calibration.num_inference_steps, calibration.made_from["call"]
         probes = random_probes(self.probes, T)
         recorded, answers, ends, latents = record(
@@ -123,7 +126,7 @@ class SimulatedPlan(CalibratedRecipe):
         longest = max(fixed + learnt, key=lambda predictor: predictor.history)
         return Method(EvenlySpaced(self.budget, T), "output", longest)
 
-    def fit(self, pipe, calibration: Calibration) -> Method:
+    def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
         simulator, T = simulator_of(calibration, self.probes, self.finer), self.num_inference_steps
         trials = self.search(simulator)
         runs = int(self.trajectories * T / self.budget)

@@ -18,7 +18,7 @@ The hooks themselves are in `hooks.py` and, for `tokens`, in `tokens.py`.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.nn import ModuleDict, ModuleList
@@ -40,6 +40,9 @@ from dpcache.hooks import (
 )
 from dpcache.models.family import Block, Streams, block_of, family_of, known_blocks
 from dpcache.tokens import Selector, TokenState, token_hooks
+
+if TYPE_CHECKING:
+    from dpcache.session import Branch, Session
 
 
 def check_layout(site: "Site", transformer: torch.nn.Module) -> None:
@@ -95,7 +98,7 @@ class Site:
     def partial(self) -> bool:
         return False
 
-    def hooks(self, session, transformer: torch.nn.Module) -> list[tuple[torch.nn.Module, Hook]]:
+    def hooks(self, session: "Session", transformer: torch.nn.Module) -> list[tuple[torch.nn.Module, Hook]]:
         """(module, hook) pairs that make `session` work here. Raises SettingError where the model does not allow it."""
         return []
 
@@ -103,7 +106,7 @@ class Site:
         """What the site itself keeps of a generation, as `context.state`. None: nothing."""
         return None
 
-    def call(self, session, branch, forward: Callable, args: tuple, kwargs: dict):
+    def call(self, session: "Session", branch: "Branch", forward: Callable, args: tuple, kwargs: dict) -> Any:
         """One call of the whole model, whose own `forward` it is."""
         return forward(*args, **kwargs)
 
@@ -125,10 +128,10 @@ class Stack(Site):
             raise SettingError(f"probe={self.probe} must be at least 0 blocks")
 
     @property
-    def partial(self):
+    def partial(self) -> bool:
         return self.probe > 0
 
-    def hooks(self, session, transformer):
+    def hooks(self, session: "Session", transformer: torch.nn.Module) -> list[tuple[torch.nn.Module, Hook]]:
         blocks = transformer_blocks(transformer)
         last, probe = len(blocks) - 1, self.probe
         if probe and not session.online:
@@ -166,10 +169,10 @@ class Blocks(Site):
     apart: bool = False
 
     @property
-    def partial(self):
+    def partial(self) -> bool:
         return True
 
-    def hooks(self, session, transformer):
+    def hooks(self, session: "Session", transformer: torch.nn.Module) -> list[tuple[torch.nn.Module, Hook]]:
         if session.online:
             raise SettingError("site=blocks takes a fixed list of steps, not a schedule that decides online")
         check_layout(self, transformer)
@@ -199,10 +202,10 @@ class Modules(Site):
     verifier: Verifier | None = None
 
     @property
-    def partial(self):
+    def partial(self) -> bool:
         return self.verifier is not None
 
-    def hooks(self, session, transformer):
+    def hooks(self, session: "Session", transformer: torch.nn.Module) -> list[tuple[torch.nn.Module, Hook]]:
         blocks = transformer_blocks(transformer)
         pairs = [(blocks[0], ProbeHook(session))] if session.online else []
         if self.verifier is not None:
@@ -222,7 +225,13 @@ class Modules(Site):
         return [f"{index}.{name}" for index, block in blocks for name in kept_modules(block, block_of(block))]
 
     def block_hooks(
-        self, session, block, known: Block, index: int, layer: int, present: dict[str, torch.nn.Module]
+        self,
+        session: "Session",
+        block: torch.nn.Module,
+        known: Block,
+        index: int,
+        layer: int,
+        present: dict[str, torch.nn.Module],
     ) -> list[tuple[torch.nn.Module, Hook]]:
         """Of one block, the `layer`-th of its class, whose kept modules are `present`."""
         pairs = [(module, ModuleHook(session, f"{index}.{name}")) for name, module in present.items()]
@@ -243,19 +252,27 @@ class Tokens(Modules):
     selector: Selector | None = None
 
     @property
-    def partial(self):
+    def partial(self) -> bool:
         return super().partial or self.selector is not None
 
-    def start(self):
+    def start(self) -> TokenState:
         return TokenState()
 
-    def call(self, session, branch, forward, args, kwargs):
+    def call(self, session: "Session", branch: "Branch", forward: Callable, args: tuple, kwargs: dict) -> Any:
         times = (dict(zip(argument_names(branch.part.module), args)) | kwargs).get("timestep")
         if torch.is_tensor(times) and times.ndim > 1:  # selected tokens would meet the modulation of all
             raise SettingError(f"site={self.name}: this pipeline tells the model the time of every token")
         return forward(*args, **kwargs)
 
-    def block_hooks(self, session, block, known, index, layer, present):
+    def block_hooks(
+        self,
+        session: "Session",
+        block: torch.nn.Module,
+        known: Block,
+        index: int,
+        layer: int,
+        present: dict[str, torch.nn.Module],
+    ) -> list[tuple[torch.nn.Module, Hook]]:
         if not known.feed_forwards:
             raise SettingError(unknown_block(self, known, "feed_forwards"))
         return token_hooks(session, block, known, index, layer, present)
@@ -279,7 +296,7 @@ class Output(Site):
     name = "output"
     sees_input = True
 
-    def call(self, session, branch, forward, args, kwargs):
+    def call(self, session: "Session", branch: "Branch", forward: Callable, args: tuple, kwargs: dict) -> Any:
         latents = branch.part.input(args, kwargs)
         session.decide(branch.part.module, args, kwargs)
         if session.observe is not None and torch.is_tensor(latents):
@@ -298,18 +315,20 @@ class Output(Site):
             predicted = tuple(value.clone() for value in predicted)  # a scheduler may keep it, and the buffer changes
         return tree_unflatten(self.prediction(branch, predicted, latents), branch.output)
 
-    def feature(self, branch, values: list, latents) -> tuple[torch.Tensor, ...] | torch.Tensor:
+    def feature(self, branch: "Branch", values: list, latents: torch.Tensor) -> tuple[torch.Tensor, ...] | torch.Tensor:
         """What is kept of the values that the model returned."""
         if not values or not all(torch.is_tensor(value) for value in values):
             kinds = ", ".join(sorted({type(value).__name__ for value in values}))
             raise SettingError(f"site={self.name}: {branch.part} returns {kinds}, of which only tensors can be kept")
         return values[0] if len(values) == 1 else tuple(values)
 
-    def prediction(self, branch, predicted: tuple[torch.Tensor, ...], latents) -> list[torch.Tensor]:
+    def prediction(
+        self, branch: "Branch", predicted: tuple[torch.Tensor, ...], latents: torch.Tensor
+    ) -> list[torch.Tensor]:
         """The values that the model would return, from what was predicted."""
         return list(predicted)
 
-    def like_prediction(self, branch, latents: torch.Tensor) -> torch.Tensor:
+    def like_prediction(self, branch: "Branch", latents: torch.Tensor) -> torch.Tensor:
         """The latents, without what a model has appended to their channels."""
         return latents
 
@@ -321,7 +340,7 @@ class OutputResidual(Output):
 
     name = "output_residual"
 
-    def feature(self, branch, values, latents):
+    def feature(self, branch: "Branch", values: list, latents: torch.Tensor) -> tuple[torch.Tensor, ...] | torch.Tensor:
         super().feature(branch, values, latents)
         branch.shapes = [value.shape for value in values]
         own = tree_flatten(latents)[0]
@@ -334,11 +353,13 @@ class OutputResidual(Output):
         feature = tuple(value - x for value, x in zip(values, cut))
         return feature if len(feature) > 1 else feature[0]
 
-    def prediction(self, branch, predicted, latents):
+    def prediction(
+        self, branch: "Branch", predicted: tuple[torch.Tensor, ...], latents: torch.Tensor
+    ) -> list[torch.Tensor]:
         own = tree_flatten(latents)[0]
         return [self.like(x, shape) + added for x, shape, added in zip(own, branch.shapes, predicted)]
 
-    def like_prediction(self, branch, latents):
+    def like_prediction(self, branch: "Branch", latents: torch.Tensor) -> torch.Tensor:
         return self.like(latents, branch.shapes[0])
 
     @staticmethod

@@ -25,6 +25,8 @@ from dpcache.schedules import EvenlySpaced, Schedule
 from dpcache.sites import Blocks, transformer_blocks
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from dpcache.calibration import Calibration
 
 
@@ -95,7 +97,7 @@ class Mean(Folded):
     def measure(self, batch: Trajectories, branch: str) -> np.ndarray:
         """Of one guidance branch of a batch, mean over its prompts."""
 
-    def fold(self, total, batch):
+    def fold(self, total: np.ndarray | None, batch: Trajectories) -> np.ndarray:
         share = batch.share / len(batch.features)
         for branch in batch.features:
             part = share * self.measure(batch, branch)
@@ -107,7 +109,7 @@ class Rerun(Statistic, ABC):
     """Runs the pipeline on the calibration's prompts."""
 
     @abstractmethod
-    def measure(self, pipe, calibration: "Calibration") -> np.ndarray:
+    def measure(self, pipe: "DiffusionPipeline", calibration: "Calibration") -> np.ndarray:
         """`calibration` holds what the statistic `needs`, and its `rerun` counts what the runs cost."""
 
 
@@ -126,7 +128,7 @@ class L1Cost(Mean):
     path_aware: bool = True
     cumulative: bool = True
 
-    def measure(self, batch, branch):
+    def measure(self, batch: Trajectories, branch: str) -> np.ndarray:
         return l1_cost(
             batch.features[branch],
             short_names()[self.predictor](),
@@ -145,7 +147,7 @@ class Gram(Mean):
 
     site: str
 
-    def measure(self, batch, branch):
+    def measure(self, batch: Trajectories, branch: str) -> np.ndarray:
         rows, inputs = batch.features[branch], batch.inputs.get(branch)
         if inputs is not None and self.site == "output_residual":
             inputs = inputs[:, :, : rows.shape[2]]
@@ -161,7 +163,7 @@ class InputChange(Folded):
 
     site: ClassVar[str] = "stack"
 
-    def fold(self, total, batch):
+    def fold(self, total: np.ndarray | None, batch: Trajectories) -> np.ndarray:
         steps = len(next(iter(batch.features.values())))
         rows = np.reshape(np.array(list(batch.input_changes.values())[:1], dtype=float), (-1, steps))
         return rows if total is None else np.concatenate([total, rows])
@@ -174,7 +176,7 @@ class OutputChange(Folded):
 
     site: str = "stack"
 
-    def fold(self, total, batch):
+    def fold(self, total: np.ndarray | None, batch: Trajectories) -> np.ndarray:
         features = next(iter(batch.features.values()))
         changes = [0.0, *(relative_change(b.float(), a.float()).item() for a, b in pairwise(features))]
         row = np.array([changes])
@@ -186,7 +188,7 @@ class BlockChanges(Rerun):
     """Of every block, the relative L1 change of what it adds to the image stream, from step to step: mean over steps,
     prompts and guidance branches, (blocks,)."""
 
-    def measure(self, pipe, calibration):
+    def measure(self, pipe: "DiffusionPipeline", calibration: "Calibration") -> np.ndarray:
         T, count = calibration.num_inference_steps, len(transformer_blocks(denoiser(pipe)))
         previous, changes = {}, defaultdict(list)
 
@@ -216,10 +218,10 @@ class Gain(Rerun):
     prompts: int = 2
 
     @property
-    def needs(self):
+    def needs(self) -> tuple[Statistic, ...]:
         return (Gram(self.site),)
 
-    def measure(self, pipe, calibration):
+    def measure(self, pipe: "DiffusionPipeline", calibration: "Calibration") -> np.ndarray:
         G, T, prompts = calibration[Gram(self.site)], calibration.num_inference_steps, self.prompts
         steps = np.unique(np.linspace(1, T - 1, min(self.points, T - 1)).round().astype(int))
         moved = []

@@ -7,13 +7,17 @@ generation really runs, which are fewer than the scheduler's timesteps where a p
 
 import weakref
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from dpcache._diffusers import StepListener, interrupted, watch_steps
 from dpcache.arguments import argument, argument_names
 from dpcache.errors import SettingError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
+    from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 
 class Steps(Protocol):
@@ -45,7 +49,11 @@ class SchedulerSteps(StepListener):
     """
 
     def __init__(
-        self, pipe, num_inference_steps: int, on_step_end: Callable[[], None], check_model: Callable[[], None]
+        self,
+        pipe: "DiffusionPipeline | Loop",
+        num_inference_steps: int,
+        on_step_end: Callable[[], None],
+        check_model: Callable[[], None],
     ):
         self.pipe, self.num_inference_steps = weakref.ref(pipe), num_inference_steps
         self.on_step_end, self.check_model = on_step_end, check_model
@@ -53,7 +61,7 @@ class SchedulerSteps(StepListener):
         self.unwatch = watch_steps(self.scheduler, self, copies=True)
         self.timesteps, self.step, self.called = None, 0, False
 
-    def locate(self, module, args, kwargs):
+    def locate(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[bool, int]:
         pipe = self.pipe()
         if pipe is None:
             raise SettingError("the pipeline that the method was enabled on is gone: enable it on the one that is run")
@@ -74,10 +82,10 @@ class SchedulerSteps(StepListener):
         self.called = True
         return began, self.step
 
-    def repeated(self, name):
+    def repeated(self, name: str) -> None:
         """Nothing to check: the scheduler tells where steps end."""
 
-    def after_step(self, scheduler, output):
+    def after_step(self, scheduler: "SchedulerMixin", output: "SchedulerOutput | tuple") -> None:
         self.check_model()
         if self.called:  # pipelines may step several schedulers, or copies of one, after one call of the model
             self.on_step_end()
@@ -100,7 +108,7 @@ class SchedulerSteps(StepListener):
             "steps that are really run"
         )
 
-    def ended(self):
+    def ended(self) -> None:
         ran = self.step + self.called
         complete = self.timesteps is None or interrupted(self.pipe()) or ran == self.num_inference_steps
         stepped = self.step > 0
@@ -116,7 +124,7 @@ class SchedulerSteps(StepListener):
                 f"num_inference_steps={self.num_inference_steps}: it counts the steps that are really run"
             )
 
-    def detach(self):
+    def detach(self) -> None:
         self.unwatch()
 
 
@@ -145,7 +153,7 @@ class TimestepSteps:
         self.first = self.last = None
         self.step, self.direction = 0, 0.0
 
-    def locate(self, module, args, kwargs):
+    def locate(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[bool, int]:
         time = argument(self.place, self.name, args, kwargs)
         time = torch.as_tensor(time).detach().float().flatten().cpu()
         if self.last is not None and torch.equal(time, self.last):
@@ -169,14 +177,14 @@ class TimestepSteps:
         self.last = time
         return began, self.step
 
-    def repeated(self, name):
+    def repeated(self, name: str) -> None:
         self.first = self.last = None
         raise SettingError(
             f"the guidance branch {name!r} is called twice at one value of {self.name}: a new run begins where the "
             "last one broke off, or two steps have the same value. Run it again, or use a dpcache.steps.Loop"
         )
 
-    def ended(self):
+    def ended(self) -> None:
         ran, began = self.step + 1, self.last is not None
         self.first = self.last = None
         self.step, self.direction = 0, 0.0
@@ -186,7 +194,7 @@ class TimestepSteps:
                 f"num_inference_steps={self.num_inference_steps}"
             )
 
-    def detach(self):
+    def detach(self) -> None:
         pass
 
 

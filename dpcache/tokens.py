@@ -1,15 +1,18 @@
 """The hooks of site=tokens: of skipped feed-forwards, the tokens that a selector chooses are computed anew."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from dpcache._diffusers import leave_uncompiled
+from dpcache._diffusers import Hook, leave_uncompiled
 from dpcache.errors import SettingError
 from dpcache.hooks import ModuleHook, SessionHook
 from dpcache.models.family import Block, feed_forwards_of
+
+if TYPE_CHECKING:
+    from dpcache.session import Branch, Session
 
 
 @dataclass
@@ -28,7 +31,7 @@ class TokenState:
 class Selector(Protocol):
     """Chooses the tokens that a skipped step computes anew."""
 
-    def select(self, context, name: str, block: str, layer: int, received: torch.Tensor) -> torch.Tensor:
+    def select(self, context: "Branch", name: str, block: str, layer: int, received: torch.Tensor) -> torch.Tensor:
         """Their indices (B, k) of N, for the feed-forward `name`; k may depend on the step.
 
         Args:
@@ -40,7 +43,16 @@ class Selector(Protocol):
         ...
 
 
-def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scaled dot-product attention, (B, H, N, D), and the attention that every token receives, (B, N): the mean over
     heads and queries. The maps, (B, H, n, N), are made for n queries at a time, as many as fit into 256 MiB."""
     if dropout_p or is_causal or enable_gqa:
@@ -77,7 +89,7 @@ class AttentionHook(ModuleHook):
     followed by a skipped one. The others run the model's own kernels, which long sequences make much the faster."""
 
     @leave_uncompiled
-    def new_forward(self, module, *args, **kwargs):
+    def new_forward(self, module: torch.nn.Module, *args, **kwargs) -> Any:
         branch, session = self.session.current, self.session
         following, end = branch.step + 1, session.schedule.num_inference_steps
         followed = following < end and (session.online or following not in session.computed)
@@ -94,12 +106,12 @@ class AttentionHook(ModuleHook):
 class SelectedAttentionHook(AttentionHook):
     """On a single-stream block's attention, of which a skipped step wants the selected tokens alone."""
 
-    def __init__(self, session, name: str, selection: "SelectHook"):
+    def __init__(self, session: "Session", name: str, selection: "SelectHook"):
         super().__init__(session, name)
         self.selection = selection
 
     @leave_uncompiled
-    def new_forward(self, module, *args, **kwargs):
+    def new_forward(self, module: torch.nn.Module, *args, **kwargs) -> Any:
         output = super().new_forward(module, *args, **kwargs)
         if not self.session.current.skip:
             return output
@@ -113,13 +125,13 @@ class SelectHook(SessionHook):
     """On the norm before a feed-forward: on a skipped step it lets only those tokens through, (B, N, D) -> (B, k, D),
     that the selector chooses."""
 
-    def __init__(self, session, name: str, attention: str, first: bool, block: str, layer: int):
+    def __init__(self, session: "Session", name: str, attention: str, first: bool, block: str, layer: int):
         super().__init__(session)
         self.name, self.attention, self.first, self.block, self.layer = name, attention, first, block, layer
         self.index = None  # of the selected tokens, (B, k, 1)
 
     @leave_uncompiled
-    def new_forward(self, module, stream, *args, **kwargs):
+    def new_forward(self, module: torch.nn.Module, stream: torch.Tensor, *args, **kwargs) -> Any:
         branch, length = self.session.current, stream.shape[1]
         if branch.skip:
             received = branch.state.received[self.attention]
@@ -141,19 +153,26 @@ class RefreshHook(ModuleHook):
     """On a feed-forward: on a skipped step the selected tokens' outputs take the place of the predicted ones. A feature
     that is reused as it is keeps them."""
 
-    def __init__(self, session, name: str, selection: SelectHook):
+    def __init__(self, session: "Session", name: str, selection: SelectHook):
         super().__init__(session, name)
         self.selection = selection
 
     @leave_uncompiled
-    def new_forward(self, module, *args, **kwargs):
+    def new_forward(self, module: torch.nn.Module, *args, **kwargs) -> Any:
         if not self.session.current.skip:
             return super().new_forward(module, *args, **kwargs)
         fresh = self.forward(*args, **kwargs)
         return self.session.predict(self.name).scatter_(1, self.selection.index.expand_as(fresh), fresh)
 
 
-def token_hooks(session, block, known: Block, index: int, layer: int, present: dict[str, torch.nn.Module]):
+def token_hooks(
+    session: "Session",
+    block: torch.nn.Module,
+    known: Block,
+    index: int,
+    layer: int,
+    present: dict[str, torch.nn.Module],
+) -> list[tuple[torch.nn.Module, Hook]]:
     """The (module, hook) pairs of a block at site=tokens, the `layer`-th of its class. In a single-stream block the
     output projection is the feed-forward's second layer as well."""
     attention = known.attention

@@ -9,11 +9,14 @@ import copy
 import gc
 import json
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from dpcache.circumstances import fingerprint
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 T = TypeVar("T")
 
@@ -55,7 +58,7 @@ class Loaded:
         too_large: by what was sampled, the smallest batch that has not fitted into the device's memory.
     """
 
-    def __init__(self, pipe):
+    def __init__(self, pipe: "DiffusionPipeline"):
         self.pipe, self.kept, self.too_large = pipe, Kept(), {}
         models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
         self.fingerprints = {name: fingerprint(model) for name, model in models.items()}

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import imageio.v3 as iio
 import numpy as np
@@ -43,6 +43,9 @@ from eval.prompts import SETS, read
 from eval.schema import Group
 from eval.statistics import summarise
 from eval.store import check_prompts, load_or_make, locked
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 log = logging.getLogger("run")
 
@@ -97,7 +100,7 @@ ELSEWHERE = {
 """Arguments of a pipeline that are not in `model.call`, with what decides them."""
 
 
-def check_pipeline(config: DictConfig, pipe, prompts: list[str]) -> None:
+def check_pipeline(config: DictConfig, pipe: "DiffusionPipeline", prompts: list[str]) -> None:
     """Raises SettingError for an argument of the call or a setting of the scheduler that this pipeline does not have,
     and for a prompt that is no class of a pipeline which takes classes."""
     for setting, given, of in (
@@ -582,7 +585,7 @@ class Run:
             made["quality"] = pictures.quality_curve(self.folder / "quality.png", **curve)
         return made
 
-    def rows(self, samples: Samples, reference: Samples, result: dict):
+    def rows(self, samples: Samples, reference: Samples, result: dict) -> list[tuple]:
         """(prompt, reference image, image, main metric) of every sample."""
         scores = result["per_prompt"].get(metrics.MAIN, [float("nan")] * len(samples.prompts))
         stills = ([pictures.still(image) for image in made.images.numpy()] for made in (reference, samples))

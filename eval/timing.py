@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
@@ -18,6 +19,9 @@ from dpcache._diffusers import execution_device
 from dpcache.errors import SettingError
 from dpcache.flops import FlopCounter
 from dpcache.session import stopwatch
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 LARGEST_SPREAD = 0.1  # of the rounds' speed-ups; a timing with a larger spread is called unreliable
 
@@ -71,7 +75,7 @@ def synchronise(device: torch.device) -> None:
 
 
 @contextmanager
-def phases(pipe) -> Iterator[Callable[[], dict[str, float]]]:
+def phases(pipe: "DiffusionPipeline") -> Iterator[Callable[[], dict[str, float]]]:
     """Times the parts of a diffusers pipeline around its transformer, on the device's own clock: gives a function that
     returns the seconds in `text_encoder` (its `encode_prompt`) and `vae` (`decode`), of those that it has."""
     watch, spans = stopwatch(execution_device(pipe)), {}

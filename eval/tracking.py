@@ -3,7 +3,7 @@ raises becomes one warning, and waiting for its server is limited."""
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -81,7 +81,7 @@ class Wandb(Logger):
                 )
                 return
 
-    def log(self, result, pictures=None, rows=()) -> None:
+    def log(self, result: dict, pictures: dict[str, Path] | None = None, rows: Sequence[tuple] = ()) -> None:
         if self.run is None:
             return
         import wandb

@@ -20,7 +20,9 @@ from dpcache.pact import l1_cost
 from dpcache.predictors import Taylor
 
 
-def measure(name: str, steps: int, shape: tuple[int, int], dtype: str, threads: int, report) -> None:
+def measure(
+    name: str, steps: int, shape: tuple[int, int], dtype: str, threads: int, report: multiprocessing.Queue
+) -> None:
     """Runs in a process of its own. Reports the seconds, the peak of memory beyond the features in bytes, and the
     features' own bytes."""
     torch.set_num_threads(threads)
@@ -63,7 +65,7 @@ def block_seconds(tokens: int, dtype: str, threads: int) -> float:
     return min(seconds)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=50, help="steps T of the trajectory")
     parser.add_argument("--tokens", type=int, default=4608, help="tokens of the feature and of the block")

@@ -155,7 +155,13 @@ def said(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
 
 
-def benchmark(rollout: Rollout, methods: Sequence[str], budgets: Sequence[int], repeats: int, clock=time.perf_counter):
+def benchmark(
+    rollout: Rollout,
+    methods: Sequence[str],
+    budgets: Sequence[int],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Row]:
     """The row of the uncached model, and those of every method at every budget, in rounds in which all take turns."""
     full = Row("full", rollout.steps, list(range(rollout.steps)), rollout(Operations(), steps=1))
     gc.collect()

@@ -3,7 +3,9 @@
 import argparse
 import math
 import time
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from dpcache.planner import plan_all
 from dpcache.predictors import Taylor
 
 
-def loop_cost(features, order):
+def loop_cost(features: torch.Tensor, order: int) -> np.ndarray:
     """The cost by a loop: for each entry one Taylor evaluation and one mean, for each pair of keys its differences
     once. Only entries with i >= order - 1."""
     steps = len(features)
@@ -31,7 +33,7 @@ def loop_cost(features, order):
     return cost
 
 
-def differences(features, keys):
+def differences(features: torch.Tensor, keys: Iterable[int]) -> list[torch.Tensor]:
     """Taylor factors at the newest key, lowest order first."""
     keys, column = list(keys), [features[key] for key in keys]
     factors = [column[-1]]
@@ -42,17 +44,17 @@ def differences(features, keys):
     return factors
 
 
-def evaluate(factors, distance):
+def evaluate(factors: Sequence[torch.Tensor], distance: int) -> torch.Tensor:
     return sum(factor * distance**order / math.factorial(order) for order, factor in enumerate(factors))
 
 
-def seconds(function, *args, **kwargs):
+def seconds(function: Callable, *args, **kwargs) -> tuple[float, Any]:
     start = time.perf_counter()
     result = function(*args, **kwargs)
     return time.perf_counter() - start, result
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=50, help="steps T of the trajectory")
     parser.add_argument("--elements", type=int, default=200_000, help="feature elements per step")

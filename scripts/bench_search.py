@@ -17,7 +17,7 @@ from scripts.rank_correlation import CALLS, lines
 SIZES = ((50, 9), (50, 17), (250, 25))  # T and K
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny_dit", choices=list(CALLS))
     parser.add_argument("--prompts", type=int, default=4)

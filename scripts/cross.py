@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from baselines.full import full
 from dpcache.by_name import METHODS, recipe
-from dpcache.calibration import calibrate
+from dpcache.calibration import Calibration, calibrate
 from dpcache.errors import SettingError
 from dpcache.lsq import LEAST_SQUARES
 from dpcache.method import Method
@@ -34,6 +35,11 @@ from eval.methods import records
 from eval.metrics import Samples
 from eval.metrics.fidelity import psnr
 from eval.schema import Group
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dpcache.simulator import Simulator
 
 T, OWN = 50, "for itself"
 PREDICTORS = (
@@ -72,21 +78,21 @@ class Cross:
         self.references: dict[int, Samples] = {}  # of the T-step run, by the batch's first prompt
 
     @cached_property
-    def pipe(self):
+    def pipe(self) -> "DiffusionPipeline":
         """The pipeline, on the CPU."""
         pipe = load(self.settings["path"], self.settings["dtype"], "cpu")
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     @cached_property
-    def calibration(self):
+    def calibration(self) -> Calibration:
         """Of runs' prompts and seeds for it."""
         size, call = self.settings["batch_size"], self.settings["call"]
         seeds = range(100000, 100010)
         return calibrate(self.pipe, self.lines[-10:], T, (), seeds=[*seeds], batch_size=size, **call)
 
     @cached_property
-    def simulator(self):
+    def simulator(self) -> "Simulator":
         """Of the calibration's prompts."""
         self.calibration.measure(self.pipe, [SimulatedRuns()])
         return simulator_of(self.calibration)
@@ -176,7 +182,7 @@ def planned_alone(name: str) -> bool:
     return name in {*CLOSED_LOOP, *LEAST_SQUARES, *short_names()}
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny_flux", help="a file of conf/model")
     parser.add_argument("--budget", type=int, default=9)

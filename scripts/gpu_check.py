@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -37,6 +38,9 @@ from scripts.bench_full_size import METHODS as BENCHED  # noqa: E402
 from scripts.bench_full_size import SMALL, benchmark, table  # noqa: E402
 from scripts.rollout import Rollout, caching  # noqa: E402
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
 CLOSE = 1e-3  # relative distance of latents in float32 that rounding explains
 
@@ -52,7 +56,7 @@ def machine(device: torch.device) -> str:
 
 
 @contextmanager
-def on(pipe, device: torch.device) -> Iterator[None]:
+def on(pipe: "DiffusionPipeline", device: torch.device) -> Iterator[None]:
     """The pipeline on the device, and on the CPU again."""
     pipe.to(device)
     try:
@@ -170,7 +174,9 @@ def offload_and_half_precision(device: torch.device, methods: Sequence[str], fam
     return markdown(["method", "offloaded", "bfloat16", "float16"], rows)
 
 
-def speed(device: torch.device, model: str, methods: Sequence[str], size: tuple[str, str], compiled: bool, T=50) -> str:
+def speed(
+    device: torch.device, model: str, methods: Sequence[str], size: tuple[str, str], compiled: bool, T: int = 50
+) -> str:
     """The benchmark's table at 9 of T steps. `size`: settings of the model that differ from the published ones."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rollout = Rollout(model, T, device, dtype, *size)

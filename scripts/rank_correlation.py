@@ -13,6 +13,7 @@ import json
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,10 +23,14 @@ from dpcache.models.pretrained import load
 from dpcache.output_layers import measure_output_layers
 from dpcache.predictors import AdamsBashforth, Lagrange, LeastSquares, Taylor
 from dpcache.recorded import random_probes, record
-from dpcache.sampler import generate, sample
+from dpcache.sampler import Batch, generate, sample
 from dpcache.schedules import Schedule
 from dpcache.simulator import Weights, decibels, fit_simulator
 from eval.files import write_text
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 
 CALLS = {
     "tiny_dit": {"guidance_scale": 2.0},
@@ -38,7 +43,7 @@ T, CALIBRATION, UNSEEN = 50, range(10), 200  # prompts of the model's list; each
 class RealRuns:
     """Relative errors of the final latents on unseen prompts, kept in a JSON file."""
 
-    def __init__(self, model: str, pipe, prompts: int, folder: Path):
+    def __init__(self, model: str, pipe: "DiffusionPipeline", prompts: int, folder: Path):
         self.pipe, self.call, self.which = pipe, CALLS[model], range(UNSEEN, UNSEEN + prompts)
         self.prompts = [lines(model)[i] for i in self.which]
         self.path = folder / f"{model}-{prompts}.json"
@@ -58,7 +63,7 @@ class RealRuns:
         return self.known[key]
 
     @staticmethod
-    def flat(batch) -> torch.Tensor:
+    def flat(batch: Batch) -> torch.Tensor:
         return batch.latents.double().flatten(1)
 
 
@@ -78,7 +83,7 @@ def spearman(one: np.ndarray, two: np.ndarray) -> float:
     return float(np.corrcoef(one.argsort().argsort(), two.argsort().argsort())[0, 1])
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(CALLS), choices=list(CALLS))
     parser.add_argument("--sites", nargs="+", default=["output", "stack"], choices=["output", "stack"])

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import diffusers
 import torch
@@ -25,6 +26,11 @@ from dpcache.models.architectures import architecture
 from dpcache.models.family import EXAMPLE_TIME
 from dpcache.schedules import OnlineSchedule, Schedule
 from dpcache.sites import transformer_blocks
+
+if TYPE_CHECKING:
+    from diffusers.hooks import ModelHook
+
+    from dpcache.session import Branch
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -45,7 +51,15 @@ class Rollout:
             model's, as "key=value key=value".
     """
 
-    def __init__(self, name: str, steps: int, device="cpu", dtype=torch.float32, config="", call=""):
+    def __init__(
+        self,
+        name: str,
+        steps: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        config: str = "",
+        call: str = "",
+    ):
         torch.manual_seed(0)
         model = settings(f"model={name}").model
         known, call = architecture(model.path), {**model.call, **_values(call)}
@@ -150,7 +164,7 @@ def caching(rollout: Rollout, name: str, plan: list[int]) -> Iterator[Callable[[
             method.stop(rollout, model)
 
 
-def follow(hook, plan: list[int], step: int) -> None:
+def follow(hook: "ModelHook", plan: list[int], step: int) -> None:
     """Sets a threshold with which the step is computed, or skipped, as the plan says."""
     hook.threshold = -math.inf if step in plan else math.inf
 
@@ -162,17 +176,17 @@ class Following(OnlineSchedule):
     schedule: OnlineSchedule
     plan: tuple[int, ...]
 
-    def start(self):
+    def start(self) -> object:
         return self.schedule.start()
 
-    def decide(self, context, block, args, kwargs):
+    def decide(self, context: "Branch", block: torch.nn.Module, args: tuple, kwargs: dict) -> bool:
         threshold = -math.inf if context.step in self.plan else math.inf
         return replace(self.schedule, threshold=threshold).decide(context, block, args, kwargs)
 
-    def learn(self, context, name, feature):
+    def learn(self, context: "Branch", name: str | int, feature: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
         self.schedule.learn(context, name, feature)
 
-    def scale(self, context, weights):
+    def scale(self, context: "Branch", weights: tuple[float, ...]) -> tuple[float, ...]:
         return self.schedule.scale(context, weights)
 
 

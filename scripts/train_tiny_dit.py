@@ -103,7 +103,9 @@ def encode(vae: AutoencoderKL, images: torch.Tensor, steps: int, out: Path, devi
     return latents * measured["scaling_factor"], measured
 
 
-def train_transformer(transformer, latents, labels, steps, out, device) -> dict:
+def train_transformer(
+    transformer: torch.nn.Module, latents: torch.Tensor, labels: torch.Tensor, steps: int, out: Path, device: str
+) -> dict:
     scheduler = build_scheduler()
 
     def loss_of(index, generator):

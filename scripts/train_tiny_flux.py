@@ -11,6 +11,7 @@ the 64 x 64 Noto emoji of the npm package `emoji-datasource-google` (Apache-2.0)
 import argparse
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -119,7 +120,16 @@ def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     return FluxPipeline._pack_latents(latents, len(latents), 4, 16, 16)
 
 
-def train_denoiser(denoiser, vae, tokenizer, images, names, steps, out, device) -> dict:
+def train_denoiser(
+    denoiser: torch.nn.ModuleDict,
+    vae: AutoencoderKL,
+    tokenizer: PreTrainedTokenizerFast,
+    images: torch.Tensor,
+    names: Sequence[str],
+    steps: int,
+    out: Path,
+    device: str,
+) -> dict:
     latents = encode(vae, images)
     tokens = tokenizer([*names, ""], padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids.to(
         device
@@ -152,7 +162,9 @@ def train_denoiser(denoiser, vae, tokenizer, images, names, steps, out, device) 
         return train("denoiser", denoiser, loss_of, steps, 1e-3, 64, len(images), out, device)
 
 
-def build_pipeline(denoiser, vae, tokenizer) -> FluxPipeline:
+def build_pipeline(
+    denoiser: torch.nn.ModuleDict, vae: AutoencoderKL, tokenizer: PreTrainedTokenizerFast
+) -> FluxPipeline:
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
         vae=vae.eval(),

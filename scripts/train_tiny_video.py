@@ -169,7 +169,15 @@ def train_vae(vae: AutoencoderKLWan, sprites: torch.Tensor, steps: int, out: Pat
     return statistics
 
 
-def train_denoiser(denoiser, vae, tokenizer, sprites, steps, out, device) -> dict:
+def train_denoiser(
+    denoiser: torch.nn.ModuleDict,
+    vae: AutoencoderKLWan,
+    tokenizer: PreTrainedTokenizerFast,
+    sprites: torch.Tensor,
+    steps: int,
+    out: Path,
+    device: str,
+) -> dict:
     latents = encode(vae, sprites, torch.arange(len(PROMPTS)).repeat_interleave(CLIPS), seed=0)
     text = tokenizer([*PROMPTS, ""], padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").to(device)
 
@@ -195,7 +203,9 @@ def train_denoiser(denoiser, vae, tokenizer, sprites, steps, out, device) -> dic
         return train("denoiser", denoiser, loss_of, steps, 1e-3, 24, len(latents), out, device)
 
 
-def build_pipeline(denoiser, vae, tokenizer) -> WanPipeline:
+def build_pipeline(
+    denoiser: torch.nn.ModuleDict, vae: AutoencoderKLWan, tokenizer: PreTrainedTokenizerFast
+) -> WanPipeline:
     return WanPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
         vae=vae.eval(),

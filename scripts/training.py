@@ -8,6 +8,7 @@ import os
 import subprocess
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,18 @@ def save(state: dict, path: Path) -> None:
     os.replace(path.with_suffix(".part"), path)
 
 
-def train(name, model, loss_of, steps, learning_rate, batch, size, out: Path, device, checkpoint_every=250) -> dict:
+def train(
+    name: str,
+    model: torch.nn.Module,
+    loss_of: Callable[[torch.Tensor, torch.Generator], torch.Tensor],
+    steps: int,
+    learning_rate: float,
+    batch: int,
+    size: int,
+    out: Path,
+    device: str,
+    checkpoint_every: int = 250,
+) -> dict:
     """AdamW with warm-up and a linear decay over the last third, EMA, checkpoints. Returns the EMA state."""
     path = out / f"{name}.pt"
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)

@@ -127,7 +127,7 @@ class Model:
         return np.array(self.known[key]["decibels"])
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(CALLS), choices=list(CALLS))
     parser.add_argument("--budget", type=int, default=9)

@@ -158,3 +158,25 @@ def test_methods_and_metrics_are_named_in_their_own_files_alone():
         if isinstance(node, ast.Constant) and node.value in words
     }
     assert len(words) > 40 and not found
+
+
+def untyped(tree: ast.AST) -> list[str]:
+    """The public functions and methods of which an argument or the result has no type; `*args` and `**kwargs` may."""
+    found = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef) and (node.name == "__init__" or not node.name.startswith("_")):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            bare = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+            if bare or (node.returns is None and node.name != "__init__"):
+                found.append(f"{node.lineno} {node.name}({', '.join(bare)})")
+        elif isinstance(node, ast.ClassDef):
+            found += untyped(node)
+    return found
+
+
+def test_public_functions_have_types():
+    paths = [ROOT / "run.py"]
+    for folder in ("dpcache", "baselines", "eval", "hydra_plugins", "scripts"):
+        paths += (ROOT / folder).rglob("*.py")
+    found = {path.relative_to(ROOT).as_posix(): untyped(ast.parse(path.read_text())) for path in paths}
+    assert {path: functions for path, functions in found.items() if functions} == {}

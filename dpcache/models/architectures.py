@@ -48,7 +48,12 @@ class Architecture:
         return model
 
     def inputs(
-        self, call: Mapping, batch_size: int = 1, device="meta", dtype=torch.bfloat16, branch: str = "cond"
+        self,
+        call: Mapping,
+        batch_size: int = 1,
+        device: torch.device | str = "meta",
+        dtype: torch.dtype = torch.bfloat16,
+        branch: str = "cond",
     ) -> dict:
         """Arguments of the transformer as its pipeline would give them, with random values, for one step of one branch.
 

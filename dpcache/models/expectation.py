@@ -9,12 +9,16 @@ import json
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from dpcache.errors import SettingError
 from dpcache.sampler import generate
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 FILE = "expectation.json"
 # Of the norm of the expected values. In float32 other machines and versions differ by 1e-5, and where pixels are
@@ -23,7 +27,7 @@ TOLERANCE = 0.005
 NUMBERS = 64  # of each output that are kept
 
 
-def make(pipe, settings: dict) -> dict[str, np.ndarray]:
+def make(pipe: "DiffusionPipeline", settings: dict) -> dict[str, np.ndarray]:
     """The final latents and the image (pixels from 0 to 255) of one prompt, in float32 on the CPU, whatever the
     pipeline's dtype. The pipeline stays as it is.
 

@@ -1,6 +1,7 @@
 """CLIP score: Hessel et al. 2021, "CLIPScore: a reference-free evaluation metric for image captioning"."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,7 @@ def open_model(name: str, pretrained: str | None = None) -> tuple:
 
 
 @torch.no_grad()
-def embed(model, preprocess, tokenize, settings: dict) -> dict[str, np.ndarray]:
+def embed(model: torch.nn.Module, preprocess: Callable, tokenize: Callable, settings: dict) -> dict[str, np.ndarray]:
     """The embeddings of the prompt in `settings` and of a ramp of colours, for `dpcache.models.expectation`."""
     rows, columns = np.mgrid[:64, :64] * 4
     image = Image.fromarray(np.stack([rows, columns, 255 - rows], axis=-1).astype(np.uint8))

@@ -44,6 +44,10 @@ import sys
 import warnings
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 # Python puts this file's folder first, where neighbours may be named like the modules that the package imports.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
@@ -92,7 +96,7 @@ def locate(name: str, weights: Path | None) -> Path:
         raise Unavailable(f"{name} cannot be fetched from the hub: {one_line(error)}", folder) from error
 
 
-def build(med_config: Path, vocabulary: Path, device: str):
+def build(med_config: Path, vocabulary: Path, device: str) -> "torch.nn.Module":
     """The package's `ImageReward` with its own initialisation, in evaluation mode."""
     from ImageReward.ImageReward import ImageReward
     from ImageReward.models.BLIP import blip
@@ -113,7 +117,7 @@ def build(med_config: Path, vocabulary: Path, device: str):
     return model.to(device).eval()
 
 
-def trained_model(weights: Path | None, device: str):
+def trained_model(weights: Path | None, device: str) -> "torch.nn.Module":
     """ImageReward with the published weights, or those at `weights`. Raises Unavailable."""
     import torch
 
@@ -134,7 +138,7 @@ def trained_model(weights: Path | None, device: str):
     return model
 
 
-def random_model(seed: int, folder: Path, device: str):
+def random_model(seed: int, folder: Path, device: str) -> "torch.nn.Module":
     """ImageReward of full size with random weights, for tests without the hub. Its vocabulary is single characters."""
     import torch
 
@@ -152,7 +156,7 @@ def random_model(seed: int, folder: Path, device: str):
     return model
 
 
-def score(model, images: list[dict], folder: Path, batch_size: int) -> list[dict]:
+def score(model: "torch.nn.Module", images: list[dict], folder: Path, batch_size: int) -> list[dict]:
     """`{"path", "score"}` or `{"path", "error"}` for each of `images`."""
     import torch
     from PIL import Image

@@ -1,4 +1,4 @@
-"""Everything that is not public in diffusers, accelerate and torch's compiler, and that this library needs.
+"""All code that depends on private parts of diffusers, accelerate and torch's compiler.
 
 - Hooks on modules (`HookRegistry`, `ModelHook`): diffusers' own mechanism, so that its offloading, its casting and its
   caches still find theirs while ours are on.
@@ -62,9 +62,10 @@ _NAME = "dpcache"
 
 
 def leave_uncompiled(function: Callable) -> Callable:
-    """The compiler leaves `function` as it is, but compiles what it calls. `torch.compiler.disable(recursive=False)`
-    does the same, but asks the compiler again at every call (PyTorch 2.15): a quarter of a millisecond for every block
-    of every step. With `fullgraph=True` the compiler refuses, for the reason given here."""
+    """A decorator: the compiler does not compile `function`, but compiles what it calls.
+    `torch.compiler.disable(recursive=False)` does the same, but asks the compiler again at every call (PyTorch 2.15):
+    this takes a quarter of a millisecond for every block of every step. With `fullgraph=True` the compiler fails with
+    the message given here."""
     function = skip(function)
     function._torchdynamo_disable_msg = (
         "a caching method is enabled on this model, and a cache decides at every step: compile without fullgraph=True"
@@ -106,7 +107,7 @@ class RootHook(Hook):
 
     @property
     def branch_name(self) -> str:
-        """Of the guidance branch that the pipeline is about to compute; "default" where it names none."""
+        """The name of the guidance branch that the pipeline is about to compute; "default" if it gives none."""
         context = self.names._context
         return "default" if context is None else context.name
 
@@ -115,7 +116,8 @@ class RootHook(Hook):
 
 
 def execution_device(pipe: "DiffusionPipeline | torch.nn.Module | Loop") -> torch.device | None:
-    """Where a pipeline runs its models. With offloading their weights wait on the CPU. None: `pipe` does not say."""
+    """The device on which a pipeline runs its models, even if offloading keeps their weights on the CPU. None: `pipe`
+    does not tell."""
     return getattr(pipe, "_execution_device", None)
 
 
@@ -125,15 +127,15 @@ def interrupted(pipe: "DiffusionPipeline") -> bool:
 
 
 def reset_caches(module: torch.nn.Module) -> None:
-    """As a pipeline does at its end: hooks that keep something from call to call forget it."""
+    """Resets, as a pipeline does at its end, the hooks that keep something from call to call."""
     if hasattr(module, "_reset_stateful_cache"):
         module._reset_stateful_cache()
 
 
 @contextmanager
 def without_offload(module: torch.nn.Module) -> Iterator[None]:
-    """Takes accelerate's offload hook off `module` for a moment. It wraps `forward` anew after every pipeline call, so
-    a hook of ours outside it would be lost; inside it, ours stays."""
+    """Takes accelerate's offload hook off `module` within a `with` block. That hook wraps `forward` anew after every
+    pipeline call. So a hook of ours that is put outside of it would be lost; one that is put inside stays."""
     offload = getattr(module, "_hf_hook", None)
     if offload is None:
         yield
@@ -148,7 +150,7 @@ def without_offload(module: torch.nn.Module) -> Iterator[None]:
 
 
 def hook_on(module: torch.nn.Module, name: str = _NAME) -> ModelHook | None:
-    """The hook of this name on `module`, by default ours, if there is one."""
+    """The hook of this name on `module`, by default ours; None: there is none."""
     registry = getattr(module, "_diffusers_hook", None)
     return None if registry is None else registry.get_hook(name)
 
@@ -221,7 +223,7 @@ def other_cache(module: torch.nn.Module) -> str | None:
 
 
 def block_metadata(block: torch.nn.Module) -> TransformerBlockMetadata | None:
-    """Which argument and output of a block is which stream; None where diffusers does not know."""
+    """Which argument and which output of a block is which stream; None: diffusers does not know the block."""
     try:
         return TransformerBlockRegistry.get(type(unwrap_module(block)))
     except ValueError:
@@ -229,7 +231,7 @@ def block_metadata(block: torch.nn.Module) -> TransformerBlockMetadata | None:
 
 
 class StepListener:
-    """Is told of a scheduler's steps, see `watch_steps`."""
+    """Base of listeners to a scheduler's steps, see `watch_steps`."""
 
     def before_step(self, scheduler: "SchedulerMixin", sample: torch.Tensor, kwargs: dict) -> None:
         """`sample`: the latents that the step starts from; `kwargs` may be changed."""
@@ -242,8 +244,8 @@ class StepListener:
 
 
 class _WatchedStep:
-    """In the place of a scheduler's `step`: tells the listeners of every call. Pipelines that copy their scheduler get
-    a copy that is watched, too."""
+    """Replaces a scheduler's `step` and calls the listeners at every call. If a pipeline copies its scheduler, the copy
+    is watched too."""
 
     def __init__(self, scheduler: "SchedulerMixin"):
         self.scheduler, self.is_copy = scheduler, False
@@ -282,7 +284,7 @@ class _WatchedStep:
 
 
 def copy_of_scheduler(scheduler: "SchedulerMixin") -> "SchedulerMixin":
-    """A copy in the same state, whose steps nobody watches."""
+    """A copy in the same state, without listeners."""
     twin = copy.deepcopy(scheduler)
     if isinstance(vars(twin).get("step"), _WatchedStep):
         del twin.step
@@ -290,12 +292,12 @@ def copy_of_scheduler(scheduler: "SchedulerMixin") -> "SchedulerMixin":
 
 
 def watch_steps(scheduler: "SchedulerMixin", listener: StepListener, copies: bool = False) -> Callable[[], None]:
-    """From now on `listener` is told of every `scheduler.step`. Returns what undoes it: with its last listener gone the
-    scheduler is as it was before.
+    """From now on `listener` is called at every `scheduler.step`. Returns a function that ends this; after its last
+    listener has ended, the scheduler is as it was before.
 
     Args:
-        copies: whether it is also told of the steps of the scheduler's copies, with which some pipelines step something
-            else beside the image.
+        copies: whether the listener also hears the steps of the scheduler's copies, with which some pipelines denoise
+            something beside the image, such as sound.
     """
     step = vars(scheduler).get("step")
     if not isinstance(step, _WatchedStep):
@@ -315,7 +317,7 @@ def watch_steps(scheduler: "SchedulerMixin", listener: StepListener, copies: boo
 
 @contextmanager
 def watching(scheduler: "SchedulerMixin", listener: StepListener, copies: bool = False) -> Iterator[None]:
-    """`watch_steps` for as long as it is entered."""
+    """`watch_steps` within a `with` block."""
     unwatch = watch_steps(scheduler, listener, copies)
     try:
         yield
@@ -325,8 +327,9 @@ def watching(scheduler: "SchedulerMixin", listener: StepListener, copies: bool =
 
 @contextmanager
 def with_gradients(pipe: "DiffusionPipeline") -> Iterator[None]:
-    """Within it a call of `pipe` keeps the graph of what it computes, which pipelines of diffusers otherwise switch
-    off, and no parameter of its models asks for a gradient: for training what stands around the models."""
+    """Within the `with` block, calls of `pipe` build the graph for gradients, which pipelines of diffusers otherwise
+    switch off, but the models' parameters get no gradient. For training quantities outside of the models, such as a
+    solver's weights."""
     kind = type(pipe)
     models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     asked = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]

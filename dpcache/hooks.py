@@ -26,8 +26,7 @@ class SessionHook(Hook):
 
 
 def streams_of(block: torch.nn.Module) -> Streams:
-    """A block's streams as its record has them, or else diffusers' own registry. Raises SettingError where neither has
-    them."""
+    """A block's streams from its record, or else from diffusers' registry. Raises SettingError if neither has them."""
     known = block_of(block)
     if known.streams is not None:
         return known.streams
@@ -58,7 +57,7 @@ class StreamHook(SessionHook):
         return argument(self.image_place, self.streams.image, args, kwargs)
 
     def other_in(self, args: tuple, kwargs: dict) -> torch.Tensor | None:
-        """The other stream that enters the block, if it also returns one."""
+        """The other stream that enters the block; None if the block does not return one."""
         if self.other_place is None:
             return None
         return argument(self.other_place, self.streams.other, args, kwargs)
@@ -68,21 +67,21 @@ class StreamHook(SessionHook):
         return output if torch.is_tensor(output) else output[self.streams.image_index]
 
     def other(self, output: torch.Tensor | tuple) -> torch.Tensor | None:
-        """The other stream of what the block returned, if it does."""
+        """The other stream of what the block returned; None if it returns none."""
         return None if self.streams.other_index is None else output[self.streams.other_index]
 
     def result(
         self, image: torch.Tensor, other: torch.Tensor | None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """What the block returns of these streams."""
+        """These streams as the block would return them."""
         index = self.streams.other_index
         return image if index is None else (other, image) if index == 0 else (image, other)
 
 
 class BlockHook(StreamHook):
-    """Skips a block: on a skipped step it returns its input. The last block's hook keeps the feature on a computed step
-    and returns the prediction on a skipped one. An online schedule decides at the block after those that it probes, and
-    is told of every block's output.
+    """Skips a block: on a skipped step it returns the block's input. The last block's hook keeps the feature on a
+    computed step and returns the prediction on a skipped one. An online schedule decides at the block after the probed
+    ones, and learns every block's output.
 
     The other stream, the text's, is kept only where the model reads it after its last block (`Streams.both`).
     """
@@ -123,7 +122,7 @@ class BlockHook(StreamHook):
     def feature(
         self, branch: "Branch", output: torch.Tensor | tuple
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """What is kept: the last block's output, at site=residual minus the first block's input."""
+        """What is kept: the last block's output; at site=residual, that minus the first block's input."""
         image, other = self.image(output), self.other(output) if self.streams.both else None
         if self.residual:
             image = image - self.entered(branch, image)
@@ -131,7 +130,8 @@ class BlockHook(StreamHook):
         return image if other is None else (image, other)
 
     def entered(self, branch: "Branch", image: torch.Tensor) -> torch.Tensor:
-        """The first block's input, with the text before it where the last one has both in one stream."""
+        """The first block's input in the shape of the last block's output: with the text before it, if the last block
+        has text and image in one stream."""
         before, text = branch.stack_input, branch.other_input
         if before is None:
             raise SettingError(
@@ -187,14 +187,15 @@ class ProbeHook(SessionHook):
 
 
 class Verifier(Protocol):
-    """What looks at how well the last block's outputs were predicted."""
+    """Compares the last block's predicted output with its computed one."""
 
     def verifies(self, context: "Branch") -> bool:
-        """Whether the last block is to run in earnest as well on this skipped step."""
+        """Whether this skipped step also runs the last block with computed modules."""
         ...
 
     def verify(self, context: "Branch", draft: torch.Tensor, real: torch.Tensor) -> None:
-        """Told of the image stream that the block made of predicted outputs, and in earnest, (B, N, D)."""
+        """Gets the last block's image stream with predicted modules (`draft`) and with computed ones (`real`), (B, N,
+        D)."""
         ...
 
 
@@ -237,8 +238,8 @@ class ModuleHook(SessionHook):
 
 
 class FeederHook(SessionHook):
-    """On a module whose output is read by kept modules alone. Where these are all predicted it does not run: it returns
-    an empty tensor, so that neither time nor memory is spent.
+    """On a module whose output only kept modules read. If all of these are predicted, the module does not run: the hook
+    returns an empty tensor, which takes neither time nor memory.
 
     Args:
         readers: names of the block's kept modules.

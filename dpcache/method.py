@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 
 class Runnable(Protocol):
-    """What can be enabled on a pipeline: a `Method`, or a library's own cache.
+    """What can be enabled on a pipeline: a `Method`, or the cache of another library.
 
     Attributes:
         num_inference_steps: steps that the sampler has to be asked for.
-        decided: what was chosen for it by calibration, for the record: names and values that JSON can hold.
-        made_for: the model, scheduler, guidance, ... that it was calibrated with; empty: any will do.
+        decided: what calibration has chosen, for `result.json`: names and values that JSON can hold.
+        made_for: the model, scheduler, guidance, ... that it was calibrated with; empty: it works with any.
     """
 
     num_inference_steps: int
@@ -47,14 +47,15 @@ class Runnable(Protocol):
 
 
 class Recipe(Protocol):
-    """What the files of `conf/method` name, and all that evaluation knows of a method before it is calibrated. A
-    `Method` is a recipe, too: one that builds itself.
+    """A method before its calibration: what a file of `conf/method` names, and all that the evaluation uses until the
+    method is built. A `Method` is also a recipe: its `build` returns itself.
 
     Attributes:
         num_inference_steps: steps that the sampler has to be asked for.
-        statistics: what is to be measured on the calibration prompts; empty: the prompts are enough. None: takes no
-            calibration.
-        example: a method that keeps what the built one will keep, for estimates of memory; None: that is not known.
+        statistics: what is to be measured on the calibration prompts; empty: only the prompts are needed; None: no
+            calibration is needed.
+        example: a method whose cache takes as much memory as the built method's, for estimates of memory; None: not
+        known.
     """
 
     num_inference_steps: int
@@ -62,16 +63,16 @@ class Recipe(Protocol):
     example: "Method | None"
 
     def build(self, pipe: "DiffusionPipeline", calibration: "Calibration | None") -> Runnable:
-        """The method, ready to be enabled. It may run `pipe` on the calibration's prompts."""
+        """The method, ready to be enabled. To build it, `pipe` may be run on the calibration's prompts."""
         ...
 
 
 class CalibratedRecipe(ABC):
-    """A recipe of a method that a calibration decides."""
+    """Base of the recipes of methods that need a calibration."""
 
     @property
     def calibrated_steps(self) -> int:
-        """T of the calibration that it takes."""
+        """The number of steps T that its calibration must have."""
         return self.num_inference_steps
 
     def build(self, pipe: "DiffusionPipeline", calibration: "Calibration") -> Runnable:
@@ -85,32 +86,32 @@ class CalibratedRecipe(ABC):
 
     @abstractmethod
     def fit(self, pipe: "DiffusionPipeline", calibration: "Calibration") -> Runnable:
-        """The method, with what this calibration decides. It may run `pipe` on the calibration's prompts. Raises
-        SettingError for a calibration that lacks a statistic."""
+        """The method, with the settings that this calibration leads to. `pipe` may be run on the calibration's prompts.
+        Raises SettingError for a calibration that lacks a statistic."""
 
 
 @runtime_checkable
 class PlansOverCosts(Protocol):
-    """A recipe whose steps follow from a cost tensor alone, so that `build` does not run `pipe`, which may be None."""
+    """A recipe whose steps follow from a cost tensor alone. So its `build` does not run `pipe`, which may be None."""
 
     def costs(self, calibration: "Calibration") -> "np.ndarray":
-        """The tensor, of T + 1 along each axis but the first."""
+        """The cost tensor: its axes have T + 1 entries, except for the first, which has T."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """A caching method, composed of its three parts. Nothing of a run is kept on it.
+    """A caching method, composed of its three parts. It stores nothing about a run.
 
     Args:
         schedule: which steps are computed.
         site: what is kept of them: one of `dpcache.sites`, or its short name.
         predictor: how a skipped step is filled in.
-        decided: what calibration has chosen, for the record.
-        made_for: what it was calibrated with, see `dpcache.circumstances`; empty: it was not.
+        decided: what calibration has chosen, for `result.json`.
+        made_for: what it was calibrated with, see `dpcache.circumstances`; empty: it was not calibrated.
 
-    Raises SettingError where the site does not show the predictor the model's input that it asks for, or does not keep
-    the parts of the model apart for which the schedule has lists.
+    Raises SettingError if the predictor needs the model's input and the site does not provide it, or if the schedule
+    has lists for parts of the model that the site does not keep separately.
     """
 
     schedule: Schedule | OnlineSchedule
@@ -129,7 +130,7 @@ class Method:
 
     @property
     def num_inference_steps(self) -> int:
-        """Steps of the scheduler's grid that the sampler has to ask for."""
+        """T: the number of steps that the sampler has to be asked for."""
         return self.schedule.num_inference_steps
 
     @property
@@ -172,7 +173,8 @@ _sessions: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # pipeline, 
 
 
 def session_of(pipe: "DiffusionPipeline | torch.nn.Module | Loop") -> Session | None:
-    """The session on a pipeline, if there is one: its own, or that of another pipeline with the same transformer."""
+    """The session that is enabled on a pipeline, or on another pipeline with the same transformer; None: there is
+    none."""
     if pipe in _sessions:
         return _sessions[pipe]
     hooks = (hook_on(module) for module in denoisers(pipe).values())
@@ -185,9 +187,9 @@ def enable(
     """Cache with `method` from now on.
 
     Args:
-        pipe: a diffusers pipeline, whose scheduler then tells the steps; or a transformer alone, whose timestep
-            argument does.
-        method: a `Method`, or another `Runnable`; a recipe that needs a calibration is built first.
+        pipe: a diffusers pipeline: its scheduler tells the steps; or a transformer alone: its timestep argument tells
+            them.
+        method: a `Method`, or another `Runnable`. Build a recipe before.
         observe: see `dpcache.session.Session`.
 
     Raises SettingError if a method is already enabled, or where the model does not offer the method's site.
@@ -218,7 +220,8 @@ def disable(pipe: "DiffusionPipeline | torch.nn.Module | Loop") -> Report:
 def cached(
     pipe: "DiffusionPipeline | torch.nn.Module | Loop", method: Runnable, observe: Callable | None = None
 ) -> Iterator[Session]:
-    """`enable` within a `with` block, `disable` at its end. Gives the session, whose `report()` stays."""
+    """Calls `enable` at the start of a `with` block and `disable` at its end. Yields the session, whose `report()`
+    stays valid."""
     enable(pipe, method, observe)
     session = session_of(pipe)
     try:

@@ -25,7 +25,7 @@ class Schedule:
         steps: computed steps, strictly increasing from 0.
         num_inference_steps: T.
 
-    Raises SettingError for steps that do not.
+    Raises SettingError for steps that do not increase strictly from 0 to below T.
     """
 
     steps: list[int]
@@ -52,7 +52,7 @@ def check_budget(budget: int, num_inference_steps: int, warmup: int | None = Non
 
 
 def given(steps: Sequence[int], budget: int, num_inference_steps: int) -> Schedule:
-    """A list of steps from the settings of a method that plans its steps otherwise.
+    """The schedule of a list of steps that was given in the settings of a method, which would otherwise plan its steps.
 
     Raises SettingError unless there are `budget` steps, which increase from 0 and end below T.
     """
@@ -72,9 +72,10 @@ class EvenlySpaced(Schedule):
 
 
 class Interval(Schedule):
-    """M warm-up steps, then every N-th: the papers' own rules, before budgets.
+    """M warm-up steps, then every N-th step: the rules of the papers, which do not have a budget.
 
-    The budget follows from N; a `budget` that differs is an error, so that tables stay at equal compute.
+    The number of computed steps follows from N. A `budget` that differs from it is an error, so that tables compare at
+    equal compute.
 
     Args:
         from_end: count the N-th steps back from the last step (FORA) instead of on from the last warm-up step
@@ -101,11 +102,12 @@ class Staggered(Schedule):
 
     Args:
         num_inference_steps: T.
-        lists: the steps of what the site keeps, by its name there ("3.attn1"), or by its kind, the last part of the
-            name ("attn1"), for all that have no list by name. A part without a list is computed at every step.
+        lists: the computed steps of each part, by the name under which the site keeps it ("3.attn1"), or by its kind,
+            the last part of that name ("attn1"), for all parts of this kind without a list by name. A part without any
+            list is computed at every step.
 
     Attributes:
-        steps: at which every part is computed.
+        steps: those at which every part is computed.
 
     Raises SettingError for a list that does not increase strictly from 0 to below T.
     """
@@ -121,12 +123,13 @@ class Staggered(Schedule):
         super().__post_init__()
 
     def refreshes(self, name: str, step: int) -> bool:
-        """Whether the part is computed at a step at which others are not."""
+        """Whether the part is computed at this step, while some other parts are not."""
         own = self.lists.get(name, self.lists.get(kind(name)))
         return step not in self.steps and (own is None or step in own)
 
     def check(self, names: Iterable[str]) -> None:
-        """Raises SettingError for a list of something that is not among the names that a site keeps."""
+        """Raises SettingError if a list is for a part that the site does not keep. `names`: of the parts that it
+        keeps."""
         known = {*names, *map(kind, names)}
         if unknown := [name for name in self.lists if name not in known]:
             raise SettingError(
@@ -135,17 +138,17 @@ class Staggered(Schedule):
 
 
 def kind(name: str) -> str:
-    """The last part of the name of what a site keeps."""
+    """The kind of a part that a site keeps: the last component of its name ("attn1" of "3.attn1")."""
     return name.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
 class OnlineSchedule(ABC):
-    """Decides at every step, from what it sees there: at the sites `stack` and `residual` at the block after those that
-    the site probes, at `modules` and `tokens` before the first block, at `output` and `output_residual` before the
-    model runs.
+    """Base of schedules that decide at every step whether it is computed, from what they see there. The site sets the
+    place of the decision: at `stack` and `residual` before the first block after the probed ones, at `modules` and
+    `tokens` before the first block, at `output` and `output_residual` before the model runs.
 
-    What it remembers of a generation is a dataclass of its own, `context.state`, one per guidance branch.
+    What a schedule remembers of a generation is a dataclass, `context.state`, one per guidance branch.
 
     Args:
         num_inference_steps: T.
@@ -155,18 +158,18 @@ class OnlineSchedule(ABC):
 
     @abstractmethod
     def start(self) -> object:
-        """The state of a new generation, a dataclass. Its tensors count as memory that the method takes."""
+        """The state for a new generation, a dataclass. Its tensors count as memory of the cache."""
 
     @abstractmethod
     def decide(self, context: "Branch", block: "torch.nn.Module", args: tuple, kwargs: dict) -> bool:
-        """True if `context.step` is to be computed, as it always is where `context.keys` is empty. `args` and `kwargs`
-        are those of the block's call (of the model's, at the output sites); with blocks probed, `context.stack_input`
-        is what the first one was given, (B, N, D)."""
+        """True if `context.step` is to be computed. If `context.keys` is empty, the step is always computed. `context`:
+        the guidance branch. `args`, `kwargs`: of the call of `block` (at the output sites: of the model). With probed
+        blocks, `context.stack_input` is the first block's input, (B, N, D)."""
 
     def learn(self, context: "Branch", name: str | int, feature: "torch.Tensor | tuple[torch.Tensor, ...]") -> None:  # noqa: B027, few look at it
-        """Told of every feature that a computed step keeps, under its name, and at the sites `stack` and `residual`
-        of every block's image stream, under the block's index."""
+        """Called with every feature that a computed step keeps, under its name. At the sites `stack` and `residual` it
+        is also called with every block's image stream, under the block's index."""
 
     def scale(self, context: "Branch", weights: tuple[float, ...]) -> tuple[float, ...]:
-        """The predictor's weights at a skipped step, corrected by what `decide` has seen."""
+        """The weights to use at a skipped step: the predictor's, corrected by what `decide` has seen."""
         return weights

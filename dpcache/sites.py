@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
 
 def check_layout(site: "Site", transformer: torch.nn.Module) -> None:
-    """Raises SettingError where blocks over space and over time take turns: between them the model reshapes the stream,
-    so that the output of one block minus the input of another has no meaning."""
+    """Raises SettingError for a model in which spatial and temporal blocks alternate. Between them the model reshapes
+    the stream, so the output of one block minus the input of another has no meaning."""
     if getattr(transformer, "temporal_transformer_blocks", None) is not None:
         raise SettingError(
             f"site={site.name}: {type(transformer).__name__} lays its stream out anew between its blocks: choose "
@@ -71,7 +71,7 @@ def transformer_blocks(transformer: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def embedders_of(transformer: torch.nn.Module) -> list[torch.nn.Module]:
-    """The modules whose outputs the blocks alone read, as the family's record has them."""
+    """The modules whose outputs only the blocks read, according to the family's record."""
     found = [attrgetter(name)(transformer) for name in family_of(transformer).embedders]
     lists = [[*item.children()] if isinstance(item, (ModuleList, ModuleDict)) else [item] for item in found]
     return [module for modules in lists for module in modules if module is not None]
@@ -83,10 +83,10 @@ class Site:
 
     Attributes:
         name: its short name.
-        partial: whether a skipped step computes a part of the model that counts against the budget.
+        partial: whether a skipped step computes parts of the model that count against the budget.
         sees_input: whether a predictor may use the model's input.
-        apart_in_time: whether what it keeps may be computed at different steps, as a `Staggered` schedule has it.
-        kinds: kinds of what it keeps, of which a model need not have all; empty: the model's own.
+        apart_in_time: whether the parts that it keeps may be computed at different steps, by a `Staggered` schedule.
+        kinds: the kinds of parts that it may keep, of which a model need not have all; empty: they depend on the model.
     """
 
     name: ClassVar[str]
@@ -103,11 +103,11 @@ class Site:
         return []
 
     def start(self) -> object:
-        """What the site itself keeps of a generation, as `context.state`. None: nothing."""
+        """The site's own state for a generation, kept as `context.state`; None: it has none."""
         return None
 
     def call(self, session: "Session", branch: "Branch", forward: Callable, args: tuple, kwargs: dict) -> Any:
-        """One call of the whole model, whose own `forward` it is."""
+        """One call of the whole model. `forward`: the model's own."""
         return forward(*args, **kwargs)
 
 
@@ -116,7 +116,7 @@ class Stack(Site):
     """The last block's output.
 
     Args:
-        probe: so many blocks run at every step, and an online schedule decides at the block after them.
+        probe: number of first blocks that run at every step; an online schedule decides at the block after them.
     """
 
     name = "stack"
@@ -160,7 +160,7 @@ class Blocks(Site):
 
     Args:
         blocks: indices of the blocks that are skipped; None: all.
-        apart: whether every block is a run of its own.
+        apart: whether every block is kept separately; else consecutive blocks are kept together, as one run.
     """
 
     name = "blocks"
@@ -193,8 +193,8 @@ class Modules(Site):
     """Attention and feed-forward outputs before their gates.
 
     Args:
-        verifier: an online schedule that has the last block run in earnest as well on some skipped steps. None: no
-            step is verified.
+        verifier: an online schedule that at some skipped steps also runs the last block with computed modules, to
+            compare. None: no step is verified.
     """
 
     name = "modules"
@@ -233,7 +233,8 @@ class Modules(Site):
         layer: int,
         present: dict[str, torch.nn.Module],
     ) -> list[tuple[torch.nn.Module, Hook]]:
-        """Of one block, the `layer`-th of its class, whose kept modules are `present`."""
+        """The (module, hook) pairs of one block. `layer`: its number among the blocks of its class; `present`: its kept
+        modules by name."""
         pairs = [(module, ModuleHook(session, f"{index}.{name}")) for name, module in present.items()]
         names = [hook.name for _, hook in pairs]
         return pairs + [(getattr(block, name), FeederHook(session, names)) for name in known.feeders]
@@ -241,10 +242,10 @@ class Modules(Site):
 
 @dataclass(frozen=True)
 class Tokens(Modules):
-    """As `Modules`; of skipped feed-forwards, the tokens that a selector chooses are computed anew.
+    """As `Modules`, but a skipped feed-forward is computed for the tokens that a selector chooses.
 
     Args:
-        selector: None: no tokens are.
+        selector: chooses the tokens; None: no tokens are computed.
     """
 
     name = "tokens"
@@ -279,12 +280,12 @@ class Tokens(Modules):
 
 
 def kept_modules(block: torch.nn.Module, known: Block) -> dict[str, torch.nn.Module]:
-    """Those of the modules that the record names that this block has."""
+    """The modules that the record names, as far as this block has them, by name."""
     return {name: getattr(block, name) for name in known.kept if getattr(block, name) is not None}
 
 
 def unknown_block(site: Site, block: Block, fact: str) -> str:
-    """The message that a block's record does not have what the site needs."""
+    """The message that a block's record lacks the field `fact`, which the site needs."""
     known = [other.kind for other in known_blocks().values() if getattr(other, fact)]
     return f"site={site.name} does not know {block.kind}; known blocks: {', '.join(known)}"
 
@@ -329,14 +330,15 @@ class Output(Site):
         return list(predicted)
 
     def like_prediction(self, branch: "Branch", latents: torch.Tensor) -> torch.Tensor:
-        """The latents, without what a model has appended to their channels."""
+        """The latents in the shape of the prediction: without what an image-to-video model has appended to their
+        channels."""
         return latents
 
 
 @dataclass(frozen=True)
 class OutputResidual(Output):
-    """The model's prediction minus its input, where these have the same shape. Image-to-video models append their
-    condition to the input's channels, which is left out."""
+    """The model's prediction minus its input, which must have the same shape. The condition that image-to-video models
+    append to the input's channels is left out."""
 
     name = "output_residual"
 
@@ -383,8 +385,8 @@ def as_site(site: Site | str) -> Site:
 
 
 def runs(blocks: Sequence[int], streams: Sequence[Streams]) -> list[list[int]]:
-    """Indices of blocks as runs of consecutive ones with the same streams. Raises SettingError for one that `streams`,
-    those of all blocks, does not have."""
+    """The indices of blocks, grouped into runs of consecutive blocks with the same streams. `streams`: of all blocks of
+    the model. Raises SettingError for an index that the model does not have."""
     if illegal := [index for index in blocks if not 0 <= index < len(streams)]:
         raise SettingError(f"blocks={illegal}: this model's blocks are 0..{len(streams) - 1}")
     parts = []

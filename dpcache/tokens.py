@@ -1,4 +1,4 @@
-"""The hooks of site=tokens: of skipped feed-forwards, the tokens that a selector chooses are computed anew."""
+"""The hooks of site=tokens: a skipped feed-forward is computed for the tokens that a selector chooses."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class TokenState:
-    """Of one guidance branch in one generation.
+    """The state of one guidance branch in one generation.
 
     Attributes:
-        received: of every self-attention by name, the attention that each token received at the last computed step.
-        refreshed: of every feed-forward by name, the step at which each of its tokens was last computed.
+        received: for every self-attention, by name, the attention that each token received at the last computed step,
+            (B, N).
+        refreshed: for every feed-forward, by name, the step at which each of its tokens was last computed, (B, N).
     """
 
     received: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -32,13 +33,13 @@ class Selector(Protocol):
     """Chooses the tokens that a skipped step computes anew."""
 
     def select(self, context: "Branch", name: str, block: str, layer: int, received: torch.Tensor) -> torch.Tensor:
-        """Their indices (B, k) of N, for the feed-forward `name`; k may depend on the step.
+        """The indices of k of N tokens for the feed-forward `name`, (B, k); k may depend on the step.
 
         Args:
             context: the guidance branch; its `state` is a `TokenState`.
-            block, layer: the block's class, and which of its class it is.
-            received: the attention that each token received at the last computed step, (B, N), float32, of mean 1 / N
-                over the whole of the self-attention.
+            block, layer: the class of the block, and its number among the blocks of this class.
+            received: the attention that each token received at the last computed step, (B, N), float32; its mean over
+                all tokens of the self-attention is 1 / N.
         """
         ...
 
@@ -73,7 +74,8 @@ def attend(
 
 
 class _Received(TorchFunctionMode):
-    """PyTorch's attention, with `attend` in its place: at the same FLOPs it equals the fused kernels to rounding."""
+    """Replaces PyTorch's attention by `attend`, which takes the same FLOPs and equals the fused kernels up to
+    rounding."""
 
     received = None
 
@@ -85,8 +87,9 @@ class _Received(TorchFunctionMode):
 
 
 class AttentionHook(ModuleHook):
-    """On a block's self-attention: also keeps how much of it each token receives, (B, N), at computed steps that are
-    followed by a skipped one. The others run the model's own kernels, which long sequences make much the faster."""
+    """On a block's self-attention: at computed steps that are followed by a skipped one, it also keeps how much
+    attention each token receives, (B, N). All other computed steps run the model's own kernels, which are much faster
+    for long sequences."""
 
     @leave_uncompiled
     def new_forward(self, module: torch.nn.Module, *args, **kwargs) -> Any:
@@ -104,7 +107,7 @@ class AttentionHook(ModuleHook):
 
 
 class SelectedAttentionHook(AttentionHook):
-    """On a single-stream block's attention, of which a skipped step wants the selected tokens alone."""
+    """On a single-stream block's attention: a skipped step returns it for the selected tokens only."""
 
     def __init__(self, session: "Session", name: str, selection: "SelectHook"):
         super().__init__(session, name)
@@ -122,8 +125,8 @@ class SelectedAttentionHook(AttentionHook):
 
 
 class SelectHook(SessionHook):
-    """On the norm before a feed-forward: on a skipped step it lets only those tokens through, (B, N, D) -> (B, k, D),
-    that the selector chooses."""
+    """On the norm before a feed-forward: on a skipped step it passes on only the tokens that the selector chooses, (B,
+    N, D) -> (B, k, D)."""
 
     def __init__(self, session: "Session", name: str, attention: str, first: bool, block: str, layer: int):
         super().__init__(session)
@@ -150,8 +153,8 @@ class SelectHook(SessionHook):
 
 
 class RefreshHook(ModuleHook):
-    """On a feed-forward: on a skipped step the selected tokens' outputs take the place of the predicted ones. A feature
-    that is reused as it is keeps them."""
+    """On a feed-forward: on a skipped step the computed outputs of the selected tokens replace the predicted ones. With
+    `Reuse` they also replace them in the cache."""
 
     def __init__(self, session: "Session", name: str, selection: SelectHook):
         super().__init__(session, name)

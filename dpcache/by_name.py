@@ -37,7 +37,7 @@ def recipe(name: str, budget: int, num_inference_steps: int = 50, **settings) ->
 
 
 def _settings(name: str):
-    """The file's `method`, on top of those of the files that it names as its defaults."""
+    """The settings under `method` in the file, merged over those of the files that it names as defaults."""
     from omegaconf import OmegaConf
 
     path = METHODS / f"{name}.yaml"
@@ -66,9 +66,9 @@ def accelerate(
     Args:
         name: as on the command line: "dpcache_lsq", "taylorseer", ...
         budget: computed steps of `num_inference_steps`.
-        quality: in place of a budget: dB of PSNR to the full-step images, mean over `prompts`; the smallest budget that
-            reaches it is searched for, see `dpcache.quality.find_budget`.
-        prompts: to calibrate with, ten or so; a method without calibration needs none for a budget.
+        quality: in place of a budget: the PSNR in dB against the full-step images, mean over `prompts`, that is to be
+            reached. The smallest such budget is searched for, see `dpcache.quality.find_budget`.
+        prompts: about ten, for calibration; a method without calibration needs none if a budget is given.
         seeds, batch_size: of calibration, see `dpcache.calibrate`.
         settings: of the method, in place of those in its file.
         call: the arguments that the pipeline will be called with (height, width, guidance_scale, ...).

@@ -41,9 +41,9 @@ class Calibration:
             once something was run, `input`, the shape of the model's input for one sample, and `branches`.
         arrays: by name of the statistic.
         latents: the final latents of the trajectories, float32 (n, ...); empty (0,) while no statistic has needed them.
-        trajectories: by name of the statistic what it took, in full-step trajectories of one sample.
-        reran: what methods have taken that ran on the prompts since this object was made, counted likewise; not kept
-            in files.
+        trajectories: the cost of each statistic, by its name, in full-step trajectories of one sample.
+        reran: full-step trajectories that methods have taken for runs on these prompts since this object was made; not
+            kept in files.
     """
 
     made_for: dict[str, str]
@@ -62,15 +62,15 @@ class Calibration:
         return self.arrays[statistic.name]
 
     def missing(self, statistics: Sequence[Statistic]) -> list[Statistic]:
-        """Those that were not measured, each after what it needs."""
+        """The statistics that were not measured yet, in an order in which each follows those that it needs."""
         found = []
         for statistic in statistics:
             found += [other for other in (*self.missing(statistic.needs), statistic) if other not in found]
         return [statistic for statistic in found if statistic.name not in self.arrays]
 
     def took(self, statistics: Sequence[Statistic]) -> float:
-        """Full-step trajectories of one sample that measuring these took, and what they need. Those that look at the
-        same site share them."""
+        """The cost of measuring these statistics and those that they need, in full-step trajectories of one sample.
+        Statistics at the same site share their trajectories, which count once."""
         everything = {other for statistic in statistics for other in (statistic, *statistic.needs)}
         passes = {statistic.site: statistic for statistic in everything if isinstance(statistic, Folded)}
         reruns = [statistic for statistic in everything if isinstance(statistic, Rerun)]
@@ -87,8 +87,8 @@ class Calibration:
         return self[L1Cost()]
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, atomically; of the prompts' images where they are and what their content is.
-        Raises SettingError where an argument of the call is an object, such as an image."""
+        """Write one safetensors file, atomically. Of the prompts' images it holds the paths and digests of the content.
+        Raises SettingError if an argument of the call is an object, such as an image."""
         facts = {"made_for": self.made_for, "trajectories": self.trajectories}
         facts["made_from"] = self.made_from | {"prompts": [to_json(prompt) for prompt in self.made_from["prompts"]]}
         try:
@@ -115,7 +115,7 @@ class Calibration:
             raise SettingError(f"{path} is not a calibration file: {error}") from None
 
     def batches(self, limit: int | None = None, start: int = 0) -> list[tuple[list[str], list[int]]]:
-        """The prompts (from `start` to before `limit`) and their seeds as they are batched."""
+        """The prompts (from `start` to before `limit`) and their seeds, in batches."""
         prompts, seeds, size = (self.made_from[name] for name in ("prompts", "seeds", "batch_size"))
         prompts, seeds = prompts[start:limit], seeds[start:limit]
         return [(prompts[i : i + size], seeds[i : i + size]) for i in range(0, len(prompts), size)]
@@ -128,8 +128,8 @@ class Calibration:
         observe: Callable | None = None,
         start: int = 0,
     ) -> tuple[np.ndarray, Report]:
-        """Final latents (n, ...) of the calibration's prompts (from `start` to before `limit`) under `method`, and what
-        it did in all of them. `observe`: see `Session`."""
+        """Run the calibration's prompts (from `start` to before `limit`) with `method`. Returns their final latents,
+        (n, ...), and the session's report. `observe`: see `Session`."""
         steps, call = method.num_inference_steps, self.made_from["call"]
         with cached(pipe, method, observe) as session:
             batches = self.batches(limit, start)
@@ -144,21 +144,21 @@ class Calibration:
     def errors(
         self, pipe: "DiffusionPipeline", method: Runnable, limit: int | None = None, start: int = 0
     ) -> np.ndarray:
-        """Relative distance of the prompts' final latents under `method` to the full-step ones, (n,). It takes a
-        statistic that has kept those."""
+        """Relative distances of the prompts' final latents with `method` to the full-step ones, (n,). A statistic that
+        keeps the full-step latents must have been measured before."""
         reference = self.latents[start:limit]
         reference = reference.reshape(len(reference), -1)
         moved = self.rerun(pipe, method, limit, start=start)[0].reshape(reference.shape) - reference
         return np.linalg.norm(moved, axis=1) / np.linalg.norm(reference, axis=1)
 
     def count(self, report: Report, prompts: list[int]) -> None:
-        """Add to `reran` what batches of so many prompts have taken under a method, mean over the guidance branches."""
+        """Add to `reran` what a method has computed in batches of these sizes, mean over the guidance branches."""
         spent = np.mean([generations[-len(prompts) :] for generations in report.spent.values()], axis=0)
         self.reran += float(np.dot(spent, prompts)) / self.num_inference_steps
 
     def measure(self, pipe: "DiffusionPipeline", statistics: Sequence[Statistic]) -> None:
-        """Add those of the statistics that are missing. Statistics at the same site share the trajectories; only the T
-        features of one batch are held at a time, of every guidance branch."""
+        """Measure the statistics that are missing. Statistics at the same site share the trajectories. The T features
+        of one batch, of every guidance branch, are held in memory at a time."""
         missing = self.missing(statistics)
         if missing and self.arrays:  # these have to be of the same model
             self.check_use(pipe, self.num_inference_steps)
@@ -205,7 +205,7 @@ class Calibration:
         self.made_from |= seen | {"timesteps": [round(time, 4) for time in report.timesteps]}
 
     def sign(self, method: Runnable) -> Runnable:
-        """`method`, which was built on this calibration, with what it was made for."""
+        """A copy of `method`, which was built on this calibration, with its `made_for` filled in."""
         names = ("input", "branches", "guidance", "timesteps")
         seen = {name: str(self.made_from[name]) for name in names if name in self.made_from}
         return replace(method, made_for=self.made_for | seen)
@@ -216,8 +216,8 @@ class Calibration:
         return self.made_from.get("switches", [])
 
     def check_use(self, pipe: "DiffusionPipeline | None", num_inference_steps: int) -> None:
-        """Warns, and raises SettingError, as `dpcache.circumstances.check_use` does of a method; it also raises it for
-        another number of steps. `pipe`: None where the model is not run."""
+        """Warns and raises SettingError as `dpcache.circumstances.check_use` does for a method. Raises SettingError for
+        another number of steps, too. `pipe`: None if the model will not run."""
         if num_inference_steps != self.num_inference_steps:
             raise SettingError(
                 f"num_inference_steps={num_inference_steps}: this calibration was made for {self.num_inference_steps}"
@@ -278,7 +278,7 @@ def _room(like: torch.Tensor, steps: int) -> torch.Tensor:
 def record(
     pipe: "DiffusionPipeline", method: Method, prompts: Sequence[str], seeds: Sequence[int], **call
 ) -> tuple[Batch, dict[str, dict[str, torch.Tensor]]]:
-    """Sample with `method` and keep everything that passes at its site.
+    """Sample with `method` and record everything that its site keeps.
 
     Returns:
         The batch, and for every guidance branch the features of the computed steps (K, B, ...) under the
@@ -325,13 +325,13 @@ def calibrate(
     batch_size: int = 1,
     **call,
 ) -> Calibration:
-    """Run `prompts` with every step computed and measure what a method is to be planned with.
+    """Run `prompts` with every step computed, and measure statistics from which methods are planned.
 
     Args:
-        statistics: a recipe's `statistics`; empty: nothing is run yet. None: all that takes one run per prompt at
-            `site`, which serves `dpcache` and `teacache`.
-        site: `stack`, or `output`, which takes any denoiser that diffusers has, U-Nets too.
-        prompts: `dpcache.Prompt` where they come with images.
+        statistics: a recipe's `statistics`; empty: nothing is run yet; None: all statistics at `site` that one run per
+            prompt yields, which are enough for `dpcache` and `teacache`.
+        site: `stack`, or `output`, which works with any denoiser of diffusers, U-Nets too.
+        prompts: strings, or `dpcache.Prompt` for prompts with images.
         seeds: one per prompt; default 0, 1, ...
         call: further arguments of the pipeline (height, width, guidance_scale, ...).
 

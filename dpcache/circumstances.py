@@ -1,4 +1,5 @@
-"""For which model, steps and call something was made: calibrations and methods remember it."""
+"""The circumstances (model, steps, call) for which a calibration or a method was made, and the checks when it is
+used."""
 
 import hashlib
 import inspect
@@ -73,7 +74,7 @@ def _dtype(pipe) -> str:
 
 
 def told_guidance(pipe: "DiffusionPipeline") -> dict[str, object]:
-    """The guidance scales that the latest run of a pipeline had, of those that it tells: defaults, too."""
+    """The guidance scales of the latest run of a pipeline, defaults included, as far as the pipeline tells them."""
     names = [name for name in inspect.signature(type(pipe).__call__).parameters if _is_guidance(name)]
     told = {name: getattr(pipe, name, None) for name in names}
     return {name: value for name, value in told.items() if value is not None}
@@ -83,7 +84,7 @@ def check_use(
     pipe: "DiffusionPipeline | torch.nn.Module | Loop", made_for: Mapping[str, str], what: str = "method"
 ) -> None:
     """Warn where a method (or another thing, named by `what`) was made for other weights than the pipeline's: another
-    dtype, or a fine-tuned model. A model without a pipeline is looked at as well.
+    dtype, or a fine-tuned model. A model without a pipeline is checked too.
 
     Raises SettingError where it was made for another class of model or for another scheduler.
     """
@@ -116,7 +117,7 @@ def other_use(
     branches: Sequence[str],
 ) -> list[str]:
     """A line for each way in which a run differs from what its method was made for: another resolution, other guidance
-    branches, another guidance scale. Scales are those that the pipeline tells; some tell none."""
+    branches, another guidance scale. Guidance scales are compared if the pipeline tells them; some do not."""
     made = literal_eval(made_for.get("guidance", "{}"))
     told = {name: getattr(pipe, name, None) for name in made}
     guidance = {name: value if told[name] in (None, value) else told[name] for name, value in made.items()}
@@ -129,8 +130,9 @@ def other_use(
 
 
 def other_times(made_for: Mapping[str, str], timesteps: Sequence[float]) -> list[str]:
-    """The same of a run's timesteps: custom ones, or a shift of the noise levels that no configuration tells. A method
-    with a grid of its own has another number of them than its calibration, and nothing to compare."""
+    """A line if a run's timesteps differ from those that its method was made for: because of custom timesteps, or a
+    shift of the noise levels that is not in the configuration. A method with a grid of its own has another number of
+    timesteps than its calibration; then nothing is compared."""
     made = literal_eval(made_for.get("timesteps", "[]"))
     if not made or len(made) != len(timesteps) or np.abs(np.subtract(made, timesteps)).max() <= 1e-3 * max(made):
         return []

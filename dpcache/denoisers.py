@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def denoisers(pipe: "DiffusionPipeline | torch.nn.Module | Loop") -> dict[str, torch.nn.Module]:
-    """The transformers (or the U-Net) that a pipeline denoises with, by their names in it; a model alone has none.
+    """The transformers (or the U-Net) that a pipeline denoises with, by their names in the pipeline; the name of a
+    model without a pipeline is "".
 
     Raises SettingError if there is none.
     """

@@ -1,4 +1,4 @@
-"""What a method will keep in memory, known before there are any weights: a dry step on the device "meta"."""
+"""The memory that a method's cache will take, before any weights are loaded: from a step on the device "meta"."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -48,8 +48,8 @@ def history_bytes(
 ) -> int:
     """Bytes that `method` keeps on the device while sampling, all guidance branches together.
 
-    One computed step shows what a fixed schedule keeps of each. What an online one keeps besides may grow until its
-    history is full, so it takes as many steps.
+    For a fixed schedule one computed step is enough: it shows what every computed step keeps. The state of an online
+    schedule may grow until its history is full, so as many steps are run as the history holds.
 
     Args:
         transformer: `architecture.build()`, on the device "meta".

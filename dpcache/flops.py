@@ -21,8 +21,9 @@ def attention_flops(
     out_shape: Sequence[int] | None = None,
     **kwargs,
 ) -> int:
-    """FLOPs of scaled dot-product attention, 4 B H N M D where values are as wide as keys: two products of matrices per
-    head, a multiplication with its addition as two. A mask saves nothing, and heads that share keys count like others.
+    """FLOPs of scaled dot-product attention, 4 B H N M D if values are as wide as keys: two matrix products per head; a
+    multiplication and its addition count as two. A mask does not reduce the count. Heads that share keys count like
+    others.
 
     Args:
         query, key, value: the shapes (B, H, N, D), (B, H', M, D) and (B, H', M, E).
@@ -45,9 +46,9 @@ ATTENTION = {getattr(torch.ops.aten, name): attention_flops for name in KERNELS 
 
 
 class FlopCounter(FlopCounterMode):
-    """Counts all that is computed within it. It does without PyTorch's table of modules, whose tracker recurses without
-    end in a model that contains itself, as cache-dit makes them. Attention counts the same by every kernel, and a
-    kernel of it without a formula is warned of."""
+    """Counts all FLOPs within its `with` block. It does not use PyTorch's table of modules: the tracker of that table
+    recurses without end in a model that contains itself, as cache-dit makes them. Every attention kernel counts the
+    same; a kernel without a formula causes a warning."""
 
     def __init__(self):
         super().__init__(display=False, custom_mapping=ATTENTION)
@@ -79,13 +80,14 @@ def matrix_layers(transformer: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 class LayerFlops:
-    """Watches which layers run in a call of the transformer, and on how much.
+    """Records which layers run in a call of the transformer, and the size of their inputs.
 
-    The FLOPs of the first call, which every cache computes in full, are counted layer by layer, a layer being a module
-    with a matrix: its own, and what follows until the next one begins, so that attention counts for the projection just
-    before it. After that it is enough to know which layers run, and how much smaller their input is.
+    The FLOPs of the first call, which every cache computes in full, are counted layer by layer. A layer is a module
+    with a matrix; the operations that follow it, up to the next layer, count as part of it, so attention counts for the
+    projection just before it. For later calls it is enough to know which layers run, and how much smaller their input
+    is.
 
-    What was counted is remembered for the transformer, so that later runs, timed ones among them, need not count again.
+    The counts are kept for the transformer, so that later runs, such as timed ones, need not count again.
 
     Args:
         counting: False: only tell which layers run.
@@ -117,7 +119,7 @@ class LayerFlops:
         self.counted = total
 
     def forget(self, layer: torch.nn.Module) -> None:
-        """It has been called just now, but something else stands in for it."""
+        """The layer was just called, but did not run: its hook returned something else."""
         if self.ran and self.ran[-1][0] is layer:
             self.ran.pop()
 
@@ -127,8 +129,8 @@ class LayerFlops:
 
     @contextmanager
     def call(self, shapes: tuple) -> Iterator[None]:
-        """Around one call of the transformer with inputs of these shapes. Those of a generation's first call stand for
-        all of it: later calls may leave inputs out, and are not computed in full."""
+        """A `with` block around one call of the transformer. `shapes`: of the inputs of the generation's first call,
+        for all its calls, because later calls may leave inputs out and are not computed in full."""
         self.ran.clear()
         self.spared = 0.0
         if self.known is not None:
@@ -149,7 +151,7 @@ class LayerFlops:
 
     @property
     def share(self) -> float:
-        """Of the FLOPs of a full step, what the last call computed."""
+        """The share of a full step's FLOPs that the last call computed."""
         ran = 0.0
         for layer, size in self.ran:
             flops, full = self.costs.get(layer, (0, 1))

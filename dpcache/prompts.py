@@ -30,7 +30,7 @@ class Prompt(str):
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """16 hex digits of each file's content, as it was at the first look. Raises SettingError for a file that is no
+        """16 hex digits of each file's content when it was first read. Raises SettingError for a file that is no
         image."""
         found = {}
         for name, file in self.images.items():
@@ -44,7 +44,7 @@ class Prompt(str):
         return found
 
     def load(self) -> dict[str, Image.Image]:
-        """The images, in RGB. Raises SettingError for a file that is no image, or not the one that it was."""
+        """The images, in RGB. Raises SettingError for a file that is no image, or that has changed."""
         from diffusers.utils import load_image  # here: prompts are read before the libraries
 
         loaded = {}
@@ -69,8 +69,8 @@ def _digest(content: bytes) -> str:
 
 
 def identity(prompts: Sequence[str]) -> list:
-    """What tells these prompts from others, as JSON holds it: of one with images also their contents, not where they
-    are. Raises SettingError for a file that is no image."""
+    """What identifies these prompts, as JSON can hold it: for a prompt with images also digests of their contents, but
+    not their paths. Raises SettingError for a file that is no image."""
     return [[str(prompt), prompt.digests] if isinstance(prompt, Prompt) else prompt for prompt in prompts]
 
 
@@ -83,7 +83,7 @@ def to_json(prompt: str) -> str | dict:
 
 
 def from_json(kept: str | Mapping) -> str:
-    """The prompt that `to_json` gave. Its images are looked at when they are used."""
+    """The prompt from what `to_json` returned. Its images are read when they are used."""
     if isinstance(kept, str):
         return kept
     prompt = Prompt(kept["prompt"], **{name: file for name, (file, _) in kept["images"].items()})

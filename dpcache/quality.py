@@ -31,9 +31,9 @@ class Measure:
 
     Attributes:
         label: what it is called.
-        score: of images and full-step images, uint8 (N, H, W, 3) or (N, F, H, W, 3), one number each, (N,).
-        best: of identical images, 0 or 1, and everything else is worse the further it is from that; None: decibels,
-            of which more is better.
+        score: from images and full-step images, uint8 (N, H, W, 3) or (N, F, H, W, 3), one value per sample, (N,).
+        best: the value for identical images, 0 or 1; the further a value is from it, the worse. None: the values are
+            decibels, and more is better.
     """
 
     label: str
@@ -41,7 +41,7 @@ class Measure:
     best: float | None = None
 
     def decibels(self, value: float) -> float:
-        """On a scale on which more is better, and on which errors of the latents are told as well."""
+        """The value on a decibel scale: more is better, and it compares with errors of the latents in decibels."""
         return value if self.best is None else float(-20 * np.log10(max(abs(self.best - value), 10 ** (-HIGHEST / 20))))
 
     def value(self, decibels: float) -> float:
@@ -56,7 +56,7 @@ class Measure:
         return f"{value:.2f} dB" if self.best is None else f"{self.label} {value:.4g}"
 
     def check(self, wanted: float) -> None:
-        """Raises SettingError for a quality that cannot be."""
+        """Raises SettingError for a quality outside of the possible range."""
         if self.best is None and not 0 < wanted <= HIGHEST:
             raise SettingError(f"quality={wanted} must be above 0 and at most {HIGHEST:g} dB")
         if self.best is not None and not 0 < wanted < 1:
@@ -68,12 +68,13 @@ class Found:
     """A method that reaches the quality.
 
     Attributes:
-        method, budget: with so many computed steps; of an online method, the mean over the prompts, rounded.
-        measure: of the quality.
-        tried: of so many computed steps (of an online method, in the mean), the quality that was confirmed, mean over
-            the calibration prompts.
-        predicted: of budgets, the quality that the simulator and the *other* budgets that were run foretell; empty
-            where the method has no simulator.
+        method, budget: the method, and its number of computed steps; for an online method the mean over the prompts,
+            rounded.
+        measure: of the values in `tried` and `predicted`.
+        tried: the quality that was reached, mean over the calibration prompts, by number of computed steps (for an
+            online method their mean).
+        predicted: by budget, the quality that the simulator and the *other* budgets that were run predict; empty if the
+            method has no simulator.
     """
 
     method: Runnable
@@ -96,7 +97,7 @@ class Knob(Protocol):
     """The one setting of a method that decides online.
 
     Attributes:
-        make: the method with the setting at a value; the larger the value, the fewer steps are computed.
+        make: the method for a value of the setting. The larger the value, the fewer steps are computed.
         first: the value to begin with.
         setting: what it is called.
         whole: whole numbers only.
@@ -113,16 +114,17 @@ class HasKnob(Protocol):
     """A recipe of a method that decides online."""
 
     def knob(self, calibration: Calibration) -> Knob | None:
-        """Its one setting; None where something else depends on the budget, too. Raises SettingError if it is given."""
+        """Its one setting; None if something else depends on the budget as well. Raises SettingError if the setting is
+        given."""
         ...
 
 
 @runtime_checkable
 class Simulated(Protocol):
-    """A recipe that knows without running the model how its quality grows with the budget."""
+    """A recipe that can predict, without running the model, how its quality grows with the budget."""
 
     def promised(self, calibration: Calibration) -> float:
-        """Decibels of the final latents with its budget, up to what all budgets have in common."""
+        """Decibels of the final latents with its budget, up to a constant that all budgets share."""
         ...
 
 
@@ -146,20 +148,19 @@ def find_budget(
     measure: Measure = PSNR,
 ) -> Found:
     """The smallest budget with which the images of the calibration prompts come as close to the full-step ones as
-    `quality` says. Quality is taken to grow with the budget; a budget that the method does not take counts as too
-    small. Every budget that is tried is run on all calibration prompts:
+    `quality` says. Quality is assumed to grow with the budget. A budget that the method refuses counts as too small.
+    Every budget that is tried is run on all calibration prompts. Which ones are tried depends on the recipe:
 
-    - of a `Simulated` recipe, the smallest one that is predicted to do, until one reaches the
-      quality and the one below does not;
-    - of an online method with one setting (`HasKnob`), values of that setting;
-    - of others about log2(T), by bisection.
+    - `Simulated` recipe: the smallest budget that is predicted to be enough, until one budget reaches the quality and
+      the one below it does not; - online method with one setting (`HasKnob`): values of that setting; - others: about
+      log2(T) budgets, by bisection.
 
     Args:
         make: the recipe for a budget.
-        quality: what the measure's mean over the prompts is to be.
+        quality: the value of the measure, mean over the prompts, that is to be reached.
 
-    Raises SettingError for a quality that cannot be, where it is not reached, for an online method whose setting is
-    given, and as the recipes do where no budget is taken.
+    Raises SettingError for a quality outside of its range, if the quality is not reached, for an online method whose
+    setting is given, and as the recipes do if they refuse every budget.
     """
     measure.check(quality)
     wanted, T = measure.decibels(quality), calibration.num_inference_steps
@@ -237,8 +238,9 @@ def _smallest(enough: Callable[[int], bool], low: int, high: int) -> int:
 def _by_setting(
     confirm: Callable[[Runnable], tuple[float, float]], knob: Knob, quality: float, measure: Measure
 ) -> Found:
-    """The largest value of the setting that reaches the quality: from the first one on doubled or halved until one does
-    and one does not, then their geometric mean, until their computed steps differ by half a step or less."""
+    """The largest value of the setting that reaches the quality. The first value is doubled or halved until one value
+    reaches the quality and another does not. Then their geometric mean is tried, until their computed steps differ by
+    half a step or less."""
     enough, short, value, known, tried, wanted = None, None, knob.first, {}, {}, measure.decibels(quality)
     for _ in range(TRIES):
         value = max(round(value), 1) if knob.whole else value

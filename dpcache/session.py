@@ -56,7 +56,8 @@ class Report:
         computed_counts, predicted_counts: number of computed and of predicted steps of every generation.
         seconds_computed, seconds_predicted: seconds inside the transformer, all generations together.
         history_bytes: memory that the kept features and an online schedule's state take, all branches together.
-        equivalents: of a method that also skips parts of steps, what every generation computed, in full steps by FLOPs.
+        equivalents: what every generation computed, in full steps by FLOPs; empty unless the method also skips parts of
+            steps.
         switches: steps at which a pipeline's second model took over, in all generations.
         input_shape: of the model's input, without the first dimension, which counts samples and guidance branches.
         timesteps: of the latest generation; empty without a scheduler.
@@ -552,14 +553,13 @@ class Session:
         return branch.skip and not (self.staggered and self.staggered.refreshes(name, branch.step))
 
     def left_out(self, module: torch.nn.Module) -> None:
-        """A hook calls it when its module is called but not run, so that its FLOPs do not count."""
+        """Hooks call this when their module is called but does not run, so that its FLOPs do not count."""
         watch = self.current.part.watch
         if watch is not None:
             watch.forget(module)
 
     def spare(self, flops: float) -> None:
-        """A hook calls it where its module computes so many FLOPs less within, which the layers that run do not
-        show."""
+        """Hooks call this when their module computes so many FLOPs less than the layers that run in it show."""
         watch = self.current.part.watch
         if watch is not None:
             watch.spare(flops)
@@ -584,7 +584,7 @@ class Session:
 
     @torch.compiler.disable
     def learn(self, name: str | int, feature: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
-        """An online schedule is told of what a computed step leaves."""
+        """Tells an online schedule what a computed step leaves."""
         if self.online:
             self.schedule.learn(self.current, name, feature)
 
@@ -630,7 +630,7 @@ class Session:
         return output
 
     def check_call(self, branch: Branch) -> None:
-        """Raises SettingError if the call has kept or predicted something else than the branch's first one."""
+        """Raises SettingError if the call has not kept or predicted the same names as the branch's first call."""
         if not branch.skip and len(branch.keys) == 1:
             branch.kept = frozenset(branch.seen)
             if self.staggered:

@@ -1,8 +1,8 @@
-"""What calibration can measure on full-step trajectories. A recipe names the statistics that it needs, and only those
-are measured.
+"""What calibration can measure on full-step trajectories. A recipe names the statistics that it needs; only those are
+measured.
 
-A statistic is a small frozen record. `Folded` ones look at the trajectories as they are made, one batch at a time, and
-those at the same site share them. `Rerun` ones run the pipeline once more.
+A statistic is a small frozen dataclass. `Folded` statistics are computed from the trajectories while these are made,
+one batch after the other; all of them at one site share the trajectories. `Rerun` statistics run the pipeline again.
 """
 
 from abc import ABC, abstractmethod
@@ -35,12 +35,12 @@ class Trajectories:
     """Full-step trajectories of one batch, seen at one site.
 
     Attributes:
-        features: of every guidance branch what the site keeps, (T, B, ...).
-        inputs: of every guidance branch the model's input, (T, B, ...), at the sites `output` and `output_residual`.
-        input_changes: of every guidance branch the relative change of the first block's modulated input against the
-            step before, T numbers, at site=stack; empty where the model's modulated input is not known.
+        features: what the site keeps, by guidance branch, (T, B, ...).
+        inputs: the model's input, by guidance branch, (T, B, ...), at the sites `output` and `output_residual`.
+        input_changes: by guidance branch, T relative changes of the first block's modulated input from the step before,
+            at site=stack; empty if the model's modulated input is not known.
         prompts: how many are in the batch. Guided pipelines may stack their branches in B, one after the other.
-        share: of the batch in all prompts.
+        share: the fraction of all prompts that is in this batch.
         first: whether it is the calibration's first batch.
         device: where to compute.
     """
@@ -58,9 +58,8 @@ class Statistic:
     """Base of all statistics, each a frozen dataclass.
 
     Attributes:
-        version: to be raised when the statistic's numbers change their meaning, so that old files are not taken for
-            new ones.
-        needs: other statistics, which are measured before.
+        version: raise it when the numbers change their meaning, so that old files are not taken for new ones.
+        needs: other statistics that have to be measured before.
     """
 
     version: ClassVar[int] = 1
@@ -71,23 +70,23 @@ class Statistic:
 
     @property
     def name(self) -> str:
-        """What it is called in files: kind, version and settings."""
+        """Its name in files: class, version and settings."""
         settings = [f"{field.name}={getattr(self, field.name)}" for field in fields(self)]
         return " ".join([f"{type(self).__name__}.{self.version}", *settings])
 
 
 class Folded(Statistic, ABC):
-    """Looks at one batch of trajectories after the other.
+    """A statistic that is accumulated over batches of trajectories.
 
     Attributes:
-        site: where it looks: a site's short name.
+        site: short name of the site whose features it uses.
     """
 
     site: str
 
     @abstractmethod
     def fold(self, total: np.ndarray | None, batch: Trajectories) -> np.ndarray:
-        """`total`, None before the first batch, with this batch added."""
+        """`total` with this batch added; `total` is None before the first batch."""
 
 
 class Mean(Folded):
@@ -95,7 +94,7 @@ class Mean(Folded):
 
     @abstractmethod
     def measure(self, batch: Trajectories, branch: str) -> np.ndarray:
-        """Of one guidance branch of a batch, mean over its prompts."""
+        """The statistic of one guidance branch of a batch, mean over the batch's prompts."""
 
     def fold(self, total: np.ndarray | None, batch: Trajectories) -> np.ndarray:
         share = batch.share / len(batch.features)
@@ -106,21 +105,23 @@ class Mean(Folded):
 
 
 class Rerun(Statistic, ABC):
-    """Runs the pipeline on the calibration's prompts."""
+    """A statistic that runs the pipeline on the calibration's prompts."""
 
     @abstractmethod
     def measure(self, pipe: "DiffusionPipeline", calibration: "Calibration") -> np.ndarray:
-        """`calibration` holds what the statistic `needs`, and its `rerun` counts what the runs cost."""
+        """The statistic's array. `calibration` holds the statistics in `needs`; its `rerun` counts the cost of the
+        runs."""
 
 
 @dataclass(frozen=True)
 class L1Cost(Mean):
-    """The path-aware cost tensor (T, T+1, T+1), float64 (arXiv 2602.22654, Eq. 6), see `dpcache.pact.l1_cost`. Of the
-    last block it takes the image stream, which alone reaches the output (the authors' code adds the text).
+    """The path-aware cost tensor (T, T+1, T+1), float64 (arXiv 2602.22654, Eq. 6), see `dpcache.pact.l1_cost`. The
+    features are the image stream of the last block, because only this stream reaches the output (the authors' code adds
+    the text).
 
     Args:
-        predictor: short name of the one whose errors it holds; taylor2 is the paper's.
-        path_aware, cumulative: the paper's ablation.
+        predictor: short name of the predictor whose errors the tensor holds; taylor2 is the paper's.
+        path_aware, cumulative: for the paper's ablation, see `l1_cost`.
     """
 
     site: str = "stack"
@@ -185,7 +186,7 @@ class OutputChange(Folded):
 
 @dataclass(frozen=True)
 class BlockChanges(Rerun):
-    """Of every block, the relative L1 change of what it adds to the image stream, from step to step: mean over steps,
+    """For every block, the relative L1 change from step to step of what it adds to the image stream: mean over steps,
     prompts and guidance branches, (blocks,)."""
 
     def measure(self, pipe: "DiffusionPipeline", calibration: "Calibration") -> np.ndarray:
@@ -208,9 +209,9 @@ class Gain(Rerun):
     """How far the final latents move per unit of feature error at each step, (T,), mean 1.
 
     A run that skips one step alone and reuses the feature before it makes a known error there, |h_k - h_{k-1}| by the
-    Gram matrix, and ends a measured distance from the full-step latents. Measured at `points` steps on the first
-    `prompts` prompts, and interpolated on a logarithmic scale between them. It holds the scheduler's step size, the
-    output layers' sensitivity and the sampler's own in one figure.
+    Gram matrix, and ends a measured distance from the full-step latents. The gain is measured at `points` steps on the
+    first `prompts` prompts, and interpolated on a logarithmic scale between these steps. It combines the scheduler's
+    step size, the sensitivity of the output layers and the sensitivity of later steps in one number.
     """
 
     site: str
@@ -240,7 +241,7 @@ def relative_change(current: torch.Tensor, previous: torch.Tensor) -> torch.Tens
 
 
 def of_one_pass(site: str = "stack") -> tuple[Statistic, ...]:
-    """What `calibrate` measures unless it is told otherwise: all that takes no run beyond the trajectories at `site`.
+    """The statistics that `calibrate` measures by default: all that need no run beyond the trajectories at `site`.
 
     Raises SettingError for a site other than stack and output.
     """

@@ -1,7 +1,7 @@
 """A method as one file: its parts with all their settings, in safetensors, never pickle.
 
-A part is a frozen dataclass, so its fields are all there is to store: numbers and names as JSON in the file's metadata,
-arrays as tensors beside it. One file may hold a method for each of several budgets.
+A part is a frozen dataclass, so only its fields are stored: numbers and names as JSON in the file's metadata, arrays as
+tensors of the file. One file may hold a method for each of several budgets.
 """
 
 import json
@@ -34,7 +34,7 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[
 def read(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Arrays and metadata of a file whose "format" in the metadata is `dpcache` and `kind`.
 
-    Raises FileNotFoundError if there is none, ValueError if it is something else.
+    Raises FileNotFoundError if there is no file, ValueError if it has another format.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{kind.split()[0]} file {path} does not exist")

@@ -1,17 +1,17 @@
-"""Weights that are learnt while the calibration's prompts run with them.
+"""Weights that are learnt while the calibration's prompts are run with them.
 
-A skipped step should end on the latents of the full-step run: x_{s+1}. Where the run stands is known only in the run
-itself, because the model answers the errors that earlier steps have left. So the prompts are run with every step's
-weights fitted as that step is reached, by least squares over the prompts: what the latest keys have predicted (and the
-latents themselves, if the predictor sees them) against the prediction that takes the latents to x_{s+1},
+A skipped step should end on the latents of the full-step run: x_{s+1}. The latents of an accelerated run are known only
+in the run itself, because the model answers the errors that earlier steps have left. So the prompts are run, and the
+weights of each step are fitted when the run reaches it, by least squares over the prompts. The latest keys' predictions
+(and the latents, if the predictor sees them) are fitted to the prediction that takes the latents to x_{s+1},
 
     aim_s = v_s - dx'_{s+1} / drive[s, 0],
 
 where v_s is the full-step run's prediction and dx'_{s+1} the error that would be left if v_s were predicted
 (`linear_sampler`: sum_j carry[s, j] dx_{s-j} + sum_{j>0} drive[s, j] (q_{s-j} - v_{s-j}), q what was predicted).
 
-The simulator fits such weights, too (`Simulator.closed_loop`), but has to guess the model's answers. Where few prompts
-have taught, its weights count as if one more had.
+The simulator fits such weights, too (`Simulator.closed_loop`), but can only estimate the model's answers. Its weights
+are mixed into the learnt ones as if they came from one more prompt (`TRUST`).
 """
 
 from collections.abc import Sequence
@@ -36,17 +36,17 @@ TRUST = 1.0  # for how many prompts simulated weights count
 
 
 class ClosedLoopFit:
-    """The weights of one plan, learnt run by run.
+    """The weights of one plan, learnt in one run after the other.
 
-    The equations of all runs are summed, so each batch of prompts runs with what it and the batches before it have
-    taught.
+    The least-squares equations of all runs are summed. So each batch of prompts uses weights learnt from itself and
+    from the batches before.
 
     Args:
         recorded: the reference runs of the calibration's prompts.
         plan: the computed steps, beginning with step 0.
-        simulated: the weights to begin with, which also say how many of the latest computed predictions are weighed,
-            and whether the latents are.
-        trust: for how many prompts they count.
+        simulated: the weights to begin with. They also set how many of the latest computed predictions are used, and
+            whether the latents are.
+        trust: the number of prompts for which the simulated weights count.
         ridge: see `dpcache.predictors.LeastSquares`.
     """
 
@@ -65,7 +65,7 @@ class ClosedLoopFit:
 
     @property
     def predictor(self) -> FittedWeights:
-        """With the weights as they are by now."""
+        """The predictor with the weights learnt so far."""
         return replace(self.simulated, table={step: self._solve(step) for step in self.simulated.table})
 
     def run(self, pipe: "DiffusionPipeline", calibration: Calibration, start: int, limit: int) -> np.ndarray:
@@ -82,8 +82,8 @@ class ClosedLoopFit:
         return np.concatenate(errors)
 
     def add(self, step: int, seen: np.ndarray, aim: np.ndarray) -> tuple[float, ...]:
-        """Of one batch what there is to predict from, (B, h, E), and what to aim at, (B, E). Returns the weights with
-        which this batch goes on."""
+        """Add the data of one batch at a step: what is predicted from, (B, h, E), and the aim, (B, E). Returns the
+        weights that this batch uses at the step."""
         prompts, among, towards = self.sums.get(step, (0, 0.0, 0.0))
         among, towards = among + np.einsum("bhe,bke->hk", seen, seen), towards + np.einsum("bhe,be->h", seen, aim)
         self.sums[step] = prompts + len(aim), among, towards
@@ -99,8 +99,8 @@ class ClosedLoopFit:
 
 
 class _Learner(StepListener, Predictor):
-    """The predictor of one batch's run, which it follows at its scheduler: it fits the weights of each skipped step as
-    that is reached."""
+    """The predictor for the run of one batch. It listens to the scheduler, and fits the weights of each skipped step
+    when the run reaches it."""
 
     def __init__(self, fit: ClosedLoopFit, prompts: slice):
         recorded = fit.recorded
@@ -128,7 +128,7 @@ class _Learner(StepListener, Predictor):
         self.dx.append(self.y[-1] - self.x[:, len(self.dx)])
 
     def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...]:
-        """Of the keys and, if it is seen, of the input: the same for every guidance branch."""
+        """The weights of the keys and, if it is seen, of the input: the same for every guidance branch."""
         if step not in self.found:
             self.found[step] = self._fit(keys, step)
         return self.found[step]

@@ -1,4 +1,5 @@
-"""How the latents depend on the model's predictions: a scheduler's arithmetic, read off by running it on unit vectors.
+"""How the latents depend on the model's predictions: a scheduler's arithmetic, found by running the scheduler on unit
+vectors.
 
 Most samplers are linear in what they are given. With the predictions m_0 .. m_{T-1} (what `scheduler.step` takes, after
 guidance) and the first latents x_0,
@@ -6,9 +7,9 @@ guidance) and the first latents x_0,
     x_s = P_s x_0 + sum_{r<s} R[s, r] m_r + n_s,
 
 where n_s, the noise that some of them add, does not depend on x_0 or m. So an error of the predictions moves the
-latents by dx_s = sum_r R[s, r] dm_r, whatever the order of the solver and whatever it remembers. For long simulations
-the same is written as a short recurrence, with p = 1 for one-step solvers (Euler, DDIM, DDPM), 2 for DPM-Solver++ of
-order 2, 3 for UniPC of order 2:
+latents by dx_s = sum_r R[s, r] dm_r, for solvers of any order and any memory. For long simulations the same map is
+written as a short recurrence, with p = 1 for one-step solvers (Euler, DDIM, DDPM), 2 for DPM-Solver++ of order 2, 3 for
+UniPC of order 2:
 
     dx_{s+1} = sum_{j<p} carry[s, j] dx_{s-j} + drive[s, j] dm_{s-j}.
 """
@@ -55,7 +56,7 @@ class LinearSampler:
         return len(self.drive)
 
     def carried(self, step: int, moved: Sequence, predicted: Sequence) -> np.ndarray:
-        """What earlier steps leave of dx_{step+1}: the recurrence without its term drive[step, 0] dm_step.
+        """The part of dx_{step+1} that earlier steps determine: the recurrence without its term drive[step, 0] dm_step.
 
         Args:
             moved, predicted: dx_s and dm_s by s, arrays of one shape each; dx up to `step`, dm up to the one before.
@@ -67,8 +68,9 @@ class LinearSampler:
         return left
 
     def predictions_between(self, states: np.ndarray, unmoved: np.ndarray) -> np.ndarray:
-        """The predictions (T, ...) that take the latents x_0 .. x_T, `states` (T+1, ...), from each to the next, if no
-        noise is added. A step that its prediction does not move is given that of `unmoved`, (T, ...)."""
+        """The predictions (T, ...) that lead from each of the latents x_0 .. x_T, `states` (T+1, ...), to the next, if
+        no noise is added. For a step that does not depend on its prediction, the prediction is taken from `unmoved`,
+        (T, ...)."""
         found, first = np.zeros(unmoved.shape), states[0].astype(float)
         moved = [state - start * first for state, start in zip(states, self.start)]  # by the predictions
         for step, drive in enumerate(self.drive[:, 0]):
@@ -82,12 +84,12 @@ HANDED_BACK = "old_pred_original_sample"
 
 @torch.no_grad()
 def read_sampler(scheduler: "SchedulerMixin", calls: Sequence[dict]) -> LinearSampler:
-    """Run a copy of `scheduler` on unit vectors: element 0 of the latents starts at 1, element r + 1 is given a
-    prediction of 1 at step r alone.
+    """Run a copy of `scheduler` on unit vectors: element 0 of the latents starts at 1; element r + 1 gets the
+    prediction 1 at step r, and 0 at all others.
 
     Args:
-        scheduler: with its timesteps set and before its first step, so that it remembers nothing.
-        calls: of every step the arguments beside prediction and latents ("timestep" and others), by name.
+        scheduler: with its timesteps set, before its first step.
+        calls: for every step, the arguments beside prediction and latents ("timestep" and others), by name.
 
     Raises SettingError for a scheduler whose step is not linear.
     """

@@ -1,16 +1,20 @@
-"""What a model's output layers make of another step's feature, for the simulator (`dpcache.simulator`) at site=stack.
+"""How a model's output layers map features of other steps to predictions, for the simulator (`dpcache.simulator`) at
+site=stack.
 
-A skipped step there predicts the last block's output h and runs the output layers on it. These change with time, so
-that a feature of step a gives another prediction at step s than it gave at a. In diffusion transformers they are a
-norm and then linear: with f_s(h) = b_s + A_s h / |h|, and weights w of the features of earlier keys,
+At this site a skipped step predicts the last block's output h and runs the output layers on it. The output layers
+change with time, so a feature of step a gives another prediction at step s than at step a. In diffusion transformers
+they are a norm followed by a linear map: with f_s(h) = b_s + A_s h / |h|, and weights w of the features of earlier
+keys,
 
     f_s(sum_a w_a h_a) = b_s + sum_a u_a (f_s(h_a) - b_s)    with u_a = w_a |h_a| / |sum_c w_c h_c|
 
-The lengths are those of all tokens together, which makes it an approximation: the norm divides each token by its own.
+This is an approximation, because |h| is here the length over all tokens, while the norm divides each token by its own
+length.
 
-What f_s makes of earlier features is measured: each prompt runs with all steps computed, and then some times more with
-nothing computed but step 0. There every step is given the feature of a fixed number of steps ago, of the run with all
-steps, and is led back to that run's latents by the scheduler's step. So guidance is in it, as the pipeline does it.
+The values of f_s at earlier features are measured. Each prompt runs once with all steps computed, and then several
+times with only step 0 computed. In these later runs every step gets the feature of a fixed number of steps before, from
+the full-step run; after every step, the latents are replaced by those of the full-step run. So the measured predictions
+include guidance as the pipeline applies it.
 """
 
 import math
@@ -44,13 +48,13 @@ MISFIT = 0.5  # at most, see `measure_output_layers`
 
 @dataclass(frozen=True, eq=False)
 class OutputLayers:
-    """In coordinates of r directions, the last of which are `Recorded.directions`.
+    """The output layers, in coordinates of r directions, the last of which are `Recorded.directions`.
 
     Attributes:
         delays: (D,), rising, the first is 0.
-        decoded: (D, T, r), f_s of the feature of step s - delay; of step 0 where that is before it.
+        decoded: (D, T, r), f_s of the feature of step s - delay, or of step 0 if that is later.
         empty: (T, r), b_s.
-        lengths: (T, T), <h_a, h_b>, both without their mean over the channels; None where there is no norm.
+        lengths: (T, T), <h_a, h_b>, both without their mean over the channels; None if there is no norm.
         metrics: (P, r, r), every prompt's Gram matrix of the directions.
     """
 
@@ -61,7 +65,7 @@ class OutputLayers:
     metrics: np.ndarray
 
     def at(self, step: int) -> np.ndarray:
-        """(step, r): f_s - b_s of the features of all steps before, on the line between two delays."""
+        """(step, r): f_s - b_s of the features of all earlier steps, interpolated linearly between two delays."""
         ago = step - np.arange(step)
         high = np.searchsorted(self.delays, ago)
         low = high - 1
@@ -86,7 +90,8 @@ class OutputLayers:
 
 
 class _Forced(StepListener):
-    """Keeps what the scheduler is given, and puts latents of another run in the place of what it returns."""
+    """Keeps the predictions that the scheduler gets, and replaces the latents that it returns by those of another
+    run."""
 
     def __init__(self, prompts: int, latents: list[torch.Tensor] | None = None):
         self.prompts, self.latents = prompts, latents

@@ -1,4 +1,4 @@
-"""The steps to compute, searched in the simulator."""
+"""Searches in the simulator for the steps to compute."""
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
@@ -16,9 +16,10 @@ from dpcache.simulator import Simulator
 def search_plans(
     score: Callable[[list[Plan]], np.ndarray], steps: int, starts: Iterable[Sequence[int]]
 ) -> list[tuple[float, Plan]]:
-    """Improve plans until no move helps: one key to any other step, or two neighbours by up to two steps each. The best
-    moves of several keys are tried together as well. With 100 steps and more the keys of the three best starts are
-    first moved on a grid of about fifty, and then those of the two best plans by less than its mesh.
+    """Improve plans until no move helps. A move takes one key to any other step, or two neighbouring keys by up to two
+    steps each; moves of several keys that help are also tried together. With 100 steps and more, the keys of the three
+    best starts are first moved on a grid of about fifty steps, and then the keys of the two best plans by less than the
+    grid's spacing.
 
     Args:
         score: simulated decibels of N plans, (N,).
@@ -26,7 +27,7 @@ def search_plans(
         starts: plans of K steps, each beginning with step 0, which stays.
 
     Returns:
-        The plans found, one from every start, or from the two best ones, with their simulated decibels.
+        The plans found, with their simulated decibels: one from every start, or from the two best ones.
     """
     known: dict[Plan, float] = {}
     mesh = max(steps // 50, 1)
@@ -87,7 +88,7 @@ def starting_plans(steps: int, budget: int) -> list[Plan]:
 
 
 def open_loop_plan(simulator: Simulator, predictor: Predictor, budget: int) -> Plan:
-    """The exact plan over open-loop costs, in which a step's error counts by how far it moves the final latents.
+    """The exact plan over open-loop costs. The error of each step is weighted by how far it moves the final latents.
 
     Args:
         predictor: one that does not see the input.
@@ -98,8 +99,8 @@ def open_loop_plan(simulator: Simulator, predictor: Predictor, budget: int) -> P
 
 
 def _together(plan: Plan, moves: Sequence[Plan]) -> list[Plan]:
-    """The plan after the first move, after the first two, and so on; left out are those that move a key again, or to a
-    step that is taken."""
+    """The plan after the first move, after the first two moves, and so on. Moves of a key that was already moved, or to
+    a step that is taken, are left out."""
     found, moved = [], set(plan)
     for move in moves:
         gone, new = set(plan).difference(move), set(move).difference(plan)
@@ -110,7 +111,7 @@ def _together(plan: Plan, moves: Sequence[Plan]) -> list[Plan]:
 
 
 def _moved(plan: Plan, keys: Plan, places: Iterable[Plan], steps: int) -> list[Plan]:
-    """The plan with `keys` at other places, wherever these are free."""
+    """The plans in which `keys` are moved to other `places`, as far as these are free."""
     rest = set(plan) - set(keys)
     moved = (rest.union(place) for place in places if min(place) > 0 and max(place) < steps)
     return [tuple(sorted(plan)) for plan in moved if len(plan) == len(rest) + len(keys)]

@@ -152,8 +152,9 @@ def find_budget(
     Every budget that is tried is run on all calibration prompts. Which ones are tried depends on the recipe:
 
     - `Simulated` recipe: the smallest budget that is predicted to be enough, until one budget reaches the quality and
-      the one below it does not; - online method with one setting (`HasKnob`): values of that setting; - others: about
-      log2(T) budgets, by bisection.
+      the one below it does not;
+    - online method with one setting (`HasKnob`): values of that setting;
+    - others: about log2(T) budgets, by bisection.
 
     Args:
         make: the recipe for a budget.

@@ -1,5 +1,5 @@
-"""Recorded runs: the latents and predictions of full-step ones, and how the model answered the errors of a few
-accelerated ones. The simulator (`dpcache.simulator`) is made of these, and learns its weights from them."""
+"""Recorded runs: the latents and predictions of full-step runs, and the model's answers to the errors of a few
+accelerated runs. The simulator (`dpcache.simulator`) is built from them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,15 +30,15 @@ Plan = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """What is kept of the reference runs of P prompts: of E elements of the latents, the same of all prompts.
+    """The reference runs of P prompts, at E elements of the latents, the same elements for all prompts.
 
     Attributes:
         predictions: (P, T, E), m_0 .. m_{T-1}, what the model predicts at the latents below, float32.
         states: (P, T+1, E), the latents x_0 .. x_T, float32.
         sampler: the scheduler's arithmetic.
-        input_fits: whether the model's input has the shape of its prediction, which it has not where the prediction
-            has a learned variance or the input a further image.
-        finer: whether the runs have more than T steps, of which these are the T that accelerated runs have.
+        input_fits: whether the model's input has the shape of its prediction. It does not if the prediction has a
+            learned variance or the input a further image.
+        finer: whether the runs have more than T steps; recorded are those at the times of the T steps.
     """
 
     predictions: np.ndarray
@@ -59,7 +59,7 @@ class Recorded:
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """(P,): |x_T|. In units of it errors are relative, and loud prompts count no more than others."""
+        """(P,): |x_T|. Errors are divided by it, so that prompts with large latents count no more than others."""
         return np.linalg.norm(self.states[:, -1].astype(float), axis=1)
 
     @cached_property
@@ -84,23 +84,23 @@ class Recorded:
 
     @cached_property
     def directions(self) -> np.ndarray:
-        """(2T+1, r): directions as sums of the recorded predictions and latents, by falling length of what lies along
-        them from the last. Mean over prompts, they are of length 1 and at right angles. They hold all but 1e-10 of the
-        squared length of what is recorded, which takes T + 1 of them, or are the 128 that hold most of it: on
-        `tiny_dit` with T = 250 all but 5e-7."""
+        """(2T+1, r): the principal directions, as sums of the recorded predictions and latents; the last one holds most
+        of the squared length. In the mean over prompts they are orthonormal. T + 1 of them hold all but 1e-10 of the
+        squared length of the recorded vectors. At most the 128 that hold most are taken: on `tiny_dit` with T = 250
+        they hold all but 5e-7."""
         values, vectors = np.linalg.eigh(self.gram.mean(0))
         held = np.flatnonzero(values.clip(0).cumsum() > 1e-10 * values.sum())[-DIRECTIONS:]
         return vectors[:, held] / np.sqrt(values[held])
 
     @cached_property
     def leading(self) -> int:
-        """How many of the directions hold all but 1e-6."""
+        """The number of directions that hold all but 1e-6 of the squared length."""
         lengths = np.square(self.gram.mean(0) @ self.directions).sum(0)
         return int((lengths.cumsum() > 1e-6 * lengths.sum()).sum())
 
     def along(self, values: np.ndarray, prompt: np.ndarray) -> np.ndarray:
-        """Coordinates (n, r) of values (n, E), each of the prompt with that number, in the leading directions: of the
-        nearest sum of these."""
+        """The coordinates (n, r) in the leading directions of values (n, E): those of the nearest sum of directions.
+        `prompt`: (n,), the prompt of each value."""
         found, last = np.zeros((len(values), self.leading)), self.directions[:, -self.leading :]
         for number in np.unique(prompt):
             rows = np.concatenate([self.predictions[number], self.states[number]]) / self.sizes[number]
@@ -109,11 +109,12 @@ class Recorded:
         return found
 
     def errors(self, latents: np.ndarray, start: int = 0) -> np.ndarray:
-        """Relative distances (n,) of final latents (n, ...) to x_T, of the prompts from number `start` on."""
+        """Relative distances (n,) of final latents (n, ...) to x_T, for the prompts from number `start` on."""
         return self.distances(kept_elements(torch.as_tensor(latents)), np.arange(start, start + len(latents)))
 
     def distances(self, ends: np.ndarray, prompts: np.ndarray) -> np.ndarray:
-        """The same (n,) of the kept elements (n, E) of final latents, of the prompts with these numbers."""
+        """Relative distances (n,) to x_T of the kept elements (n, E) of final latents, for the prompts with these
+        numbers."""
         return np.linalg.norm(ends - self.states[prompts, -1], axis=1) / self.sizes[prompts]
 
     def check_inputs(self) -> None:
@@ -132,10 +133,10 @@ class Recorded:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """How the model answered errors of its latents where accelerated runs computed a step, n observations.
+    """The model's answers to errors of its latents, at computed steps of accelerated runs: n observations.
 
     Attributes:
-        step, prompt: (n,), which step of which prompt.
+        step, prompt: (n,), the step and the prompt's number.
         error, answer: (n, E), dx and dv = q - m there, in units of |x_T|.
     """
 
@@ -158,11 +159,11 @@ class Answers:
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """Accelerated runs of one plan that were made only to learn from.
+    """Accelerated runs of one plan, from which the simulator learns.
 
     Attributes:
         plan, predictor: what was run, at site=output.
-        prompts: (n,), which of the recorded prompts.
+        prompts: (n,), numbers of the recorded prompts.
         errors: (n,), relative errors of their final latents.
     """
 
@@ -173,7 +174,8 @@ class Probe:
 
 
 def elements_of(size: int) -> np.ndarray:
-    """Which elements of latents of `size` each are kept: all, or as many at random as bound the memory."""
+    """Indices of the kept elements of latents with `size` elements: all, or `ELEMENTS` random ones to limit the
+    memory."""
     return np.sort(np.random.default_rng(0).permutation(size)[:ELEMENTS])
 
 
@@ -231,14 +233,14 @@ def record(
     finer: int = 1,
     **call,
 ) -> tuple[Recorded, Answers | None, list[Probe], np.ndarray]:
-    """Run prompts with every step computed, and some of them again with plans that are only to be learnt from.
+    """Run prompts with every step computed, and some of them again with probes: plans from which the simulator learns.
 
     Args:
         batches: prompts and their seeds.
         num_inference_steps: T.
         probes: plans and predictors, dealt out to the batches in turn, each to two of the batch's prompts.
-        count: told of every run what it did, and of how many prompts.
-        finer: the recorded runs have so many times T steps, of which those at the times of the T are kept.
+        count: called after every run with its report and the number of prompts.
+        finer: the recorded runs have `finer` times T steps; those at the times of the T steps are kept.
         call: further arguments of the pipeline.
 
     Returns the recorded runs, the model's answers (None without probes), how the probes ended, and the final latents of
@@ -331,12 +333,15 @@ def _answers(plan: Plan, prompts: Sequence[int], recorded: Recorded, q: np.ndarr
 
 
 def random_probes(number: int, num_inference_steps: int, seed: int = 0) -> list[tuple[Plan, Predictor]]:
-    """Plans to learn from, with three predictors in turn. Each computes step 0 and one at random in each of some parts:
+    """Plans for probes, with three predictors in turn. The steps are divided into parts, and each plan computes step 0
+    and one random step of each part:
 
-    - the first half of the plans in equal parts, an eighth to four tenths of the steps: their errors are of several
-      sizes, but not so large that the model answers in another way than it does to those of good plans;
-    - the others in parts of two steps, and a long one. It lies elsewhere in each of these plans, and together they
-      cover the run. So each tells what errors of one stage do to the end.
+    - the first half of the plans has equal parts, as many as an eighth to four tenths of the steps. Their errors have
+      several sizes, but are not so large that the model would answer differently from how it answers errors of good
+      plans;
+    - the others have parts of two steps, and one long part. The long part is at another place in each of these plans,
+      and together the long parts cover the run. So each plan shows the effect of errors in one stage on the final
+      latents.
     """
     random, T, windows = np.random.default_rng(seed), num_inference_steps, number // 2
     parts = []

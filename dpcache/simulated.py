@@ -31,11 +31,12 @@ PREDICTORS = ("closed2", "closed3", "closed4", "closed2x", "closed3x", "closed4x
 
 @dataclass(frozen=True)
 class SimulatedRuns(Rerun):
-    """What the simulator needs: `Simulator.pack`. It takes every prompt once with all steps and `probes` accelerated
-    runs of two prompts each, about eight full runs for twelve. Where `finer` is 1, the full-step latents come with it.
+    """What the simulator needs: `Simulator.pack`. Measuring it runs every prompt once with all steps, and makes
+    `probes` accelerated runs of two prompts each; twelve probes cost about eight full-step runs. If `finer` is 1, it
+    also yields the full-step latents.
 
     Args:
-        finer: accelerated runs are to end on those of so many times T steps.
+        finer: accelerated runs aim at the final latents of runs of `finer` times T steps.
         stack: whether site=stack is to be simulated, too. That takes one more run of every prompt, see
             `dpcache.output_layers`.
 
@@ -70,12 +71,12 @@ class SimulatedRuns(Rerun):
 class SimulatedPlan(CalibratedRecipe):
     """The recipe of a method whose steps and predictor are searched in the simulator, at site=output.
 
-    Step 0 alone is fixed. The simulator finds the best plan of every predictor. It is too hopeful, as it knows no
-    answers that are not proportional to their errors, and most of all about the plans that a search ends with: of many
-    plans these are the ones that it is most wrong about. So plans of three kinds (`search`) are run in turn, of each
-    kind the best ones: all of them on one calibration prompt or more, the better half on further prompts, and so on
-    (successive halving). In these runs the weights of "closed" predictors are learnt (`dpcache.closed_loop`), and the
-    best plan's from further prompts, as far as the runs last.
+    Step 0 alone is fixed. The simulator finds the best plan of every predictor. The simulator underestimates errors,
+    because it leaves out answers that are not proportional to their errors. It does so most for the plans that a search
+    finds: among many plans, a search selects those that the simulator is most wrong about. So plans of three kinds
+    (`search`) are run in turn, of each kind the best ones: all of them on one calibration prompt or more, the better
+    half on further prompts, and so on (successive halving). In these runs the weights of "closed" predictors are learnt
+    (`dpcache.closed_loop`), and the best plan's from further prompts, as far as the runs last.
 
     Args:
         budget, num_inference_steps: K and T, see `dpcache.schedules`.

@@ -1,4 +1,4 @@
-"""How far a plan's accelerated run will end from the full-step one, without running the model.
+"""Simulates accelerated runs without the model: how far from the full-step run will a plan's run end?
 
 Full-step runs are recorded once: the latents x_0 .. x_T and the predictions m_0 .. m_{T-1} that the scheduler is given
 (after guidance). An accelerated run is then simulated:
@@ -8,37 +8,37 @@ Full-step runs are recorded once: the latents x_0 .. x_T and the predictions m_0
     the sampler     dx_{s+1} = sum_j carry[s, j] dx_{s-j} + drive[s, j] (q_{s-j} - v_{s-j})       (`linear_sampler`)
 
 from dx_0 = 0 to dx_T, the error of the final latents. Here v_s is the prediction that takes the sampler from x_s to
-x_{s+1}, which is m_s. All q, m, x and dx are combinations of the recorded predictions and latents, so they are vectors
-of coefficients c, and the length of what they stand for is sqrt(c' G c), with G the Gram matrix of all of these. The
-model is only run to learn G and lambda.
+x_{s+1}, which is m_s. All q, m, x and dx are combinations of the recorded predictions and latents. So each is a vector
+of coefficients c, and its length is sqrt(c' G c), with G the Gram matrix of the recorded predictions and latents. The
+model is run only to learn G and lambda.
 
-The weights may also be found in the simulation itself (`Simulator.closed_loop`). A predictor that knows the full-step
-trajectories alone aims at v_s. In an accelerated run it is better to aim at the prediction that brings the latents
-back to the full-step ones, dx_{s+1} = 0. So errors that earlier steps have left, as far as they are alike for all
-prompts, are taken back by later skipped steps.
+The weights may also be found in the simulation itself (`Simulator.closed_loop`). A predictor that is fitted on
+full-step trajectories aims at v_s. In an accelerated run it is better to aim at the prediction that brings the latents
+back to the full-step ones, dx_{s+1} = 0. Then later skipped steps correct the errors of earlier steps, as far as these
+errors are alike for all prompts.
 
-The recorded runs may also be those of a finer grid, at the times of the T steps. Then v_s is not m_s: it holds what one
-step of the T misses of several finer ones, and skipped steps make up for it.
+The recorded runs may also be those of a finer grid, at the times of the T steps. Then v_s differs from m_s: it also
+contains the error of one coarse step against several finer ones, which skipped steps then correct.
 
-The response lambda_s is measured where accelerated runs compute a step: there both dx_s and the model's answer
-q_s - m_s are known. In units of 1 / distance to the end it is a smooth curve, about 1 where the latents are noise to
-the model, which it takes out again (a perfect denoiser of one image has lambda = 1 / sigma), and 0 where it takes an
-error for a part of the image. With guidance an answer also points elsewhere than its error. As far as both lie in the
-recorded directions, a matrix for each step says where (`fit_mixing`).
+The response lambda_s is measured at the computed steps of accelerated runs, where both dx_s and the model's answer q_s
+- m_s are known. In units of 1 / (distance to the end) it is a smooth curve. It is about 1 where the model takes an
+error for noise, which it removes (a perfect denoiser of one image has lambda = 1 / sigma), and 0 where the model takes
+an error for a part of the image. With guidance, the answer also has another direction than the error. As far as both
+lie in the directions of the recorded runs, a matrix for each step describes this (`fit_mixing`).
 
-Answers outside of these directions are not followed, but what they add to the final error is: a guided model may make
+Answers outside of these directions are not simulated, but their effect on the final error is: a guided model may make
 an early error several times larger. The squared final error is
 
     |dx_T|^2 + sum over skipped steps of growth_s response[T, s]^2 |e_s|^2
 
-where e_s is by what step s was predicted wrong, against the model's own answer there (plus v_s - m_s, for a finer run),
-response[T, s] how far the sampler alone would carry it, and growth a curve that is fitted to the final errors of the
-accelerated runs (`fit_growth`).
+where e_s is the error of the prediction at step s, against what the model would predict at the same latents (plus v_s -
+m_s, for a finer run); response[T, s] is how far the sampler alone carries this error; and growth is a curve that is
+fitted to the final errors of the accelerated runs (`fit_growth`).
 
-What is left out: answers that do not grow in proportion to their errors.
+The simulator leaves out answers that are not proportional to their errors.
 
 At site=stack a skipped step still runs the output layers, which change with time. What they make of features of other
-steps is measured (`output_layers`), and an answer counts there as at its own step:
+steps is measured (`output_layers`). An answer q_a - m_a is used at step s as it was at step a:
 
     skipped step    q_s = b_s + sum_a u_a (f_s(h_a) - b_s + q_a - m_a)
 """
@@ -63,12 +63,12 @@ KNOTS = 12  # values of the response curve
 
 
 def fit_response(answers: Answers, recorded: Recorded, knots: int = KNOTS, smooth: float = 1e-3) -> np.ndarray:
-    """lambda, (T,): a curve c(s) / remaining, c linear between evenly spaced steps, that least squares fit to the
-    answers: the least sum over observations of remaining |dv - lambda dx|^2 / (|dv| |dx|).
+    """lambda, (T,): a curve c(s) / remaining, with c linear between evenly spaced steps. It is fitted to the answers by
+    least squares: it minimises the sum over observations of remaining |dv - lambda dx|^2 / (|dv| |dx|).
 
     Args:
         knots: how many values the curve has.
-        smooth: the weight of the curve's squared second differences, against one observation's.
+        smooth: the weight of the curve's squared second differences, relative to the weight of one observation.
     """
     heard, remaining, hats = answers.heard, recorded.remaining.mean(0), _hats(recorded.steps, knots)
     pairs = ((heard.error, heard.error), (heard.error, heard.answer), (heard.answer, heard.answer))
@@ -83,13 +83,14 @@ def fit_response(answers: Answers, recorded: Recorded, knots: int = KNOTS, smoot
 def fit_mixing(
     answers: Answers, recorded: Recorded, response: np.ndarray, knots: int = 6, ridge: float = 1e-3
 ) -> np.ndarray:
-    """What an answer has beside lambda dx, (T, r, r): an error c in the r leading directions of the recorded runs is
-    answered with c @ mixing[s] in these as well. In units of 1 / remaining it is linear between evenly spaced steps,
-    and fitted by least squares, every observation in units of its error.
+    """The part of the answers beside lambda dx, (T, r, r): to an error with coordinates c in the r leading directions
+    of the recorded runs, the model's answer contains c @ mixing[s] in these directions. In units of 1 / remaining,
+    mixing is linear between evenly spaced steps. It is fitted by least squares, with every observation in units of its
+    error.
 
     Args:
         response: lambda.
-        knots: at how many steps it is fitted.
+        knots: the number of steps at which it is fitted.
         ridge: in units of the number of observations.
     """
     heard, remaining, hats = answers.heard, recorded.remaining.mean(0), _hats(recorded.steps, knots)
@@ -103,14 +104,15 @@ def fit_mixing(
 
 
 def fit_growth(probes: Sequence[Probe], simulator: "Simulator", knots: int = 6, smooth: float = 0.3) -> np.ndarray:
-    """By how much errors grow in ways that are not simulated, (T,), in units of the square of what the sampler alone
-    would carry to the end: linear between evenly spaced steps, with the least squares of log(squared final error as
-    simulated / as measured) over the probes' runs.
+    """How much errors grow in ways that are not simulated, (T,), in units of the squared error that the sampler alone
+    would carry to the end. The curve is linear between evenly spaced steps. It minimises the sum of squares of
+    log(squared final error as simulated / as measured) over the probes' runs.
 
     Args:
         simulator: without growth.
         knots: how many values the curve has.
-        smooth: the weight of differences between the logarithms of neighbouring values, against one run's.
+        smooth: the weight of differences between the logarithms of neighbouring values, relative to the weight of one
+            run.
     """
     hats, known, made, real = _hats(simulator.recorded.steps, knots), [], [], []
     for probe in probes:
@@ -123,7 +125,7 @@ def fit_growth(probes: Sequence[Probe], simulator: "Simulator", knots: int = 6, 
     held = np.concatenate([smooth * np.diff(np.eye(knots), axis=0), 0.01 * np.eye(knots)])
 
     def misses(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What is to be small, and its derivatives."""
+        """The residuals of the least squares, and their derivatives."""
         parts = made * np.exp(logs)
         total = known + parts.sum(1)
         return np.append(np.log(total / real), held @ logs), np.concatenate([parts / total[:, None], held])
@@ -138,20 +140,20 @@ def fit_growth(probes: Sequence[Probe], simulator: "Simulator", knots: int = 6, 
 
 
 def _hats(steps: int, knots: int) -> np.ndarray:
-    """(T, knots): the weights of values at evenly spaced steps in a line from each to the next."""
+    """(T, knots): weights for linear interpolation between values at evenly spaced steps."""
     at = np.linspace(0, knots - 1, steps)[:, None]
     return np.maximum(1 - np.abs(at - np.arange(knots)), 0)
 
 
 @dataclass(frozen=True, eq=False)
 class Fill:
-    """How N plans fill in their steps, as arrays.
+    """The steps and weights of N plans, as arrays.
 
     Attributes:
-        computed: (N, T), bool; step 0 is.
-        weights: (N, T, h), at a skipped step those of the last h computed steps before it, the oldest one first; 0 at
-            the end where there are fewer, and at computed steps.
-        own: (N, T), the weight of the input, where the predictor sees it.
+        computed: (N, T), bool: which steps are computed; step 0 always is.
+        weights: (N, T, h), for a skipped step the weights of the last h computed steps before it, the oldest one first;
+            0 at the end if there are fewer than h, and 0 at computed steps.
+        own: (N, T), the weight of the input; None if the predictor does not see the input.
     """
 
     computed: np.ndarray
@@ -160,7 +162,8 @@ class Fill:
 
     @classmethod
     def unweighted(cls, plans: Sequence[Sequence[int]], history: int, sees_input: bool, steps: int) -> "Fill":
-        """Of plans that begin with step 0, each skipped step from the last `history` keys; all weights are 0."""
+        """For plans that begin with step 0, with all weights 0. Each skipped step is predicted from the last `history`
+        keys."""
         computed = np.zeros((len(plans), steps), bool)
         for row, plan in zip(computed, plans):
             row[list(plan)] = True
@@ -169,7 +172,7 @@ class Fill:
 
     @classmethod
     def of(cls, method: Method) -> "Fill":
-        """Of a method with fixed steps, the first of which is step 0."""
+        """For a method with fixed steps, the first of which is step 0."""
         predictor, plan, T = method.predictor, method.schedule.steps, method.num_inference_steps
         fill = cls.unweighted([plan], predictor.history, predictor.sees_input, T)
         for step in sorted(set(range(T)) - set(plan)):
@@ -185,7 +188,8 @@ class Fill:
         return np.flatnonzero(self.computed[number, :step])[-self.weights.shape[2] :].tolist()
 
     def table(self, number: int) -> dict[int, tuple[float, ...]]:
-        """Of one plan's skipped steps the weights of their keys, and of the input where it is seen."""
+        """For each skipped step of one plan, the weights of its keys, followed by the weight of the input if it is
+        seen."""
         weights = {}
         for step in np.flatnonzero(~self.computed[number]).tolist():
             row = self.weights[number, step, : len(self.keys(number, step))].tolist()
@@ -194,7 +198,7 @@ class Fill:
 
 
 class Weights:
-    """A predictor's weights over T steps, asked for once for each set of latest keys."""
+    """The weights of a predictor over T steps. They are computed once for each set of latest keys."""
 
     def __init__(self, predictor: Predictor, steps: int):
         self.predictor, self.steps, self.known = predictor, steps, {}
@@ -220,11 +224,11 @@ class Weights:
 
 
 class _Prefixes:
-    """Which of N plans have been filled in alike so far. A search moves few keys of a plan at a time, and what comes
-    before them is simulated once for all of these plans.
+    """Groups of N plans that are identical up to each step. A search moves few keys of a plan at a time, so many plans
+    begin alike; their common beginning is simulated once.
 
     Attributes:
-        group: (T, N), after each step the number of every plan's group.
+        group: (T, N), for every plan the number of its group after each step.
     """
 
     def __init__(self, fill: Fill):
@@ -242,14 +246,15 @@ class _Prefixes:
         return self.order[self.first[step]]
 
     def parts(self, step: int) -> np.ndarray | None:
-        """Of which groups of the step before those of this step are parts, (G,); None if they are the same."""
+        """For each group of this step, the group of the step before that contains it, (G,); None if the groups have not
+        changed."""
         if not step or self.first[step].sum() == self.first[step - 1].sum():
             return None
         return self.group[step - 1, self.plans(step)]
 
 
 class _Latest:
-    """What belongs to the last h computed steps of each of G groups of plans."""
+    """Arrays about the last h computed steps of each of G groups of plans."""
 
     kept: tuple[str, ...]  # the names of these arrays
 
@@ -257,13 +262,13 @@ class _Latest:
         self.count, self.history = np.zeros(1, int), history
 
     def split(self, groups: np.ndarray) -> None:
-        """Go on with parts of these groups."""
+        """Replace the groups by parts of them. `groups`: for each part, the group that contains it."""
         for name in ("count", *self.kept):
             setattr(self, name, getattr(self, name)[groups])
 
     def make_room(self, groups: np.ndarray, *kept: np.ndarray) -> np.ndarray:
-        """Where these groups' next computed step goes in arrays (G, h, ...), (n,). Where all places are taken, the
-        oldest one is given up."""
+        """The place of these groups' next computed step in arrays (G, h, ...), (n,). If all h places are taken, the
+        oldest entry is dropped."""
         full = groups[self.count[groups] >= self.history]
         for array in kept:
             array[full, :-1] = array[full, 1:]
@@ -276,8 +281,8 @@ class _Keys(_Latest):
     """The last h predictions that each of G groups of plans has computed, and least squares over them.
 
     Attributes:
-        values: (G, h, r), the oldest one first; 0 at the end where there are fewer.
-        products: (G, h, h), of the values among each other. They change with a computed step alone.
+        values: (G, h, r), the oldest prediction first; 0 at the end if there are fewer than h.
+        products: (G, h, h), inner products of the values. They change only at a computed step.
     """
 
     kept = ("values", "products")
@@ -294,12 +299,13 @@ class _Keys(_Latest):
         self.products[groups, place] = self.products[groups, :, place] = new
 
     def predict(self, step: int, weights: np.ndarray) -> np.ndarray:
-        """What skipped steps are filled in with, (G, r), with weights (G, h)."""
+        """The predictions for skipped steps, (G, r), from weights (G, h)."""
         return (weights[:, None] @ self.values)[:, 0]
 
     def weights(self, aim: np.ndarray, seen: np.ndarray | None, ridge: float) -> np.ndarray:
-        """Those with which the values, and `seen` where it is given, come nearest to the aim: (G, h) or (G, h + 1). As
-        of `dpcache.predictors.ridge_regression`, which is slower, because it also takes values that coincide.
+        """The weights with which the sum of the values, and of `seen` if it is given, comes nearest to the aim: (G, h)
+        or (G, h + 1). `dpcache.predictors.ridge_regression` does the same, but is slower, because it also works for
+        values that coincide.
 
         Args:
             aim, seen: (G, r).
@@ -317,8 +323,8 @@ class _Keys(_Latest):
 
 
 class _Features(_Latest):
-    """The last h features that each of G groups of plans has computed: of which steps, (G, h), the oldest one first,
-    and how far the predictions from them were off, (G, h, r).
+    """The last h features that each of G groups of plans has computed: their steps, (G, h), the oldest one first, and
+    the errors of the model's predictions from them, (G, h, r).
 
     Args:
         own: (T, r), the predictions of the recorded runs.
@@ -351,8 +357,8 @@ class Simulator:
     Attributes:
         recorded: the reference runs.
         response: (T,), lambda.
-        mixing: (T, r, r), what else an answer holds, see `fit_mixing`; None: nothing.
-        growth: (T,), what else the errors of skipped steps do to the end, see `fit_growth`; None: nothing.
+        mixing: (T, r, r), the further part of the answers, see `fit_mixing`; None: there is none.
+        growth: (T,), the further growth of the errors of skipped steps, see `fit_growth`; None: there is none.
         layers: the model's output layers, for site=stack; None: only site=output is simulated.
     """
 
@@ -364,7 +370,7 @@ class Simulator:
 
     def predict_error(self, method: Method) -> float:
         """The relative error that `method` will leave in the final latents, |x - full-step x| / |full-step x|: the
-        geometric mean over the recorded prompts, so that its decibels are the mean of theirs.
+        geometric mean over the recorded prompts, so that its value in decibels is the mean of the prompts' values.
 
         Raises SettingError for a method whose steps are not fixed, or that keeps something else than the prediction or
         the last block's output.
@@ -422,13 +428,14 @@ class Simulator:
 
     @property
     def moved(self) -> np.ndarray:
-        """(T,): how far an error of step s moves the final latents, squared: growth and what the sampler carries."""
+        """(T,): the squared distance by which a unit error at step s moves the final latents: what the sampler carries,
+        and growth."""
         carried = self.recorded.sampler.response[-1] ** 2
         return carried if self.growth is None else carried * (1 + self.growth)
 
     def errors(self, fill: Fill, ridge: float | None = None, at_stack: bool = False) -> np.ndarray:
-        """Relative errors of the final latents, (N, P). With a ridge the weights are found, and written into `fill`.
-        `at_stack`: see `run`."""
+        """Relative errors of the final latents, (N, P). If a ridge is given, the weights are fitted and written into
+        `fill`. `at_stack`: see `run`."""
         squares, made = self.run(fill, ridge, self.growth is not None, at_stack)
         if self.growth is not None:
             squares += (made @ self.growth)[:, None]
@@ -437,8 +444,9 @@ class Simulator:
     def closed_loop(
         self, plans: Sequence[Sequence[int]], history: int, sees_input: bool = False, ridge: float = 1e-6
     ) -> tuple[np.ndarray, Fill]:
-        """Errors as above, and with which weights: at each skipped step those that bring the latents after it as close
-        to the full-step ones as the last `history` computed predictions (and the input) can, in the mean over prompts.
+        """The errors (N, P) of plans with fitted weights, and the `Fill` with these weights. At each skipped step the
+        weights of the last `history` computed predictions (and of the input) bring the next latents as close as
+        possible to the full-step ones, in the mean over prompts.
 
         Args:
             plans: each beginning with step 0.
@@ -457,9 +465,11 @@ class Simulator:
         """|dx_T|^2, (N, P), and response[T, s]^2 |e_s|^2 of the skipped steps, (N, T), the mean over prompts.
 
         Args:
-            ridge: given, the weights are found, and written into `fill`.
-            follow: whether the second is wanted, which takes the model's answers at skipped steps; else it is None.
-            at_stack: whether features are weighed, which takes `layers`, given weights, and no weight of the input.
+            ridge: if given, the weights are fitted and written into `fill`.
+            follow: whether to compute the second result, which needs the model's answers at skipped steps; else it is
+                None.
+            at_stack: whether the weights are of features at site=stack; needs `layers`, given weights, and no weight of
+            the input.
         """
         sampler, (m, v, x, metrics) = self.recorded.sampler, self._space
         T, (N, _, h), r = self.recorded.steps, fill.weights.shape, v.shape[1]
@@ -518,13 +528,13 @@ class Simulator:
 
 
 def fit_simulator(recorded: Recorded, answers: Answers, probes: Sequence[Probe]) -> Simulator:
-    """With everything that can be learnt of the probes that `recorded.record` has run."""
+    """A simulator with everything that can be learnt from the probes that `recorded.record` has run."""
     response = fit_response(answers, recorded)
     simulator = Simulator(recorded, response, fit_mixing(answers, recorded, response))
     return replace(simulator, growth=fit_growth(probes, simulator))
 
 
 def decibels(errors: np.ndarray) -> np.ndarray:
-    """Of relative errors (..., P), the mean over prompts of -20 log10: each prompt counts alike, as in a mean PSNR. An
-    error counts as 1e-10 at least."""
+    """The mean over prompts of -20 log10 of relative errors (..., P). Each prompt counts alike, as in a mean PSNR.
+    Errors below 1e-10 count as 1e-10."""
     return -20 * np.log10(np.maximum(errors, 1e-10)).mean(-1)

@@ -10,7 +10,7 @@ from dpcache._diffusers import unwrap_module
 
 
 def argument_names(module: torch.nn.Module) -> list[str]:
-    """As the module's class declares them: something else may stand in for its own `forward`."""
+    """The names of the arguments of the class's `forward`; the module itself may have another `forward`."""
     return list(inspect.signature(type(unwrap_module(module)).forward).parameters)[1:]
 
 

@@ -1,4 +1,4 @@
-"""What was calibrated, for other programs.
+"""Exports plans and methods for other programs.
 
 DPCache's plan on a calibration, `python -m dpcache.export CALIBRATION --budget K --to cache_dit`:
 

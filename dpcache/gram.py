@@ -1,8 +1,8 @@
 """Path-aware costs of linear predictors from the Gram matrix of a trajectory's features.
 
 With G[a, b] = <h_a, h_b> of features h_0 .. h_{T-1}, predicting step s from keys S with weights w has squared error
-|h_s - sum_a w_a h_a|^2 = w' G_SS w - 2 w' G_Ss + G_ss. It is linear in G, so the plain mean of Gram matrices over
-samples and guidance branches gives the mean error, and one T x T matrix holds the cost of every path.
+|h_s - sum_a w_a h_a|^2 = w' G_SS w - 2 w' G_Ss + G_ss. The error is linear in G. So the mean of Gram matrices over
+samples and guidance branches gives the mean error, and one T x T matrix determines the cost of every path.
 """
 
 from collections.abc import Sequence
@@ -21,14 +21,15 @@ def gram(
 ) -> np.ndarray:
     """Gram matrix of one trajectory's features: entry [a, b] is the mean over elements of features[a] * features[b].
 
-    The mean, not the sum, so that errors are per element and resolutions compare. Products and sums are float64, as
-    errors are small differences of large entries (float32 on Apple's MPS, which has no float64).
+    It is the mean and not the sum, so that errors are per element and can be compared between resolutions. Products and
+    sums are float64, because errors are small differences of large entries (float32 on Apple's MPS, which has no
+    float64).
 
     Args:
         features: (T, ...) float tensor, in sampling order, any precision and device; or several (T1, ...), (T2, ...)
             of the same trailing shape, whose rows then follow each other in the result.
         chunk: elements taken at a time; the memory needed beyond the features is T x chunk float64.
-        device: where to multiply; None: where the features are.
+        device: the device that multiplies; None: that of the features.
 
     Returns:
         float64 array, (T, T), symmetric.
@@ -59,8 +60,8 @@ def gram(
 
 
 def key_axes(predictor: Predictor, steps: int) -> int:
-    """Number of key axes to plan `predictor` over T = `steps` with: the keys that it looks at, but at least the
-    planner's two, and at most as fit into a gigabyte: three up to T = 106, then two."""
+    """The number of key axes to plan with, for `predictor` and T = `steps`: as many as the keys that it looks at, but
+    at least the planner's two, and at most as many as fit into a gigabyte: three up to T = 106, two above."""
     return min(max(predictor.history, 2), 3 if steps**4 * 8 <= 2**30 else 2)
 
 
@@ -73,21 +74,21 @@ def path_costs(
 ) -> np.ndarray:
     """Squared error of every move between key steps, given the last `keys` keys: axes as `dpcache.planner` takes them.
 
-    With three keys, entry [h, i, j, k] is the sum over steps s = j+1..k-1 of step_weights[s] times the squared error
-    of the prediction of s from keys h, i and j, where k = T is the end; a computed step has no error. A path's cost is
-    then its open-loop error, exactly so if the predictor looks at no more than `keys` keys (else earlier ones are
-    left out). Where there is no earlier key, key 0 stands in, and the predictor is given each key once: [0, 0, j, k]
-    is predicted from 0 and j, [0, 0, 0, k] from 0. Moves with k <= j or keys that do not increase are infinite.
+    With three keys, entry [h, i, j, k] is the sum over steps s = j+1..k-1 of step_weights[s] times the squared error of
+    the prediction of s from keys h, i and j, where k = T is the end; a computed step has no error. A path's cost is
+    then its open-loop error, exactly so if the predictor looks at no more than `keys` keys (else earlier ones are left
+    out). If there is no earlier key, key 0 fills the axis, and the predictor gets each key once: [0, 0, j, k] is
+    predicted from 0 and j, [0, 0, 0, k] from 0. Moves with k <= j or keys that do not increase are infinite.
 
     Args:
         gram: (T, T), from `gram`, or a mean of such; (2T, 2T), features and inputs, if the predictor sees the input.
         predictor: see `dpcache.predictors`.
         keys: number of key axes, at least 1; the planner takes 2 and more. The result holds about T^(keys + 1)
             float64: 50 MB for 3 keys and T = 50, 2.5 GB for 4.
-        step_weights: (T,), what an error at each step counts; None: 1 everywhere.
-        coherent: the squared length of the sum over the steps of a move of their errors, each times the root of its
-            step weight, in place of the sum of squares. So errors that point the same way, as those of one
-            extrapolation do, count for more than errors that cancel.
+        step_weights: (T,), the weight of an error at each step; None: 1 everywhere.
+        coherent: take the squared length of the sum of a move's errors, each times the root of its step weight, in
+            place of the sum of their squares. So errors with the same direction, as one extrapolation makes them, count
+            more than errors that cancel.
 
     Returns:
         float64 array, (T, ..., T, T+1).
@@ -121,7 +122,7 @@ def path_costs(
 
 
 def _errors(gram: np.ndarray, keys: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Squared error at every step for each row of keys, (n, T); what rounding leaves below zero is zero."""
+    """Squared error at every step for each row of keys, (n, T); values that rounding makes negative are set to zero."""
     steps = weights.shape[2]
     target, diagonal = gram[keys], gram.diagonal()
     among = np.take_along_axis(target, keys[:, None], axis=2)
@@ -136,7 +137,8 @@ def _errors(gram: np.ndarray, keys: np.ndarray, weights: np.ndarray) -> np.ndarr
 def _summed(
     gram: np.ndarray, keys: np.ndarray, weights: np.ndarray, step_weights: np.ndarray, chunk: int = 1024
 ) -> np.ndarray:
-    """By how much the error of each step lengthens the squared sum of those before it, for each row of keys, (n, T)."""
+    """By how much the error of each step increases the squared length of the sum of the errors so far, for each row of
+    keys, (n, T)."""
     steps, result = weights.shape[2], np.empty((len(keys), weights.shape[2]))
     for part in (slice(start, start + chunk) for start in range(0, len(keys), chunk)):
         own, w = weights[part, keys.shape[1] :], weights[part, : keys.shape[1]]
@@ -157,9 +159,8 @@ def _summed(
 
 
 def weight_tables(predictor: Predictor, keys: np.ndarray, steps: int) -> np.ndarray:
-    """Weights of each row of keys for every step after its last, (n, keys, T), in the fewest calls; zero before it.
-
-    One more row at the end for the model's input, where it is seen."""
+    """Weights of each row of keys for every step after the row's last key, zero before, (n, keys, T), computed in as
+    few calls as possible. If the model's input is seen, its weights are one more row at the end."""
     if isinstance(predictor, LeastSquares):
         if predictor.steps != steps:
             raise SettingError(f"{predictor} is for {predictor.steps} steps, this Gram matrix has {steps}")

@@ -25,20 +25,21 @@ LEAST_SQUARES = [f"lsq{keys}{seen}" for seen in ("", "x") for keys in range(1, 5
 
 @dataclass(frozen=True)
 class LeastSquaresPlan(CalibratedRecipe):
-    """The recipe of a method whose schedule and predictor are chosen together, on the calibration's Gram matrix.
+    """The recipe of a method whose schedule and predictor are chosen together, from the calibration's Gram matrix.
 
     The cost of a schedule is the exact squared error of its predictions on the full-step trajectories, weighted by
-    gain^(2 alpha) of the step, and the planner's state holds every key that a prediction looks at (the last three of
-    a predictor of four; of more than a hundred steps, the last two). Which predictor, planner, warm-up and alpha serve
-    best is found in closed loop: of the candidates, the one whose accelerated runs of the calibration prompts end
-    closest to the full-step latents. Errors add up along a trajectory in ways that no sum over steps tells, so even
-    spacing is a candidate, too: on guided models it often wins.
+    gain^(2 alpha) of the step, and the planner's state holds every key that a prediction looks at (for a predictor of
+    four keys, the last three; with more than a hundred steps, the last two). Predictor, planner, warm-up and alpha are
+    chosen in closed loop: of the candidates, the recipe takes the one whose accelerated runs of the calibration prompts
+    end closest to the full-step latents. How errors add up along a trajectory is more than a sum over steps can
+    express. So even spacing is a candidate too; on guided models it is often the best.
 
-    The weights of least squares are then fitted once more, to the features that the accelerated runs really have at
-    their keys (targets: the full-step features), and kept if prompts left out of that fit end closer.
+    The least-squares weights are then fitted once more: from the features that the accelerated runs have at their keys
+    to the full-step features. The new weights are kept if prompts that were left out of this fit end closer to the
+    full-step latents.
 
-    Prediction is linear and its weights are shared by the guidance branches, so predicting before or after the
-    branches are combined is the same.
+    Prediction is linear and all guidance branches share its weights. So it makes no difference whether the branches are
+    combined before or after the prediction.
 
     Args:
         site: `stack` or `output`.
@@ -46,10 +47,10 @@ class LeastSquaresPlan(CalibratedRecipe):
             latents as well (site=output; left out where they differ in shape from the model's prediction, as with a
             learned variance); "taylor0" (reuse) to "taylor3", likewise "hermite" and "lagrange"; "ab1" to "ab4";
             "foca"; "zeus".
-        planners: candidates: "gram", as above; "coherent", where the errors between two keys are summed before they
-            are squared, see `dpcache.gram.path_costs`; "l1", the paper's cost tensor and recurrence; "even" spacing.
+        planners: candidates: "gram", as above; "coherent", which sums the errors between two keys before it squares
+            them, see `dpcache.gram.path_costs`; "l1", the paper's cost tensor and recurrence; "even" spacing.
         warmups, alphas: candidates. Only planners "gram" and "coherent" depend on alpha.
-        refit: whether the weights may be fitted in closed loop.
+        refit: whether the weights may be fitted once more in closed loop.
 
     Raises SettingError for a budget out of range and for candidates that are not known.
     """
@@ -160,15 +161,15 @@ class LeastSquaresPlan(CalibratedRecipe):
 
 
 def _predictor(name: str, gram: np.ndarray) -> Predictor:
-    """Of that short name; least squares look at the Gram matrix."""
+    """The predictor of that short name; a least-squares predictor uses the Gram matrix."""
     if name in LEAST_SQUARES:
         return LeastSquares(gram, int(name[3]), sees_input=name.endswith("x"))
     return short_names()[name]()
 
 
 def _refit(pipe, calibration, method: Method, errors: np.ndarray) -> tuple[Method, dict[str, float]]:
-    """`method` with weights fitted in closed loop if prompts left out of the fit end closer so, and their errors before
-    and after. `errors`: of `method` on all calibration prompts."""
+    """`method`, with weights fitted in closed loop if prompts that were left out of the fit end closer with them; and
+    the errors of these prompts before and after. `errors`: of `method` on all calibration prompts."""
     split = max(1, int(0.7 * len(errors)))
     fitted, everything = fit_closed_loop(pipe, calibration, method, split)
     before = errors[split:].mean()
@@ -180,8 +181,8 @@ def _refit(pipe, calibration, method: Method, errors: np.ndarray) -> tuple[Metho
 
 @dataclass(frozen=True, eq=False)
 class FittedWeights(Predictor):
-    """Weights that were fitted for one schedule: `table[step]` holds those of the last keys, newest last, and of the
-    model's input if it is seen."""
+    """Weights that were fitted for one schedule: `table[step]` holds the weights of the last keys, newest last,
+    followed by the weight of the model's input if it is seen."""
 
     history: int
     table: dict[int, tuple[float, ...]]
@@ -194,9 +195,11 @@ class FittedWeights(Predictor):
 def fit_closed_loop(
     pipe: "DiffusionPipeline", calibration: Calibration, method: Method, split: int, ridge: float = 1e-6
 ) -> tuple[FittedWeights, FittedWeights]:
-    """Least-squares weights from what `method`'s runs have at their keys (and see) to the full-step features.
+    """Least-squares weights that map the features of `method`'s runs at their keys (and the inputs, if seen) to the
+    full-step features.
 
-    Returns those fitted on the first `split` prompts, and on all. The T + K features of one batch are held at a time.
+    Returns the weights fitted on the first `split` prompts, and those fitted on all. The T + K features of one batch
+    are held in memory at a time.
     """
     keys, T, site = method.schedule.steps, method.num_inference_steps, method.site.name
     history, sees_input = method.predictor.history, method.predictor.sees_input

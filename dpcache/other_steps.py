@@ -1,12 +1,13 @@
-"""A calibration of T steps, carried to another number of steps.
+"""Carries a calibration of T steps to another number of steps.
 
-A simulator knows full-step runs and how the model answers errors. The runs are made anew, of a few prompts. The answers
-take many accelerated runs to learn, but they are a property of the model: in units of 1 / distance to the end, the
-response is a curve over that distance, whatever the steps. So it is interpolated. Steps and weights are then found in
-the new simulator, and the weights learnt in real runs, as ever.
+A simulator consists of full-step runs and of the model's response to errors. The full-step runs are made anew, for a
+few prompts. To learn the response takes many accelerated runs, but it is a property of the model: in units of 1 /
+(distance to the end), it is a curve over that distance, whatever the steps. So the response is interpolated. Then steps
+and weights are found in the new simulator, and the weights are learnt in real runs, as usual.
 
-What is lost: the part of an answer that does not point along its error (`dpcache.simulator.fit_mixing`), and what more
-prompts would know. The table "What is a calibration good for?" in notebooks/README.md has what both cost.
+Two things are lost: the part of an answer that has another direction than its error (`dpcache.simulator.fit_mixing`),
+and the information of further prompts. The table "What is a calibration good for?" in notebooks/README.md has what both
+cost.
 """
 
 import logging
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def carried_response(simulator: Simulator, recorded: Recorded) -> np.ndarray:
-    """lambda, (T',), of a simulator of T steps at the T' steps of other recorded runs."""
+    """lambda, (T',): the response of a simulator of T steps, interpolated to the T' steps of other recorded runs."""
     known, wanted = (runs.remaining.mean(0) for runs in (simulator.recorded, recorded))
     order = np.argsort(known)
     return np.interp(wanted, known[order], (simulator.response * known)[order]) / wanted
@@ -46,12 +47,12 @@ def carry(
 ) -> Calibration:
     """A calibration for another number of steps, in place of one that was made with it.
 
-    It runs `prompts` of the calibration's prompts with all of the new steps, where a calibration of its own runs all of
-    them, and accelerated runs besides.
+    It runs `prompts` of the calibration's prompts with all of the new steps. A new calibration would run all prompts,
+    and accelerated runs as well.
 
     Args:
         statistics: what the recipe needs: `SimulatedRuns`, of site=output alone.
-        prompts: how many; with these alone finalists are then run.
+        prompts: the number of prompts; the finalists among the plans are then run on these prompts only.
 
     Raises SettingError for other statistics, which cannot be carried, and where the calibration was made for another
     model or call than this pipeline's.

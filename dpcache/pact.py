@@ -23,13 +23,13 @@ def l1_cost(
 ) -> np.ndarray:
     """L1 cost of every move between key steps, as the authors calibrate it.
 
-    Entry [i, j, k] is the sum over steps j+1..k of mean|predicted - true|, in feature units, where the prediction uses
-    keys i and j and, for the keys before i, the steps just before i. The true feature of the end k = T is taken as
-    0.8 x (the prediction from the last ``predictor.history`` steps) + 0.2 x (their mean). The authors' code differs in
-    a factor 1/2 on every entry, which keeps float16 from overflowing, and in 1e-8 of noise on the end.
+    Entry [i, j, k] is the sum over steps j+1..k of mean|predicted - true|, in units of the features. The prediction
+    uses keys i and j; for the keys before i it takes the steps just before i. The true feature of the end k = T is
+    taken as 0.8 x (the prediction from the last ``predictor.history`` steps) + 0.2 x (their mean). The authors' code
+    differs in a factor 1/2 on every entry, which keeps float16 from overflowing, and in 1e-8 of noise on the end.
 
-    Near the start there are fewer steps before i, and the predictor is given only those, down to the single key 0 of
-    [0, 0, k]. Moves with i >= j > 0, k <= j or j - i > max_lookback are infinite.
+    Near the start there are fewer steps before i. Then the predictor gets only these, down to the single key 0 for [0,
+    0, k]. Moves with i >= j > 0, k <= j or j - i > max_lookback are infinite.
 
     Args:
         features: (T, ...) float tensor, the features of one sample in sampling order, any precision and device.
@@ -106,7 +106,8 @@ def _errors(
 
 
 def end_weights(predictor: Predictor, steps: int) -> torch.Tensor:
-    """Of the last `history` features, (n,): their sum with these weights stands for the true feature of the end."""
+    """Weights of the last `history` features, (n,). The sum with these weights is taken as the true feature of the
+    end."""
     last = list(range(max(0, steps - predictor.history), steps))
     end = torch.full((len(last),), 0.2 / len(last))
     used = predictor.weights(last, steps)
@@ -117,7 +118,7 @@ def end_weights(predictor: Predictor, steps: int) -> torch.Tensor:
 def residuals(predictor: Predictor, histories: list[list[int]], steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """predicted - true as a weighted sum of the true steps and the end: their indices and weights, (E, history + 1).
 
-    One row for each history (i, j) and each step j+1..T in turn. An index may stand there twice.
+    One row for each history (i, j) and each step j+1..T in turn. An index may occur twice in a row.
     """
     index, weight = [], []
     for i, j in histories:

@@ -27,11 +27,11 @@ class Planned(CalibratedRecipe):
         budget, num_inference_steps, warmup: K, T and M, see `dpcache.schedules`.
         solver: "paper" or "exact", see `dpcache.planner`.
         max_jump: largest distance between computed steps; None: any.
-        cost: "l1", the paper's tensor over two keys, where the steps just before them stand in for earlier keys; or
-            "gram", the squared error over all the keys that the predictor looks at (takes solver="exact").
+        cost: "l1", the paper's tensor over two keys, which takes the steps just before them as earlier keys; or "gram",
+            the squared error over all the keys that the predictor looks at (needs solver="exact").
         path_aware, cumulative: of the L1 tensor, see `dpcache.pact.l1_cost`.
 
-    Raises SettingError for a budget out of range, and for a cost and a solver that do not go together.
+    Raises SettingError for a budget out of range, and for a cost that the solver does not take.
     """
 
     predictor: Taylor

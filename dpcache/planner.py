@@ -1,9 +1,9 @@
 """Which steps to compute: shortest paths over a path-aware cost (DPCache, arXiv 2602.22654).
 
-``cost[i, j, k]`` is the cost of going from key step j straight to key step k when the key before j was i;
-k = T is the end of sampling, and infinity marks what is not allowed. More leading axes hold a longer history:
-``cost[h, i, j, k]`` and so on. With T steps the last axis has length T + 1, the others at least T.
-Where a path has no earlier key yet, key 0 stands in for it.
+``cost[i, j, k]`` is the cost of going from key step j straight to key step k if the key before j was i. k = T is the
+end of sampling, and infinity marks moves that are not allowed. More leading axes hold a longer history:
+``cost[h, i, j, k]`` and so on. With T steps the last axis has length T + 1, the others at least T. If a path has no
+earlier key yet, key 0 takes its place.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,8 +57,8 @@ def plan_all(cost: Cost, warmup: int = 3, solver: str = "exact", max_jump: int |
 
 
 def through(cost: np.ndarray, steps: Sequence[int]) -> np.ndarray:
-    """Costs (..., T, T+1) over keys, the last two axes the latest key and the next, that allow no way past `steps`: all
-    of them are computed, as are those at which a pipeline's second model takes over."""
+    """A copy of the costs (..., T, T+1) in which no move skips one of `steps`, so that every plan computes them: for
+    the steps at which a pipeline's second model takes over. The last two axes are the latest key and the next."""
     cost = np.array(cost, dtype=float)
     for step in steps:
         cost[..., :step, step + 1 :] = np.inf

@@ -1,8 +1,8 @@
-"""How a skipped step is filled in: the feature as a weighted sum of the last few computed ones.
+"""How a skipped step is filled in: its feature is predicted as a weighted sum of the last few computed features.
 
 A predictor is a pure function of step indices, `weights(keys, step)`: `keys` are the computed steps so far, oldest
 first, `step` is the skipped one, and the result has one weight per key used, newest last. With fewer keys than
-`history` a predictor takes the highest order that these allow; one key alone is reused.
+`history`, a predictor takes the highest order that they allow; a single key is reused.
 """
 
 import functools
@@ -23,12 +23,12 @@ class Predictor(ABC):
 
     Attributes:
         history: the number of latest keys that `weights` looks at.
-        sees_input: also uses the input that the model would have had at the skipped step (the current latents x_t),
-            which takes site=output.
+        sees_input: whether it also uses the model's input at the skipped step (the current latents x_t), which needs
+            site=output.
         short_name: its name in settings, followed by one of `orders` where it has orders; None: it cannot be made from
             an order alone.
-        by_distance: whether the weights depend on the distances between steps alone (after `since`, where it has that).
-            Then the weights of the same distances are computed once.
+        by_distance: whether the weights depend only on the distances between steps (after `since`, if it has one). Then
+            weights for equal distances are computed once.
     """
 
     history: int
@@ -39,9 +39,8 @@ class Predictor(ABC):
 
     @abstractmethod
     def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...] | np.ndarray:
-        """Weights of the last `len(result) <= history` keys, newest last, then that of the input if it is seen.
-
-        As an array (n, D) they differ along the features' last dimension.
+        """Weights of the last `len(result) <= history` keys, newest last, followed by the weight of the input if it is
+        seen. An array (n, D) has different weights along the features' last dimension.
         """
 
 
@@ -77,13 +76,13 @@ class Reuse(Predictor):
 class Taylor(Predictor):
     """Taylor expansion with backward differences (TaylorSeer, arXiv 2503.06923, Eq. 4-6).
 
-    The i-th factor at a key is the difference of the (i-1)-th factors at this key and the one before over their
-    distance, so it is incremental: exact for linear features at any spacing, and a backward difference beyond.
+    The i-th factor at a key is the difference of the (i-1)-th factors at this key and at the key before, divided by the
+    distance of the two keys. The prediction is exact for linear features at any spacing.
 
     Args:
         order: 0 (reuse) to 3.
-        since: keys before this step are left out, because the authors' code starts its factors one step before the
-            last warm-up step (`since = warmup - 2`).
+        since: keys before this step are not used. The authors' code starts its factors one step before the last warm-up
+            step (`since = warmup - 2`).
     """
 
     order: int = 2
@@ -161,8 +160,8 @@ class Lagrange(Predictor):
 class AdamsBashforth(Predictor):
     """The mean over the solver's step [k, k+1] of the polynomial through the last `order` keys.
 
-    The feature is taken for a time derivative that the sampler integrates, as in the Adams-Bashforth methods, whose
-    textbook weights come out right after a key ((3/2, -1/2) for order 2). Cf. AB-Cache (arXiv 2504.10540).
+    The feature is treated as a time derivative that the sampler integrates, as in Adams-Bashforth methods. For the step
+    directly after a key the weights are the textbook ones ((3/2, -1/2) for order 2). Cf. AB-Cache (arXiv 2504.10540).
     """
 
     order: int = 2
@@ -185,7 +184,8 @@ class AdamsBashforth(Predictor):
 class Multistep(Predictor):
     """The last key and its last two slopes, F_k + h (a F'_k + b F'_k-1): explicit linear multistep solvers.
 
-    F' are differences between keys, h is the distance to the step. Two keys alone are a straight line.
+    F' are slopes between neighbouring keys, h is the distance to the step. With two keys the prediction is the straight
+    line.
 
     Args:
         latest, before: a and b; arrays (D,) where they differ along the features' last dimension.
@@ -213,8 +213,8 @@ class FoCa(Multistep):
         forecast  P = 4/3 F_k - 1/3 F_k-1 + 2/3 h F'_k,  whose slope is P' = (3 P - 4 F_k + F_k-1) / 2h
         result    F_k + h/2 (F'_k-1 + P')
 
-    There is no public code of the authors, and the slopes are open. Here they are differences between computed
-    features, so P' is F'_k again, and at unit gaps this is the RK2 solver of the same authors' HyCa.
+    There is no public code of the authors, and the paper does not define the slopes. Here they are difference quotients
+    of computed features. So P' equals F'_k, and at unit gaps this is the RK2 solver of the same authors' HyCa.
     """
 
     latest: float = 0.5
@@ -224,10 +224,10 @@ class FoCa(Multistep):
 
 @dataclass(frozen=True)
 class Zeus(Predictor):
-    """The last key and the line through the last two, in turns: ZEUS (arXiv 2604.01552), its authors' code.
+    """Linear extrapolation and reuse, in turns: ZEUS (arXiv 2604.01552), as in its authors' code.
 
-    The first, third, ... step after a key takes 2 F_k - F_k-1, whatever the distances, the second, fourth, ... F_k, so
-    that no two extrapolations follow each other.
+    The first, third, ... step after a key is 2 F_k - F_k-1, whatever the distances; the second, fourth, ... is F_k. So
+    no two extrapolations follow each other.
     """
 
     history = 2
@@ -243,13 +243,13 @@ class Chebyshev(Predictor):
 
     With time scaled from [0, T] to [-1, 1], X the Chebyshev polynomials 0 to `degree` at the keys, (n, degree + 1), and
     x those at the step, the fit of the features H is x (X'X + ridge)^-1 X'H. The line goes through the last two keys.
-    The ridge holds the constant back as well, so the weights do not quite sum to one.
+    The ridge also applies to the constant, so the weights do not exactly sum to one.
 
     Args:
         num_inference_steps: T.
         degree, ridge: M and lambda.
         mix: w, the fit's share: 1 in the paper, between 0.5 and 1 by the authors' later advice.
-        history: number of keys that are fitted; all that there are, up to 100, in the authors' code.
+        history: number of keys in the fit; in the authors' code all keys, up to 100.
     """
 
     num_inference_steps: int
@@ -275,7 +275,8 @@ class Chebyshev(Predictor):
 
 
 def _through(keys: Sequence[int], time: float) -> list[float]:
-    """Weights of the keys in the polynomial through all of them, at `time`. Plain floats: searches ask very often."""
+    """Weights of the keys in the interpolating polynomial at `time`, as plain floats, because searches call this very
+    often."""
     return [math.prod((time - other) / (key - other) for other in keys if other != key) for key in keys]
 
 
@@ -283,20 +284,20 @@ def _through(keys: Sequence[int], time: float) -> list[float]:
 class LeastSquares(Predictor):
     """The best linear prediction from the last keys S over a calibration's features: (G_SS + ridge)^-1 G_Ss.
 
-    G is the Gram matrix of the features, so no other weights of the same keys have a smaller mean squared error on
-    that calibration. They need not sum to one, and they differ from step to step even at equal distances. With fewer
-    keys than `history` they are the best for those: one key alone is scaled, not reused.
+    G is the Gram matrix of the features. No other weights of the same keys have a smaller mean squared error on that
+    calibration. The weights need not sum to one, and they differ from step to step even at equal distances. With fewer
+    keys than `history` they are the best weights for these keys: a single key is scaled, not reused.
 
     Args:
         gram: (T, T), the mean Gram matrix of the calibration's trajectories, see `dpcache.gram`. To see the input
             (2T, 2T): the T features followed by the model's T inputs.
         history: 1 to 4 keys.
-        ridge: in units of the mean diagonal of G_SS, so that the scale of the features does not matter. It stands for
-            keys that are off by independent noise of that relative variance: 1e-6 is a part in a thousand, about the
-            rounding of bfloat16, which weights of large opposite signs would otherwise amplify. At 0, keys that
-            depend on each other share the weight (least norm).
-        sees_input: predict from the model's input at the skipped step as well. A model's prediction of noise,
-            velocity or data is such a sum of the input and either of the others, so all three forms are contained.
+        ridge: in units of the mean diagonal of G_SS, so that the scale of the features does not matter. It has the
+            effect of independent noise of that relative variance on the keys: 1e-6 is noise of one in a thousand, about
+            the rounding of bfloat16, which large weights of opposite signs would otherwise amplify. With ridge 0,
+            linearly dependent keys get the weights of least norm.
+        sees_input: predict from the model's input at the skipped step as well. A prediction of noise, velocity or data
+            is a weighted sum of the input and either of the other two. So all three forms are covered.
     """
 
     gram: np.ndarray

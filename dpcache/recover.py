@@ -1,15 +1,15 @@
-"""A trajectory from its cost tensor: what was measured on a model can be studied without the model.
+"""Recovers a trajectory of features from its cost tensor, so that it can be studied without the model.
 
 Every increment of a path-aware cost (`dpcache.pact`) is the size of one prediction error, e[i, j, s] =
 |sum_a w_a h_a - h_s|, and the weights w are known. Tens of thousands of such distances determine the features h_t up to
 a rotation and a constant, as distances between towns determine a map. The map needs few dimensions, and its Gram
 matrix gives the errors of other predictors on other paths (`dpcache.gram.path_costs`).
 
-The constant is lost because a predictor's weights sum to one. Taylor's expansion also reproduces straight lines, so a
-multiple of the step would be lost as well, were it not for the end: `l1_cost` takes for its true feature a mixture
-with the mean of the last features, which lies behind them on the line. That is little: on the embedded models errors
-of Taylor, Lagrange and FoCa, which reproduce straight lines, come out to a few per cent, those of reuse a third to a
-half too large.
+The constant is lost because a predictor's weights sum to one. A Taylor expansion also reproduces straight lines. So a
+linear function of the step would be lost as well, except for the end: as the true feature of the end, `l1_cost` takes a
+mixture with the mean of the last features, which lies behind them on the line. This determines the slope only weakly.
+On the embedded models, errors of Taylor, Lagrange and FoCa, which reproduce straight lines, are recovered to a few per
+cent; errors of reuse come out a third to a half too large.
 """
 
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ class Recovered:
     """A recovered trajectory.
 
     Attributes:
-        points: (T, D) float64, the first at the origin. Distances between them are in the units of the tensor; in
-            truth they were mean absolute values, averaged over samples, and here they are Euclidean.
-        fitted: number of increments that it was fitted to.
-        error: root mean squared log error of these, 0.01 for about one per cent.
-        held_out: the same of increments of histories (i, j) that were left out of the fit; NaN without any.
-        held_out_end: the same of the increments at the end alone, which decide about the straight line.
+        points: (T, D) float64, the first at the origin. Distances between them are Euclidean, in the units of the
+            tensor, whose entries are mean absolute values averaged over samples.
+        fitted: number of increments in the fit.
+        error: their root mean squared log error; 0.01 is about one per cent.
+        held_out: this error for increments of histories (i, j) that were left out of the fit; NaN if there are none.
+        held_out_end: this error for the left-out increments at the end, which determine the slope of the straight line.
     """
 
     points: np.ndarray
@@ -58,20 +58,20 @@ def recover(
 ) -> Recovered:
     """The trajectory on which a path-aware cost was measured, up to a rotation and a constant.
 
-    The unknowns are the first difference and the second differences of the points, since errors of extrapolation are
-    about as large as second differences, whatever the size of the features. They start at random directions, each with
-    the size that the error one step after its keys suggests, and L-BFGS reduces the squared log error of the
-    increments, all of which so count by their relative error. Seconds to a minute on a CPU at T = 50.
+    The unknowns are the first difference and the second differences of the points, because errors of extrapolation are
+    about as large as second differences, whatever the size of the features. They start with random directions, and with
+    sizes estimated from the errors one step after the keys. L-BFGS reduces the squared log error of the increments, so
+    that each increment counts by its relative error. This takes seconds to a minute on a CPU at T = 50.
 
     Args:
-        cost: (T, T+1, T+1), as of `l1_cost` with its defaults or of the authors' code; infinite or NaN where unknown.
-        predictor: whose errors it holds; None: Taylor(2), the paper's.
-        ceiling: costs above it are not used: tensors that were summed in half precision overflow, in some of their
-            samples first.
+        cost: (T, T+1, T+1), from `l1_cost` with its defaults or from the authors' code; infinite or NaN where unknown.
+        predictor: the predictor whose errors the tensor holds; None: Taylor(2), the paper's.
+        ceiling: costs above it are not used, because tensors that were summed in half precision overflow, first for
+            some of the samples.
         dimensions: D, of the points.
-        held_out: share of the histories (i, j) that are left out of the fit, to tell its error.
-        iterations: at most so many of L-BFGS.
-        seed: of the starting point and of what is held out.
+        held_out: share of the histories (i, j) that are left out of the fit, to measure its error.
+        iterations: of L-BFGS, at most.
+        seed: of the starting point and of the choice of left-out histories.
 
     Raises:
         SettingError: for a setting of the wrong shape or out of range, or a tensor with too few usable entries.

@@ -38,11 +38,11 @@ Places = Mapping[int, Sequence[int]]
 
 @dataclass(frozen=True)
 class ThinnedAttention(Site):
-    """The matching of tokens. At every step the model runs, and within its self-attention only a part of the video's
-    queries, and of its keys and values: a step at which the matching is computed keeps it, and others reuse it.
+    """Keeps the matching of tokens. The model runs at every step, but its self-attention takes only a part of the
+    video's queries, keys and values. A computed step computes the matching and keeps it; a skipped step reuses it.
 
     Args:
-        queries, values: at which steps of which blocks queries, and keys with values, are thinned.
+        queries, values: the steps, by block, at which a part of the queries, or of the keys and values, is left out.
         query_ratio, value_ratio: how many of the video's tokens are then left out.
     """
 
@@ -68,14 +68,15 @@ class ThinnedAttention(Site):
 
 
 def patches(config: Mapping) -> tuple[int, int, int]:
-    """Frames, rows and columns of the latents that make a token."""
+    """Frames, rows and columns of the latents that form one token."""
     size = config.get("patch_size", 1)
     return (config.get("patch_size_t") or 1, size, size) if isinstance(size, int) else tuple(size)
 
 
 def split(grid: tuple[int, int, int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the tokens of a video, frame by frame and row by row, that others are matched with, a random one of
-    every chunk; and those of all others. Where chunks do not fill the grid, they begin at a random place.
+    """Splits the tokens of a video, numbered frame by frame and row by row: indices of one random token of every chunk,
+    which is kept, and of all others, which are matched with the kept ones. If the chunks do not fill the grid, they
+    begin at a random place.
 
     Args:
         grid: frames, rows, columns.
@@ -91,8 +92,8 @@ def split(grid: tuple[int, int, int], seed: int) -> tuple[torch.Tensor, torch.Te
 
 
 def match(tokens: torch.Tensor, kept: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each other token the squared distance to the nearest kept one, in units of the others' mean square, and which
-    of the kept ones that is, (B, H, n) each.
+    """For each of the other tokens, the squared distance to the nearest kept token, in units of the others' mean
+    square, and the number of that kept token, (B, H, n) each.
 
     Args:
         tokens: (B, H, N, D).
@@ -107,11 +108,11 @@ def match(tokens: torch.Tensor, kept: torch.Tensor, others: torch.Tensor) -> tup
 
 @dataclass
 class Thinning:
-    """Which tokens stay, and where the outputs of those that are left out come from.
+    """The tokens that stay, and the tokens whose outputs replace those of the tokens left out.
 
     Attributes:
         stay: indices into N tokens of those that stay, (B, H, n).
-        source: of every token, its place among those that stay, (B, H, N).
+        source: for every token, the place among the staying tokens of the token whose output it gets, (B, H, N).
     """
 
     stay: torch.Tensor
@@ -129,8 +130,8 @@ class Thinning:
 def thinning(
     distance: torch.Tensor, nearest: torch.Tensor, kept: torch.Tensor, others: torch.Tensor, ratio: float
 ) -> Thinning:
-    """Leave out those of the others that have a kept one nearest, as many as make `ratio` of all tokens; each is then
-    replaced by that one."""
+    """Leave out the tokens with the smallest distances to a kept one, as many as are `ratio` of all tokens. Each is
+    replaced by its nearest kept token."""
     total = len(kept) + len(others)
     count = max(0, int(total * (1 - ratio)) - len(kept))  # of the others, that stay
     order, lead = distance.argsort(-1, descending=True), distance.shape[:2]
@@ -191,7 +192,7 @@ class ThinHook(SessionHook):
         is_causal: bool = False,
         **kwargs,
     ) -> torch.Tensor:
-        """The attention `func` of (B, H, N, D) where tokens are left out, (B, H, N, D)."""
+        """The attention function `func` on (B, H, N, D) with some tokens left out. Returns (B, H, N, D)."""
         session, site = self.session, self.session.site
         branch, shape = session.current, session.current.signature[0][0]
         if len(shape) != 5:
@@ -243,7 +244,8 @@ class ThinHook(SessionHook):
         return torch.cat(parts, 2)
 
     def mask(self, mask: torch.Tensor, length: int, queries: int, keys: int) -> torch.Tensor:
-        """The mask of the tokens that stay; it does not tell the video's tokens apart."""
+        """The attention mask for the tokens that stay. A mask is assumed to be the same for all of the video's
+        tokens."""
         if mask.shape[-1] == length:
             mask = mask[..., :keys] if self.text_first else mask[..., length - keys :]
         if mask.shape[-2] == length:
@@ -253,8 +255,8 @@ class ThinHook(SessionHook):
 
 @dataclass(frozen=True)
 class Redundancy(Rerun):
-    """Mean squared distance of a video's tokens to the nearest of those that they would be matched with, in units of
-    their mean square, of queries and of values: (2, blocks, T), mean over prompts, guidance branches and heads."""
+    """Mean squared distance of a video's tokens to their nearest kept token, in units of the tokens' mean square, for
+    queries and for values: (2, blocks, T), mean over prompts, guidance branches and heads."""
 
     def measure(self, pipe: "DiffusionPipeline", calibration: Calibration) -> np.ndarray:
         T, count = calibration.num_inference_steps, len(transformer_blocks(denoiser(pipe)))
@@ -273,16 +275,18 @@ class Redundancy(Rerun):
 
 @dataclass(frozen=True)
 class AsymRnR(CalibratedRecipe):
-    """The recipe: in self-attention, tokens of the video that have a like one are left out: of the queries, whose
-    outputs are then those of the like ones, and of keys and values. Of every chunk of tokens a random one stays, and
-    the others are matched with the nearest of all that stay, head by head. A matching is used for some steps.
+    """The recipe: self-attention leaves out tokens of the video that are similar to another token. A query that is left
+    out gets the output of the similar one; keys and values are left out without replacement. Of every chunk of tokens a
+    random one is kept, and the others are matched with the nearest kept token, head by head. A matching is used for
+    several steps.
 
-    Thinned are the blocks and steps at which tokens are most alike, by the distances in full-step trajectories: one
-    for each calibration prompt. The authors have ten tiers of likeness, of which their repository has the values for
-    four models, but not the code that derives them; here the `share` of blocks and steps with the smallest distances
-    is thinned, of queries and of values alike, and it is what spends the budget. That is mostly out of reach: thinning
-    saves a part of attention's two products, and nothing else. Then it is 0.2, about what the authors' tiers for
-    HunyuanVideo choose. Step 0 is never thinned.
+    Tokens are left out in the blocks and at the steps at which tokens are most similar, according to their distances in
+    the full-step trajectories, one for each calibration prompt. The authors have ten tiers of similarity; their
+    repository has the values for four models, but not the code that derives them. Here tokens are left out in the
+    `share` of blocks and steps with the smallest distances, separately for queries and for values, and the share is
+    searched for so that it spends the budget. Most budgets are out of reach, because only a part of attention's two
+    matrix products is saved. Then the share is 0.2, about what the authors' tiers for HunyuanVideo choose. At step 0 no
+    token is left out.
 
     Args: see `asymrnr`.
     """
@@ -323,12 +327,13 @@ def asymrnr(
     value_ratio: float = 0.3,
     reuse: int = 3,
 ) -> AsymRnR:
-    """Like tokens are left out of self-attention, see `AsymRnR`.
+    """Similar tokens are left out of self-attention, see `AsymRnR`.
 
     Args:
-        share: of blocks and steps that are thinned; None: what spends the budget.
-        query_ratio, value_ratio: how many of the video's tokens are then left out; the authors' for HunyuanVideo.
-        reuse: for how many steps a matching is used; theirs.
+        share: share of blocks and steps at which tokens are left out; None: the share that spends the budget.
+        query_ratio, value_ratio: share of the video's tokens that are left out there; by default the authors' for
+            HunyuanVideo.
+        reuse: for how many steps a matching is used; by default the authors' value.
     """
     check_budget(budget, num_inference_steps)
     if not 0 < query_ratio < 1 or not 0 < value_ratio < 1 or reuse < 1 or not 0 <= (share or 0) <= 1:

@@ -24,15 +24,17 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 MOST_ELEMENTS = 2**16
-"""Of a module's output for one sample, how many are compared from step to step: the outputs of all steps are held."""
+"""How many elements of a module's output for one sample are compared from step to step. The outputs of all steps are
+held in memory."""
 
 
 def bac(budget: int, num_inference_steps: int, updates: int | None = None, upstream: int = 5) -> "BAC":
-    """Attention and feed-forward outputs are reused, each module at update steps of its own, see `BAC`.
+    """Attention and feed-forward outputs are reused. Each module has its own list of update steps, see `BAC`.
 
     Args:
         updates: the number of steps at which a module is computed, before the union; None: what spends the budget.
-        upstream: of the feed-forwards, how many take over the update steps of those after them.
+        upstream: the number of feed-forwards that are also computed at the update steps of the feed-forwards after
+            them.
     """
     check_budget(budget, num_inference_steps)
     if updates is not None and not 1 <= updates <= num_inference_steps:
@@ -44,8 +46,9 @@ def bac(budget: int, num_inference_steps: int, updates: int | None = None, upstr
 
 @dataclass(frozen=True)
 class Likeness(Rerun):
-    """Of every module's output at any two steps, the cosine similarity and the mean absolute difference: (2, modules,
-    T, T), mean over prompts and guidance branches. Of large outputs, elements at equal distances stand for all."""
+    """For every module, the cosine similarity and the mean absolute difference of its outputs at any two steps: (2,
+    modules, T, T), mean over prompts and guidance branches. Of large outputs only elements at equal distances are
+    compared."""
 
     def measure(self, pipe: "DiffusionPipeline", calibration: Calibration) -> np.ndarray:
         T, names = calibration.num_inference_steps, Modules.names(denoiser(pipe))
@@ -77,7 +80,7 @@ def sampled(streams: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def cosines(rows: torch.Tensor) -> torch.Tensor:
-    """Of rows (B, T, n), (B, T, T)."""
+    """Cosine similarities of rows (B, T, n) with each other, (B, T, T)."""
     rows = torch.nn.functional.normalize(rows, dim=-1)
     return rows @ rows.mT
 
@@ -88,8 +91,8 @@ def differences(rows: torch.Tensor) -> torch.Tensor:
 
 
 def update_steps(similarity: np.ndarray, updates: int) -> list[int]:
-    """The steps at which a module is computed, so that the similarities (T, T) of what is reused at the other steps to
-    what would be computed there have the largest sum. The first is 0. By dynamic programming."""
+    """The steps at which a module is computed, beginning with 0, found by dynamic programming. They maximise the sum
+    over the other steps of the similarity (T, T) between the reused output and the output that would be computed."""
     T = len(similarity)
     # gain[i, j]: what is reused of step i at the steps up to j, the next update or the end.
     gain = np.full((T, T + 1), -np.inf)
@@ -109,8 +112,8 @@ def update_steps(similarity: np.ndarray, updates: int) -> list[int]:
 def bubbled(
     steps: Mapping[str, Sequence[int]], depths: Mapping[str, int], errors: Mapping[str, float], upstream: int
 ) -> dict[str, list[int]]:
-    """The update steps of all modules, where the `upstream` feed-forwards of the largest caching errors also take those
-    of every feed-forward after them, so that its update does not begin from stale input.
+    """The update steps of all modules. The `upstream` feed-forwards with the largest caching errors also take the
+    update steps of every feed-forward after them, so that these are not updated from stale input.
 
     Args:
         depths: the block of every feed-forward.
@@ -126,15 +129,14 @@ def bubbled(
 
 @dataclass(frozen=True)
 class BAC(CalibratedRecipe):
-    """The recipe: every module has the same number of update steps, where they suit it best (the paper's Adaptive
-    Caching Scheduler); then some feed-forwards take over the steps of later ones (its Bubbling Union).
+    """The recipe: every module has the same number of update steps, at the steps that suit it best (the paper's
+    Adaptive Caching Scheduler). Then some feed-forwards also take the update steps of later ones (its Bubbling Union).
 
     It takes one trajectory for each calibration prompt, and up to ten runs of one prompt for the number of updates that
-    spends the budget. The paper is on diffusion policies, whose actions are a few dozen numbers; its authors' code was
-    not to be had here, nor more of the paper than descriptions of it. Open, and chosen here: five upstream
-    feed-forwards; their caching error, which is the mean absolute difference between any two steps, as in a public
-    reimplementation; and, where the budget lies between two numbers of updates, one more for the modules whose outputs
-    are the least alike.
+    spends the budget. The paper is on diffusion policies, whose actions are a few dozen numbers; we could obtain
+    neither its authors' code nor its text, only descriptions of it. Our choices are: five upstream feed-forwards; their
+    caching error, which is the mean absolute difference between any two steps, as in a public reimplementation; and, if
+    the budget lies between two numbers of updates, one more update for the modules whose outputs are the least similar.
 
     Args: see `bac`.
     """

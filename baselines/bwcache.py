@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class BlockState:
-    """Of one guidance branch in one generation.
+    """The state of one guidance branch in one generation.
 
     Attributes:
-        left: steps that are still to be reused.
-        limit: the step from which on all are computed; None before the first reuse.
-        changes: of the blocks' outputs at the last computed step, against the computed one before.
-        outputs: of each block, at the last computed step.
+        left: the number of steps for which the outputs are still to be reused.
+        limit: the step from which on all steps are computed; None before the first reuse.
+        changes: of the blocks' outputs, from the last but one computed step to the last one.
+        outputs: of each block at the last computed step.
     """
 
     left: int = 0
@@ -34,13 +34,13 @@ class BlockState:
 
 @dataclass(frozen=True)
 class SimilarBlocks(OnlineSchedule):
-    """Once the blocks' outputs have changed little from one computed step to the next, the following `reuse` steps take
-    them as they are.
+    """If the blocks' outputs have changed little from one computed step to the next, the following `reuse` steps reuse
+    them.
 
-    The change is the mean over all blocks of |h - h'|_1 / |h'|_1 of their image streams. With the first reuse at step k
-    the last k / 2 steps are always computed; each guidance branch decides by itself. The authors' code could not be
-    had. Whether the paper counts k from the start or from the end its text leaves open: from the start fits the shares
-    of reused steps in its tables. That every computed step is tested again is our reading, too.
+    The change is the mean over all blocks of |h - h'|_1 / |h'|_1 of their image streams. If the first reuse is at step
+    k, the last k / 2 steps are always computed. Each guidance branch decides by itself. We could not obtain the
+    authors' code. The paper does not say whether k is counted from the start or from the end; counting from the start
+    agrees with the shares of reused steps in its tables. That every computed step is tested again is our reading, too.
     """
 
     threshold: float
@@ -71,7 +71,7 @@ class SimilarBlocks(OnlineSchedule):
 def bwcache(
     budget: int, num_inference_steps: int, threshold: float | None = None, reuse: int | None = None
 ) -> Method | Search:
-    """With every block's output reused, that of the last one is all that reaches the result.
+    """Reuses the last block's output: if every block's output is reused, only the last one reaches the result.
 
     Args:
         threshold: the paper's delta; None: the one that spends the budget.

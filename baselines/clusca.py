@@ -30,8 +30,8 @@ def clusca(
     order: int = 1,
     warmup: int = 3,
 ) -> "ClusCa | Method":
-    """Attention and feed-forward outputs are extrapolated as by TaylorSeer; of every feed-forward, one random token of
-    each cluster is computed anew and tells on the others of its cluster, see `Clusters`.
+    """Attention and feed-forward outputs are extrapolated as by TaylorSeer. Every feed-forward is also computed for one
+    random token of each cluster, and the other tokens are moved towards it, see `Clusters`.
 
     Args:
         interval: the authors' N, a full step after every N - 1 others; None: as many full steps as spend the budget.
@@ -68,13 +68,13 @@ class ClusCa(FullSteps):
 
 @dataclass
 class ClusterState:
-    """Of one guidance branch in one generation.
+    """The state of one guidance branch in one generation.
 
     Attributes:
-        labels: of each stream ("image", "text") the cluster of every token, (B, N).
-        centres: of each stream, (B, K, D).
-        anew: of each feed-forward by name its output at the last full step, with what was computed since in it, (B, N,
-            D).
+        labels: for each stream ("image", "text") the cluster of every token, (B, N).
+        centres: for each stream the means of the clusters, (B, K, D).
+        anew: for each feed-forward, by name, its output at the last full step, updated by the outputs computed since,
+            (B, N, D).
     """
 
     labels: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -84,13 +84,13 @@ class ClusterState:
 
 @dataclass(frozen=True)
 class Clusters(Modules):
-    """As `Modules`; of feed-forwards, skipped steps compute one token of each cluster of tokens.
+    """As `Modules`, but skipped steps compute the feed-forwards for one token of each cluster.
 
-    The tokens of a stream are clustered at every full step, by what the last block with a feed-forward of its own
-    leaves. On a skipped step a random token of each cluster passes the feed-forward. Its output takes the place of the
-    one that was kept, and those of the image's other tokens move towards that of their cluster by `propagation`. As in
-    the authors' code, this changes the constant term of the Taylor expansion, text tokens do not tell on each other,
-    and single-stream blocks compute nothing.
+    At every full step the tokens of a stream are clustered, by the output of the last block that has a feed-forward for
+    this stream alone. On a skipped step one random token of each cluster passes the feed-forward. Its output replaces
+    the kept one, and the outputs of the other image tokens of its cluster are moved towards it by the factor
+    `propagation`. As in the authors' code, this changes the constant term of the Taylor expansion, text tokens are not
+    moved, and single-stream blocks compute nothing.
 
     Which tokens are drawn depends on the step and the block alone, so that a generation is repeatable and does not
     depend on its batch; the authors draw from PyTorch's global generator.
@@ -144,7 +144,7 @@ class Clusters(Modules):
 
 
 def own_feed_forwards(block: torch.nn.Module) -> list[tuple[str, str]]:
-    """A block's feed-forwards that see one stream alone, each with the norm before it: names (norm, feed-forward)."""
+    """A block's feed-forwards for one stream alone, each with the norm before it: names (norm, feed-forward)."""
     return [] if block_of(block).part == "single" else feed_forwards_of(block)
 
 
@@ -155,7 +155,8 @@ def stream_of(feed_forward: str) -> str:
 
 
 class ClusterHook(StreamHook):
-    """On the last block with a feed-forward of some streams: a full step clusters the tokens that leave it."""
+    """On the last block that has a feed-forward for some stream: at a full step it clusters the block's output tokens
+    of these streams."""
 
     def __init__(self, session: "Session", block: torch.nn.Module, streams: list[str], clusters: int):
         super().__init__(session, block)
@@ -177,10 +178,11 @@ class ClusterHook(StreamHook):
 def k_means(
     tokens: torch.Tensor, centres: torch.Tensor | None, clusters: int, iterations: int = 10
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clusters by L1 distance: of each of the tokens (B, N, D) its cluster, (B, N), and the clusters' means (B, K, D).
+    """Clusters by L1 distance: for tokens (B, N, D), the cluster of each token, (B, N), and the clusters' means, (B, K,
+    D).
 
     Args:
-        centres: where to begin, (B, K, D); None: at `clusters` random tokens, or at all if there are fewer.
+        centres: the means to begin with, (B, K, D); None: `clusters` random tokens, or all tokens if there are fewer.
     """
     if centres is None:
         first = numbers(tokens.shape[1], "centres").argsort()[:clusters]
@@ -198,8 +200,8 @@ def numbers(count: int, seed: str) -> torch.Tensor:
 
 
 class DrawHook(SessionHook):
-    """On the norm before a feed-forward: on a skipped step it lets through one token of each cluster, (B, N, D) -> (B,
-    K, D)."""
+    """On the norm before a feed-forward: on a skipped step it passes on one token of each cluster, (B, N, D) -> (B, K,
+    D)."""
 
     def __init__(self, session: "Session", name: str, stream: str, clusters: int):
         super().__init__(session)
@@ -217,15 +219,15 @@ class DrawHook(SessionHook):
 
 
 def draw(labels: torch.Tensor, clusters: int, order: torch.Tensor) -> torch.Tensor:
-    """Of each cluster the token of the largest number: from labels (B, N) and numbers (N,), indices (B, K). A cluster
-    without tokens draws the first token of all."""
+    """Indices (B, K) of one token for each cluster, that with the largest random number: from labels (B, N) and numbers
+    `order` (N,). For an empty cluster the first token is drawn."""
     belongs = labels[:, None] == torch.arange(clusters, device=labels.device)[:, None]
     return torch.where(belongs, order, -torch.inf).argmax(-1)
 
 
 class SpreadHook(ModuleHook):
-    """On a feed-forward: a skipped step puts the drawn tokens' outputs into what was kept, lets them tell on the others
-    of their cluster, and adds the terms of higher order."""
+    """On a feed-forward: a skipped step puts the drawn tokens' outputs into the kept output, moves the other tokens
+    towards those of their cluster, and adds the terms of higher order."""
 
     def __init__(self, session: "Session", drawn: DrawHook, propagation: float):
         super().__init__(session, drawn.name)
@@ -249,7 +251,8 @@ class SpreadHook(ModuleHook):
 def spread(
     kept: torch.Tensor, fresh: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, propagation: float
 ) -> None:
-    """Put the outputs of drawn tokens into `kept` and move all tokens towards their cluster's, in place.
+    """Put the outputs of the drawn tokens into `kept`, and move all tokens towards the mean drawn output of their
+    cluster, in place.
 
     Args:
         kept: (B, N, D).

@@ -27,8 +27,8 @@ CALIBRATORS = {"taylorseer": "TaylorSeerCalibratorConfig", "foca": "FoCaCalibrat
 
 @dataclass(frozen=True, eq=False)
 class DBCache(LibraryCache):
-    """The first block of every kind always runs; while its residual changes by less than the threshold, that of the
-    others is reused, or forecast by a calibrator.
+    """The first block of every kind always runs. While its residual changes by less than the threshold, the residual of
+    the other blocks is reused, or forecast by a calibrator.
 
     Args:
         threshold: of the first block's residual; None: the mask says which steps are computed.
@@ -73,8 +73,9 @@ class DBCache(LibraryCache):
 
 @dataclass(frozen=True)
 class Thresholded(CalibratedRecipe):
-    """The recipe with a threshold: cache-dit computes the first 8 steps, which leaves nothing to decide of a budget of
-    9; here it is half of the budget at most, halved again while not even an endless threshold spends so little."""
+    """The recipe with a threshold. cache-dit computes the first 8 steps, which is nearly all of a budget of 9. Here the
+    warm-up is at most half of the budget, and is halved again as long as even an infinite threshold spends more than
+    the budget."""
 
     budget: int
     num_inference_steps: int
@@ -95,8 +96,8 @@ class Thresholded(CalibratedRecipe):
 
 @dataclass(frozen=True)
 class Masked(CalibratedRecipe):
-    """The recipe with the steps that DPCache plans as cache-dit's steps mask. The first blocks of the other steps cost
-    too, so that a few steps fewer are planned."""
+    """The recipe with the steps that DPCache plans as cache-dit's steps mask. The other steps still run the first
+    blocks, so a few steps less are planned."""
 
     budget: int
     num_inference_steps: int
@@ -140,7 +141,8 @@ def dbcache(
         calibrator: taylorseer or foca, with cache-dit's settings; None: reuse.
         warmup: steps that are computed first; None: see `Thresholded`.
         planned: instead of a threshold, the steps that DPCache plans.
-        separate_cfg: whether the pipeline runs guidance branches one after the other; None: cache-dit's own opinion.
+        separate_cfg: whether the pipeline runs guidance branches one after the other; None: what cache-dit knows of the
+            pipeline.
     """
     if find_spec("cache_dit") is None:
         raise ModuleNotFoundError("DBCache needs cache-dit: pip install -e '.[peers]'")

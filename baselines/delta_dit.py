@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from dpcache.session import Session
 
 PAPERS_SHARE = 0.75
-"""Of all blocks, how many are reused: 1.6 times the speed, which the paper reports, where every 2nd step is full."""
+"""The share of blocks that are reused. If every 2nd step is full, it gives the speed-up of 1.6 that the paper
+reports."""
 
 
 def delta_dit(
@@ -33,14 +34,15 @@ def delta_dit(
     share: float | None = None,
     boundary: float = 0.5,
 ) -> "DeltaDiT | Method":
-    """What the last blocks add to their input is reused in the first half of the steps, and what the first blocks add
-    in the second half: those make the details and these the outline, which the sampler makes first.
+    """In the first half of the steps, what the last blocks add to their input is reused; in the second half, what the
+    first blocks add. The last blocks make the details and the first blocks the outline, and the sampler makes the
+    outline first.
 
     Args:
         interval: the paper's N: all blocks run in every N-th step. None: as many full steps as spend the budget.
-        share: of all blocks, how many are reused in the other steps. None: see `DeltaDiT`.
-        boundary: the paper's b, as a share of the steps: before it the last blocks are reused, and from the next step
-            with all blocks on the first.
+        share: of all blocks, the share that is reused at the other steps; None: see `DeltaDiT`.
+        boundary: the paper's b, as a share of the steps. Before it, the last blocks are reused; from the next full step
+            on, the first blocks.
     """
     check_budget(budget, num_inference_steps)
     if not 0 <= boundary <= 1:
@@ -55,11 +57,11 @@ def delta_dit(
 
 @dataclass(frozen=True)
 class Ends(Site):
-    """What the first blocks add to the streams, and what the last do. Where the two overlap, what they share is kept
-    once, so that every block belongs to one of three groups: "front", "middle" and "rear".
+    """What the first blocks and what the last blocks add to the streams. The two sets of blocks may overlap, so every
+    block belongs to one of three groups, which are kept separately: "front", "middle" (in both sets) and "rear".
 
     Args:
-        share: of all blocks, how many the first and the last are, each.
+        share: of all blocks, the share of the first blocks, and likewise of the last blocks.
     """
 
     name = "ends"
@@ -91,10 +93,10 @@ class Ends(Site):
 class DeltaDiT(CalibratedRecipe):
     """The recipe: evenly spaced full steps, as many as spend the budget together with the blocks of the other steps.
 
-    There is no public code of the authors, and of the paper no more than its abstract and descriptions of it could be
-    read here. Open, and chosen here: the boundary in the middle of the steps, and how a budget is divided: the paper's
-    share of the blocks is reused, or more, so that half of the budget is left for full steps. It takes three or
-    four runs of one calibration prompt.
+    There is no public code of the authors, and we could read only the paper's abstract and descriptions of the paper.
+    Our choices are: the boundary in the middle of the steps, and the division of the budget. The paper's share of the
+    blocks is reused, or more, so that half of the budget is left for full steps. Calibration takes three or four runs
+    of one prompt.
 
     Args: see `delta_dit`.
     """

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class ProbeState:
-    """Of one guidance branch in one generation.
+    """The state of one guidance branch in one generation.
 
     Attributes:
-        accumulated: relative changes of what the probe leaves, since the last computed step.
-        gamma: of the trajectory's alignment, see `TrajectoryAlignment`.
-        before, after: what entered and left the probe at the last step.
+        accumulated: sum of the relative changes of the probe's output since the last computed step.
+        gamma: see `TrajectoryAlignment`.
+        before, after: the probe's input and output at the last step.
         older, newer: the probe's residuals at the last two computed steps.
     """
 
@@ -39,8 +39,8 @@ class ProbeState:
 
 @dataclass(frozen=True)
 class ShallowProbe(OnlineSchedule):
-    """A step is computed once the relative changes of what the probed blocks leave, each against the step before, add
-    up to the threshold; so are the first `warmup` + 1 steps and the last.
+    """A step is computed when the sum of the relative step-to-step changes of the probed blocks' output reaches the
+    threshold. The first `warmup` + 1 steps and the last are always computed.
 
     Args:
         minus_input, clip: see `dicache`.
@@ -106,13 +106,14 @@ def dicache(
 ) -> Method | Search:
     """The residual over all blocks is extrapolated along the trajectory that a shallow probe shows.
 
-    The authors compute a fifth of the steps first, which leaves little of a small budget: here it is of the budget.
+    The authors compute a fifth of all steps first, which is much of a small budget. Here it is a fifth of the budget.
 
     Args:
         probe: blocks that run at every step (the authors recommend 1 to 5). A computed step goes on from them.
         threshold: of the accumulated change, 0.4 for the authors' FLUX; None: the one that spends the budget.
-        retention: share of all steps that is computed first; None: as above.
-        minus_input: only count what the probe changes beyond its input (the authors' `delta_minus`).
+        retention: share of all steps that are computed first; None: a fifth of the budget.
+        minus_input: subtract the relative change of the probe's input from that of its output (the authors'
+            `delta_minus`).
         clip: bounds of gamma; the authors' code for Wan has (1, 2).
     """
     check_budget(budget, num_inference_steps, least=2)

@@ -24,16 +24,16 @@ Steps = tuple[int, ...]
 
 @dataclass(frozen=True)
 class BudCache(CalibratedRecipe):
-    """The recipe: what all blocks add is reused between K steps, which a search over whole runs has found: of the
-    candidates, those whose final latents have the least mean squared error against the full-step run's.
+    """The recipe: what all blocks add is reused between K computed steps. A search over whole runs chooses the steps
+    whose final latents have the smallest mean squared error against those of the full-step run.
 
-    Stage 1 of the paper, which its results take unless they say otherwise. Stage 2, which then trains other sigmas for
-    the sampler, is not here. The authors search on one prompt, with FLUX for up to 200 runs of annealing and 20 rounds
-    of some 50 neighbours: runs of K steps each, so about K / T as many full trajectories.
+    This is stage 1 of the paper, on which its results are based unless they say otherwise. Stage 2, which then trains
+    other sigmas for the sampler, is not here. The authors search on one prompt. For FLUX they take up to 200 runs of
+    annealing and 20 rounds of about 50 neighbours. Each run computes K steps, so it counts as K / T full trajectories.
 
     Args:
         prompts: calibration prompts that are searched on, the first ones.
-        restarts, annealing, hottest, coldest, climbing: see `search`; the authors' for FLUX.
+        restarts, annealing, hottest, coldest, climbing: see `search`; by default the authors' values for FLUX.
         seed: of the search.
     """
 
@@ -104,15 +104,15 @@ def search(
     coldest: float = 1e-5,
     climbing: int = 20,
 ) -> tuple[Steps, float]:
-    """K of T steps with a small error, and the error: simulated annealing from random steps, and then the best of all
-    neighbours for as long as it is better. The first fourth of the K steps are always the first ones.
+    """K of T steps with a small error, and the error. Simulated annealing starts from random steps; then the best of
+    all neighbours is taken as long as it is better. A quarter of the K steps are always the first steps.
 
     Args:
-        error: of K increasing steps; asked once for each.
+        error: the error of K increasing steps; called once for each candidate.
         restarts: how often to begin anew.
         annealing: candidates of the annealing.
-        hottest, coldest: its first and last temperature, in units of the error, geometrically between.
-        climbing: rounds of neighbours at most.
+        hottest, coldest: first and last temperature, in units of the error; it falls geometrically.
+        climbing: maximal number of rounds of neighbours.
     """
     T, error, first = num_inference_steps, cache(error), max(1, budget // 4)
     best: tuple[float, Steps] = (math.inf, ())
@@ -139,8 +139,8 @@ def search(
 
 
 def mutated(steps: Steps, T: int, first: int, rng: random.Random) -> Steps:
-    """A random candidate: one step (of ten candidates in one, two steps) is moved to a free place, seven times in ten
-    to one no farther than three steps away. The first steps stay."""
+    """A random candidate: one step is moved to a free place, with probability 0.7 to one at most three steps away; with
+    probability 0.1 two steps are moved. The first steps stay."""
     movable = [step for step in steps if step >= first]
     free = [step for step in range(first, T) if step not in steps]
     if not movable or not free:
@@ -155,7 +155,8 @@ def mutated(steps: Steps, T: int, first: int, rng: random.Random) -> Steps:
 
 
 def neighbours(steps: Steps, T: int, first: int, rng: random.Random, jumps: int = 2) -> list[Steps]:
-    """Each step beyond the first ones moved by up to three steps, and `jumps` times to a random place."""
+    """All candidates in which one step beyond the first ones is moved by up to three steps, and `jumps` candidates for
+    each step with a random place."""
     movable = [step for step in steps if step >= first]
     moves = [(step, to) for step in movable for to in range(max(first, step - 3), min(T - 1, step + 3) + 1)]
     moves += [(step, rng.choice(range(first, T))) for step in movable for _ in range(jumps)]

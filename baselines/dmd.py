@@ -21,16 +21,16 @@ FEWEST = 4  # snapshots that tell an oscillation
 
 
 def dmd(budget: int, num_inference_steps: int, snapshots: int = 6, warmup: int = 3) -> Method:
-    """What all blocks add goes on as a sum of exponentials in the step, fitted to each sample's own last computed
-    steps.
+    """What all blocks add is extrapolated as a sum of exponentials in the step, fitted to the last computed steps of
+    each sample.
 
-    cache-dit lets it forecast between the steps that its online cache computes; here the steps are fixed. The fit takes
-    equal gaps, so they are equal from the first one after the warm-up on, and until there are four such steps a line
-    through the last two is the forecast. cache-dit takes a line there, too, but divides the difference of two gaps by
-    one of them, which its forecast of Taylor's does not.
+    In cache-dit an online cache decides which steps are computed; here the steps are fixed. The fit needs equal gaps,
+    so all gaps after the warm-up are equal. Until there are four computed steps with equal gaps, the forecast is linear
+    through the last two. cache-dit's forecast is linear there too, but it divides the difference over two gaps by one
+    of them, which its Taylor forecast does not.
 
     Args:
-        snapshots: computed steps that are fitted at most, at least 4.
+        snapshots: number of last computed steps in the fit, at least 4.
         warmup: steps that are computed first, at least.
     """
     if snapshots < FEWEST:
@@ -40,8 +40,8 @@ def dmd(budget: int, num_inference_steps: int, snapshots: int = 6, warmup: int =
 
 
 def equal_gaps(budget: int, num_inference_steps: int, warmup: int) -> list[int]:
-    """K steps: at least `warmup` first ones, and then equal gaps, to the end too, of which the one before them differs
-    as little as it can."""
+    """K steps: at least the first `warmup` ones, then steps at equal gaps up to the end of the run. The gap between the
+    two parts differs from these as little as possible."""
     check_budget(budget, num_inference_steps, warmup)
     T, found = num_inference_steps, []
     for first in range(warmup, budget):
@@ -55,7 +55,7 @@ def equal_gaps(budget: int, num_inference_steps: int, warmup: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Line(Predictor):
-    """A line through the last two computed steps, of the `history` that are kept."""
+    """The straight line through the last two computed steps. `history`: the number of steps that are kept."""
 
     history: int
 
@@ -65,7 +65,7 @@ class Line(Predictor):
 
 @dataclass(frozen=True)
 class Modes(Residual):
-    """What all blocks add, where each sample's own last features decide on their weights."""
+    """What all blocks add. The weights of the last features are fitted to each sample."""
 
     name = "modes"
 
@@ -75,7 +75,8 @@ class Modes(Residual):
 
 
 class ModeHook(BlockHook):
-    """On the last block: weighs a skipped step's features by their modes, fitted once after each computed step."""
+    """On the last block: sets the weights of a skipped step from modes, which are fitted once after each computed
+    step."""
 
     def __init__(self, session: Session, block: torch.nn.Module, index: int):
         super().__init__(session, block, index, last=True, probe=0, residual=True)
@@ -96,7 +97,7 @@ class ModeHook(BlockHook):
         return super().new_forward(module, *args, **kwargs)
 
     def fit(self, branch: Branch, count: int) -> "list[Modal]":
-        """Each sample's modes; none where too few features have equal gaps."""
+        """The modes of each sample; an empty list if too few features have equal gaps."""
         if count < FEWEST:
             return []
         return [modal_fit(G) for G in sample_grams(branch.histories["stack"], count)]
@@ -123,8 +124,8 @@ class Modal(NamedTuple):
     """A sample's features, one gap after another, as a sum of modes that grow by complex factors.
 
     Attributes:
-        made_of: the modes as sums of the features, (n, r), complex.
-        factors, amounts: of each mode, (r,), its growth in a gap, and how much of it the newest feature has.
+        made_of: the modes as weighted sums of the features, (n, r), complex.
+        factors, amounts: (r,), for each mode its growth over one gap, and its coefficient in the newest feature.
     """
 
     made_of: np.ndarray
@@ -132,7 +133,7 @@ class Modal(NamedTuple):
     amounts: np.ndarray
 
     def weights(self, gaps: float) -> np.ndarray:
-        """Of the features, so many gaps after the newest: (n,)."""
+        """The weights of the features for a prediction `gaps` gaps after the newest one, (n,)."""
         weights = (self.made_of @ (self.factors**gaps * self.amounts)).real
         return weights if np.isfinite(weights).all() else newest_alone(len(weights))
 
@@ -144,13 +145,13 @@ def newest_alone(count: int) -> np.ndarray:
 
 def modal_fit(gram: np.ndarray, smallest: float = 1e-4, ridge: float = 1e-8) -> Modal:
     """The linear map from each feature to the next with the least squared error, on the features' own space, and its
-    eigenvectors. cache-dit decomposes the features themselves; lengths and angles are all that it takes, so here are
-    others with the same Gram matrix in as few dimensions.
+    eigenvectors. cache-dit decomposes the features themselves. Only their lengths and angles matter, so here vectors of
+    few dimensions with the same Gram matrix are decomposed.
 
     Args:
         gram: of features of equal gaps, (n, n), oldest first.
-        smallest: singular values below this share of the largest count for nothing.
-        ridge: added to the singular values that are divided by.
+        smallest: singular values below this share of the largest are dropped.
+        ridge: added to the singular values before dividing by them.
     """
     lengths, axes = np.linalg.eigh(gram)
     features = np.sqrt(lengths.clip(0))[:, None] * axes.T

@@ -43,21 +43,21 @@ class DyWeight(CalibratedRecipe):
         v_k = model(x_k, s_k t'_k),  x_{k+1} = x_k + (t_{k+1} - t'_k) d_k  with  d_k = sum_j w_kj v_j,
         t'_{k+1} = t'_k + (t_{k+1} - t'_k) sum_j w_kj.
 
-    The weights need not sum to 1, so t'_k is the time that the states have really come to, and the step scales s_k tell
-    the model another one. Both are trained by gradients through the whole sampler, so that its final latents come close
-    to those of the T-step run, on the mean square. Times are those of flow matching, or of noise predictions
-    sqrt(1 / alpha_bar - 1), with states x / sqrt(alpha_bar) (see `baselines.trajectory.Trajectory`).
+    The weights need not sum to 1, so t'_k is the time that the states have reached, and the step scales s_k change the
+    time that the model gets. Weights and scales are trained by gradients through the whole sampler, to minimise the
+    mean squared error of the final latents against the T-step run. Times are those of flow matching, or of noise
+    predictions sqrt(1 / alpha_bar - 1), with states x / sqrt(alpha_bar) (see `baselines.trajectory.Trajectory`).
 
-    The authors train FLUX once, on 5,000 prompts with a noise each, in 313 updates at a rate of 0.001. Here the
-    calibration prompts with their seeds are one batch, and 64 updates go as far at a rate of 0.005: the authors' other
-    models have rates up to 0.03. With n prompts that takes n trajectories of T steps for the aim, and 256 n K / T for
-    the updates, where a way back counts as two ways there and each call runs twice. Their code for noise predictions is
-    another, with settings for every model: its scales have no bounds and also scale the model's input and prediction,
-    and its losses are on Inception's features.
+    The authors train FLUX once, on 5,000 prompts with one noise each, in 313 updates at a learning rate of 0.001. Here
+    the calibration prompts with their seeds are one batch, and there are 64 updates at a rate of 0.005; the authors'
+    rates for other models go up to 0.03. With n prompts, this takes n trajectories of T steps for the targets, and 256
+    n K / T for the updates, where a backward pass counts as two forward passes and each call runs twice. The authors'
+    code for noise predictions differs, with settings for every model: its scales have no bounds and also scale the
+    model's input and prediction, and its losses are on Inception features.
 
     Args:
         window: how many predictions a step weighs.
-        start: what the weights start as: "euler", or "adams", Adams-Bashforth's of up to four steps.
+        start: the initial weights: "euler", or "adams", the Adams-Bashforth weights of up to four steps.
         updates, rate, decay: of AdamW; the rate falls along a cosine.
     """
 
@@ -113,8 +113,8 @@ def dyweight(
     """Trained weights and time scales for a K-step solver, see `DyWeight` for the other settings.
 
     Args:
-        weights, scales: to be used as they are, without calibration: of every step the weights of its last
-            predictions, newest last, and its scale.
+        weights, scales: use these, without calibration: for every step the weights of its last predictions, newest
+            last, and its scale.
     """
     if weights is None and scales is None:
         return DyWeight(budget, num_inference_steps, **settings)
@@ -156,8 +156,8 @@ class WeightedSteps(OtherScheduler):
 
 
 def weighted(scheduler: "SchedulerMixin", weights: torch.Tensor, scales: torch.Tensor, window: int) -> "SchedulerMixin":
-    """A copy of `scheduler` that takes such steps, of the same class and a further one. Its `final` are the last
-    latents, with the graph that leads to the weights where gradients are on.
+    """A copy of `scheduler` that takes steps as `DyWeight` describes them. Its class derives from the scheduler's
+    class. Its attribute `final` has the last latents; with gradients on, their graph leads to the weights.
 
     Args:
         weights, scales: see `WeightedSteps`.
@@ -216,8 +216,9 @@ class _WeightedSteps(OtherSteps):
 
 
 def time_of(scheduler: "SchedulerMixin") -> tuple[torch.Tensor | None, Callable, Callable]:
-    """The grid of K + 1 times, float64 (None before `set_timesteps`); the factor of the latents at a time that makes
-    them a state in which a step is Euler's; and the timesteps that tell the model of times.
+    """Three things: the grid of K + 1 times, float64 (None before `set_timesteps`); a function from a time to the
+    factor with which the latents become a state that is stepped by Euler's method; and a function from times to the
+    model's timesteps.
 
     Raises SettingError for other schedulers than those of flow matching, and DDIM with noise predictions that are not
     clipped.
@@ -238,8 +239,8 @@ def time_of(scheduler: "SchedulerMixin") -> tuple[torch.Tensor | None, Callable,
 
 
 def _timesteps(logarithms: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-    """Timesteps between whole numbers, where `logarithms` are those of the times at the whole numbers: by a straight
-    line, and beyond the table its ends."""
+    """Timesteps for times, by linear interpolation. `logarithms`: of the times at the timesteps 0, 1, ... Beyond the
+    table the nearest end is taken."""
     wanted = times.abs().clamp(min=1e-12).log()
     after = torch.searchsorted(logarithms, wanted.detach()).clamp(1, len(logarithms) - 1)
     before, gap = logarithms[after - 1], logarithms[after] - logarithms[after - 1]
@@ -248,7 +249,7 @@ def _timesteps(logarithms: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class TrainedSteps(Rerun):
-    """The weights and, in the last column, the scales: (K, K + 1), see `DyWeight`."""
+    """The trained weights and, in the last column, the scales: (K, K + 1), see `DyWeight`."""
 
     budget: int
     window: int
@@ -288,7 +289,7 @@ class TrainedSteps(Rerun):
 
 
 def between(logits: torch.Tensor) -> torch.Tensor:
-    """The scales: 1 where the logits are 0."""
+    """The scales from their logits, within `SCALES`; 1 where a logit is 0."""
     low, high = SCALES
     return low + (high - low) * logits.sigmoid()
 
@@ -299,7 +300,7 @@ def euler(budget: int, window: int) -> torch.Tensor:
 
 
 def adams(budget: int, window: int) -> torch.Tensor:
-    """Adams-Bashforth's weights (K, K) of as many predictions as there are, up to four, with equal gaps."""
+    """Adams-Bashforth weights (K, K) for equal gaps, of all predictions so far, up to four."""
     known = (1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24)
     weights = torch.zeros(budget, budget)
     for step in range(budget):
@@ -314,8 +315,8 @@ STARTS = {"euler": euler, "adams": adams}
 def student(
     pipe: "DiffusionPipeline", steps: tuple, prompts: Sequence[str], seeds: Sequence[int], **call
 ) -> torch.Tensor:
-    """Final latents, float32 (B, ...), of the K-step solver, with the graph that leads to weights and scales where
-    gradients are on. `steps`: weights, scales and window, see `weighted`."""
+    """Final latents of the K-step solver, float32 (B, ...). With gradients on, their graph leads to the weights and
+    scales. `steps`: weights, scales and window, see `weighted`."""
     own = pipe.scheduler
     pipe.scheduler = twin = weighted(own, *steps)
     try:

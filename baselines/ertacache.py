@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ResidualErrors(Mean):
-    """|D_c - D_s|_1 / |D_s|_1 of what the model adds to its input, (T, T), rows c: mean over prompts and guidance
-    branches."""
+    """|D_c - D_s|_1 / |D_s|_1, (T, T), row c, column s, for D, what the model adds to its input: mean over prompts and
+    guidance branches."""
 
     site: ClassVar[str] = "output_residual"
 
@@ -32,17 +32,18 @@ class ResidualErrors(Mean):
 
 @dataclass(frozen=True)
 class ERTACache(CalibratedRecipe):
-    """The recipe: what the model adds to its input is reused by a list of steps from an offline profile, and rectified.
+    """The recipe: what the model adds to its input is reused at skipped steps, and rectified. An offline profile gives
+    the computed steps.
 
-    A step s is skipped while |D_c - D_s|_1 / |D_s|_1 < threshold, where D = v - x and c is the last computed step: the
-    mean over prompts and guidance branches, on full-step trajectories. The error v~ - v of the reused v~ = x_s + D_c is
-    then predicted as a v~, with the a of least squares at every skipped step, and taken off: the paper's closed form,
-    without its constant, which latents of mean zero do not need.
+    A step s is skipped while |D_c - D_s|_1 / |D_s|_1 < threshold, where D = v - x and c is the last computed step; the
+    left side is the mean over prompts and guidance branches on full-step trajectories. The reused prediction v~ = x_s +
+    D_c has the error v~ - v. This error is estimated as a v~, with a fitted by least squares at every skipped step, and
+    subtracted. This is the paper's closed form without its constant, which latents of mean zero do not need.
 
-    The authors' code, bytedance/ERTACache, is public but could not be obtained. The paper's third part, other step
-    sizes of the solver where a prediction is reused, is left out, as two things are open: the formula of its correction
-    coefficient, of which accounts disagree, and how the steps that follow make up for it, so that the sampler ends at
-    its last time. `baselines.solver.OtherScheduler` could take such steps.
+    The authors' code, bytedance/ERTACache, is public but could not be obtained. The paper's third part, which changes
+    the solver's step sizes where a prediction is reused, is left out, because two points are open: the formula of its
+    correction coefficient, on which our sources disagree, and how the following steps compensate for the change, so
+    that the sampler ends at its last time. `baselines.solver.OtherScheduler` could take such steps.
 
     Args:
         threshold: the paper's lambda; None: the lowest that does not exceed the budget.
@@ -80,7 +81,7 @@ class ERTACache(CalibratedRecipe):
 
 
 def refreshed(errors: np.ndarray, threshold: float) -> list[int]:
-    """The steps that are computed: those whose error from the last one on reaches the threshold."""
+    """The computed steps: each is the first step whose error against the last computed one reaches the threshold."""
     steps = [0]
     for step in range(1, len(errors)):
         if errors[steps[-1], step] >= threshold:
@@ -89,7 +90,8 @@ def refreshed(errors: np.ndarray, threshold: float) -> list[int]:
 
 
 def rectification(G: np.ndarray, steps: list[int]) -> dict[int, tuple[float, float]]:
-    """Weights of D_c and x_s at every skipped step s: the residual of (1 - a) (x_s + D_c), so 1 - a and -a."""
+    """Weights of D_c and of x_s at every skipped step s: 1 - a and -a, because the rectified prediction (1 - a) (x_s +
+    D_c) minus x_s is kept."""
     T, weights = len(G) // 2, {}
     for step in sorted(set(range(T)) - set(steps)):
         key, own = max(k for k in steps if k < step), T + step

@@ -34,11 +34,12 @@ def freqca(
     """The last block's output in two bands of spatial frequency: the low one is reused, the high one extrapolated with
     scaled Hermite polynomials, between evenly spaced steps.
 
-    Its experimental look-ahead (`use_z_cache`), off in the authors' code, is not here.
+    The experimental look-ahead of the authors' code (`use_z_cache`), which is off by default, is not implemented.
 
     Args:
         transform, cutoff: see `Bands`.
-        order, low_order, scale: of the Hermite polynomials in the high band and in the low one, and their contraction.
+        order, low_order, scale: order of the Hermite polynomials in the high band and in the low band, and their
+            contraction.
         warmup: steps that are computed first.
     """
     bands = BandWise(Hermite(low_order, max(warmup - 2, 0), scale), Hermite(order, max(warmup - 2, 0), scale))
@@ -69,12 +70,12 @@ class BandWise(Predictor):
 class Bands(Stack):
     """The last block's output (B, N, D), kept as the part of low spatial frequency and the rest, (2, B, N, D).
 
-    The authors' transform for FLUX is the two-dimensional cosine transform of a square image, and for Qwen-Image the
-    Fourier transform along the row of all tokens, as any image size takes.
+    For FLUX the authors use the two-dimensional cosine transform of a square image. For Qwen-Image they use the Fourier
+    transform along the sequence of all tokens, which works for any image size.
 
     Args:
         transform: "dct" or "fft"; None: dct where the tokens are a square, else fft.
-        cutoff: of the low band, in units of the highest frequency.
+        cutoff: the highest frequency of the low band, as a share of the highest of all.
     """
 
     name = "bands"
@@ -106,7 +107,7 @@ class Bands(Stack):
 
 
 class BandHook(StreamHook):
-    """On the last block: keeps its image stream in bands, and puts their sum back."""
+    """On the last block: keeps its image stream in two bands, and returns the sum of the predicted bands."""
 
     def __init__(self, session: "Session", site: Bands, block: torch.nn.Module):
         super().__init__(session, block)
@@ -124,15 +125,15 @@ class BandHook(StreamHook):
 
 
 def low_frequencies(x: torch.Tensor, cutoff: float) -> torch.Tensor:
-    """The part of x, (B, N, D), of Fourier frequencies along N up to `cutoff` of the highest."""
+    """The part of x, (B, N, D), with Fourier frequencies along N up to `cutoff` times the highest."""
     frequencies = torch.fft.fftfreq(x.shape[1], device=x.device).abs()
     kept = frequencies <= cutoff * frequencies.max()
     return torch.fft.ifft(torch.fft.fft(x, dim=1) * kept[:, None], dim=1).real
 
 
 def low_cosines(x: torch.Tensor, cutoff: float) -> torch.Tensor:
-    """The part of x, (B, N, D), N tokens in a square, whose two cosine frequencies have together a length of up to
-    `cutoff` of the greatest."""
+    """The part of x, (B, N, D), N tokens in a square, with pairs of cosine frequencies whose length is up to `cutoff`
+    times the greatest length."""
     side = math.isqrt(x.shape[1])
     place = torch.arange(side, dtype=x.dtype, device=x.device)
     cosines = torch.cos(math.pi / side * place[:, None] * (place + 0.5)) * (2 / side) ** 0.5

@@ -36,20 +36,22 @@ class LongStepCosts(Rerun):
 
 @dataclass(frozen=True)
 class GITS(CalibratedRecipe):
-    """The recipe: no cache, and the K of T steps whose long Euler steps leave the T-step run's trajectory least in sum.
+    """The recipe: no cache, and the K of T steps whose long Euler steps deviate least in sum from the trajectory of the
+    T-step run.
 
-    A prediction that is held over skipped steps is such a step (see `Trajectory`), so the grid is run as a list of
-    computed steps. One full trajectory a prompt is all it needs.
+    To hold a prediction over skipped steps is the same as such a long step (see `Trajectory`). So the grid is run as a
+    list of computed steps. Calibration takes one full trajectory per prompt.
 
-    The authors' coordinates are x / sqrt(alpha_bar) over sigma / sqrt(alpha_bar), as here of noise predictions under
-    DDIM; of flow matching, which they do not have, they are x over sigma. Their teacher is a solver of order 4 (iPNDM),
-    and so is the student that they recommend: a multistep solver's long step is no held prediction, so here both are
-    the pipeline's own of order 1.
+    The authors' coordinates are x / sqrt(alpha_bar) over sigma / sqrt(alpha_bar). They are used here for noise
+    predictions under DDIM; for flow matching, which the authors do not treat, the coordinates are x over sigma. The
+    authors' teacher is a solver of order 4 (iPNDM), and so is the student that they recommend. A long step of a
+    multistep solver does not equal a held prediction, so here teacher and student are the pipeline's own solver of
+    order 1.
 
     Args:
-        metric: of a long step's end: "dev", how much farther from the straight line between noise and image than the
-            T-step run; or "l1" or "l2", the distance to the T-step run.
-        coefficient: what each further step's cost counts against the one before (the authors' 1.15).
+        metric: for the end of a long step: "dev", how much farther it is from the straight line between noise and image
+            than the T-step run is; or "l1" or "l2", its distance to the T-step run.
+        coefficient: the weight of each step's cost relative to the step before (the authors' 1.15).
     """
 
     budget: int
@@ -95,7 +97,7 @@ def gits(
 
 
 def long_step_costs(states: torch.Tensor, slopes: torch.Tensor, times: torch.Tensor, metric: str) -> np.ndarray:
-    """What an Euler step from each point i of a trajectory to each later one j costs, (T + 1, T + 1, B), float64.
+    """The cost of an Euler step from each point i of a trajectory to each later point j, (T + 1, T + 1, B), float64.
 
     Args:
         states, slopes, times: see `Trajectory`, (T + 1, B, ...), (T, B, ...) and (T + 1,).

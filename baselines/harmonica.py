@@ -38,28 +38,29 @@ BOUND = 5.0  # of the logits of the scores, on either side
 
 @dataclass(frozen=True)
 class HarmoniCa(CalibratedRecipe):
-    """The recipe: a trained score for every attention and feed-forward output at every step says whether it is computed
-    there, which is where the score is above a threshold, or reused.
+    """The recipe: every attention and feed-forward output has a trained score for every step. Where the score is above
+    a threshold, the output is computed; elsewhere it is reused.
 
-    While a score r is trained, the output is r times the new one and 1 - r times the one that was kept, and what comes
-    out is kept where r is above the threshold. The sampler goes its way with these outputs (step-wise denoising), and
-    at each step its prediction is compared with what the model itself says at the same latents:
+    In training, with a score r, the output is r times the new output plus 1 - r times the kept one, and this mixture is
+    kept if r is above the threshold. The sampler runs with these outputs (step-wise denoising). At each step its
+    prediction is compared with the model's own prediction at the same latents; the loss is
 
         lambda_t |prediction - model|^2 + beta sum r,
 
-    both means over elements. lambda_t, the proxy of the image's error, is what the final latents move when step t is
-    mixed in this way as well, after all steps before it: their mean squared change, measured anew every so often.
+    both means over elements. lambda_t estimates the effect on the image's error: it is the mean squared change of the
+    final latents when step t is mixed as well, in addition to all steps before it. It is measured again every
+    `proxy_every` steps.
 
-    The authors set the compute by beta (7e-8 for DiT-XL/2 with 10 steps) and have a threshold of 0.1. For a budget both
-    follow from it: beta is at every update the gain that is exceeded by as many scores as there are outputs to compute,
-    and in the end the outputs of the highest scores are computed, as many as spend the budget by FLOPs. They train
-    20,000 steps at a rate of 0.01; here 40 trajectories at a rate of 0.1 move a score as far as theirs would at T = 50.
-    That takes 200 trajectories in all, each of one batch, and T more of the first batch for each measurement of lambda,
-    four times at T = 50. A score is updated once a trajectory, so all updates can wait for its end. Their first step
-    mixes in what the trajectory before has left, 0.7 %: here it is computed.
+    The authors control the compute by beta (7e-8 for DiT-XL/2 with 10 steps), with a threshold of 0.1. Here both follow
+    from the budget. At every update, beta is the gain that as many scores exceed as there are outputs to compute. In
+    the end the outputs with the highest scores are computed, as many as spend the budget by FLOPs. The authors train
+    for 20,000 steps at a learning rate of 0.01; here 40 trajectories at a rate of 0.1 move a score as far as theirs
+    would at T = 50. This takes 200 trajectories in all, each of one batch, and T more of the first batch for each
+    measurement of lambda, four times at T = 50. A score is updated once per trajectory, so all updates are made at its
+    end. The authors' first step mixes in 0.7 % of what the trajectory before has left; here the first step is computed.
 
     Args:
-        threshold, beta: None: what spends the budget.
+        threshold, beta: None: chosen so that the budget is spent.
         updates, rate: of Adam; each update is one batch of calibration prompts, in turn.
         proxy_every: steps between two measurements of lambda.
         seed: of the first scores, which are random.
@@ -123,8 +124,8 @@ def harmonica(
     settings.
 
     Args:
-        steps: the computed steps of every output by its name ({"0.attn1": [0, 3], ...}), without training; one that is
-            not there is computed at every step.
+        steps: the computed steps of every output by its name ({"0.attn1": [0, 3], ...}), without training. An output
+            that is not listed is computed at every step.
     """
     if steps is None:
         return HarmoniCa(budget, num_inference_steps, **settings)
@@ -133,12 +134,12 @@ def harmonica(
 
 
 def routed_method(num_inference_steps: int, lists: Mapping[str, Sequence[int]]) -> Method:
-    """With the computed steps of every output."""
+    """The method with these computed steps of every output."""
     return Method(Staggered(num_inference_steps, lists), "modules", Reuse())
 
 
 def highest(scores: np.ndarray, count: int) -> np.ndarray:
-    """The `count` highest of the scores (T, M), bool; those of step 0 come first."""
+    """Which of the scores (T, M) are the `count` highest, bool (T, M). Scores of step 0 count as the highest."""
     order = np.argsort(-np.vstack([np.full_like(scores[:1], np.inf), scores[1:]]), axis=None, kind="stable")
     chosen = np.zeros(scores.size, bool)
     chosen[order[:count]] = True
@@ -158,10 +159,10 @@ def modules_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 class Router:
-    """Mixes what modules return with what was kept of them, while it is `at_work`.
+    """Mixes the outputs of modules with their kept outputs, within a `with` block of `at_work`.
 
     Args:
-        model: counts its calls within a step: each guidance branch has kept outputs of its own.
+        model: its calls within a step are counted, because each guidance branch has its own kept outputs.
         modules: M of its modules by name, in the order of the scores.
         scores: (T, M), between 0 and 1.
         threshold: a mixed output is kept where the score is above it.
@@ -245,19 +246,19 @@ class RouterScores(Rerun):
 
 
 def _apart(value: object) -> object:
-    """A tensor without what led to it: each step is trained for itself, and latents of sound, which LTX-2 makes beside
-    the video, would tie it to the step before."""
+    """A tensor without its graph. Each step is trained separately; latents of sound, which LTX-2 makes beside the
+    video, would connect it to the step before."""
     return value.detach() if torch.is_tensor(value) else value
 
 
 def image_errors(
     pipe: "DiffusionPipeline", routed: Callable, scores: torch.Tensor, batch: tuple, call: Mapping
 ) -> torch.Tensor:
-    """Lambda of every step, (T,): mean squared change of the final latents when that step is mixed, too, after those
-    before it. That of step 0 is 0.
+    """Lambda of every step, (T,): mean squared change of the final latents when that step is mixed in addition to those
+    before it; 0 for step 0.
 
     Args:
-        routed: `Router` of the model, but for the scores.
+        routed: makes the model's `Router` from scores.
     """
     T, proxies = len(scores), torch.zeros(len(scores))
     latents = generate(pipe, *batch, T, decode=False, **call).latents
@@ -278,7 +279,8 @@ def gradient(
     batch: tuple,
     call: Mapping,
 ) -> torch.Tensor:
-    """Of lambda_t |prediction - model|^2 with respect to the scores, (T, M), along the trajectory that they lead to."""
+    """The gradient of lambda_t |prediction - model|^2 with respect to the scores, (T, M), along the trajectory of these
+    scores."""
     T, (prompts, seeds) = len(scores), batch
     router = routed(scores=scores)
     with router.at_work(), watching(pipe.scheduler, EndOfSteps(router.end_step)):

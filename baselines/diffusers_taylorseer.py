@@ -57,7 +57,7 @@ def diffusers_taylorseer(
     Args:
         order: of the extrapolation.
         warmup: steps that are computed first; the first key after them comes one step late, as diffusers counts.
-        lite: blocks are skipped whole, and the model's prediction is extrapolated.
+        lite: all blocks are skipped, and the model's prediction is extrapolated.
     """
     check_budget(budget, num_inference_steps)
     T = num_inference_steps

@@ -37,8 +37,8 @@ class RateState:
 
 @dataclass(frozen=True)
 class TransformationRate(OnlineSchedule):
-    """A step is computed once k |x_t - x_t-1| / |v|, summed over the steps since the last computed one, reaches the
-    threshold; so are the first `warmup` steps and the last.
+    """A step is computed when the sum of k |x_t - x_t-1| / |v| over the steps since the last computed one reaches the
+    threshold. The first `warmup` steps and the last are always computed.
 
     x is the model's input, v its last computed prediction, |.| the mean of absolute values, and k = |v - v'| / |x - x'|
     over the last two computed steps. The first guidance branch decides for all.

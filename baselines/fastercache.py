@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class FasterCache(AttentionReuse):
     """Attention outputs are extrapolated from the last two in all but every N-th step, below a timestep.
 
-    Its other half, the guidance branch made from the conditional one, takes pipelines that stack the two in a batch,
-    unconditional first. None of ours does, so they count as distilled ones.
+    FasterCache's other half computes the unconditional branch from the conditional one. It needs a pipeline that stacks
+    the two branches in a batch, the unconditional one first. None of ours does, so they are treated as
+    guidance-distilled.
 
     Args:
         weight: of the extrapolation.

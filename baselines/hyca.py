@@ -54,13 +54,14 @@ def first_prompt(batch: Trajectories) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class HyCa(CalibratedRecipe):
-    """The recipe: the channels of the last block's output are clustered by how they move in time; each cluster has its
-    solver.
+    """The recipe: the channels of the last block's output are clustered by how they change in time. Each cluster has
+    its own solver.
 
     Both are chosen on the first calibration prompt's full-step trajectory: k-means of six indicators, and of the
-    solvers the one with the least squared error of the next step (Eq. 4). There is no public code of the authors. Open
-    in the paper's main text and chosen here: what is cached, the indicators' formulas (see `indicators`), two clusters,
-    which its figures show, and slopes between computed steps (`Multistep`) that carry the solvers over any distance.
+    solvers the one with the least squared error of the next step (Eq. 4). There is no public code of the authors. The
+    paper's main text leaves several points open. Our choices are: the cached feature; the indicators' formulas (see
+    `indicators`); two clusters, as in its figures; and slopes between computed steps (`Multistep`), with which the
+    solvers work at any distance.
     """
 
     budget: int
@@ -125,7 +126,8 @@ def next_step_errors(features: torch.Tensor, chunk: int = 64) -> np.ndarray:
 
 
 def k_means(rows: np.ndarray, clusters: int, iterations: int = 100) -> np.ndarray:
-    """Cluster of each row, numbered without gaps. Starts from rows that are far from each other: no randomness."""
+    """The cluster of each row, numbered without gaps. The first centers are rows far from each other, without
+    randomness."""
     centers = rows[[np.square(rows - rows.mean(0)).sum(1).argmax()]]
     while len(centers) < clusters:
         distance = np.square(rows[:, None] - centers).sum(-1).min(1)

@@ -30,12 +30,12 @@ STEPS = {
 
 @dataclass(frozen=True)
 class L2P(CalibratedRecipe):
-    """The recipe: a skipped step is a weighted sum of the model's predictions at all steps before it, computed or
-    themselves predicted, with weights that are trained on full-step trajectories.
+    """The recipe: a skipped step is predicted as a weighted sum of the predictions at all steps before it, whether
+    computed or predicted themselves. The weights are trained on full-step trajectories.
 
-    The authors' T x T weights are a lower-triangular matrix that starts as the identity and is trained with Adam to
-    predict each step from all before it, on the mean square. That loss depends on the trajectories' Gram matrix alone,
-    so it is trained on that, with the same gradients.
+    The authors' weights are a lower-triangular T x T matrix. It starts as the identity and is trained with Adam to
+    predict each step from all steps before it, with the mean squared error as loss. This loss depends only on the Gram
+    matrix of the trajectories, so the weights are trained on the Gram matrix, with the same gradients.
 
     Args:
         steps: the computed steps; None: the authors' list of this length where T = 50, else evenly spaced after three.
@@ -97,12 +97,12 @@ def train(gram: np.ndarray, updates: int = 201, rate: float = 0.01) -> np.ndarra
 
 @dataclass(frozen=True, eq=False)
 class Unrolled(Predictor):
-    """Predictions from all steps before, of which the skipped ones are predictions themselves: what remains is a
-    weighted sum of the computed ones.
+    """Predictions from all earlier steps. Skipped steps among these are predictions themselves, so every prediction is
+    a weighted sum of the computed steps.
 
     Args:
         table: (T, T); row i predicts step i + 1 from the steps 0..i.
-        history: number of computed steps that are kept: all that there are.
+        history: number of computed steps that are kept, which is all of them.
     """
 
     table: np.ndarray

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EdgeErrors(Rerun):
-    """What reuse between steps i and j, and nowhere else, changes of the final latents: the mean absolute difference,
-    (T, T), from row to column; infinite beyond `max_jump`. Of the first `prompts` prompts."""
+    """The error of an edge from step i (row) to step j (column), (T, T): the mean absolute change of the final latents
+    if step i is reused up to step j and all other steps are computed; infinite beyond `max_jump`. Mean over the first
+    `prompts` prompts."""
 
     max_jump: int
     prompts: int
@@ -43,16 +44,16 @@ class EdgeErrors(Rerun):
 
 @dataclass(frozen=True)
 class LeMiCa(CalibratedRecipe):
-    """The recipe: what all blocks add is reused between K steps: those of the path through all steps whose largest edge
-    is the smallest, then the second largest, and so on.
+    """The recipe: what all blocks add is reused between K steps. These are the steps of the path whose largest edge is
+    as small as possible, then its second largest edge, and so on.
 
-    An edge from step i to step j weighs what a run that reuses step i's residual in the steps between, and computes all
-    others, changes of the final latents. A path leads from the first step to the last, as all lists do that the authors
-    have published.
+    The weight of an edge from step i to step j is the change of the final latents in a run that reuses step i's
+    residual at the steps between, and computes all others. A path leads from the first step to the last, as in all
+    lists that the authors have published.
 
-    The authors have published these lists and not what finds them. Open, and chosen here: how many prompts are
-    averaged, and how far an edge may reach (see `longest_edge`). Each edge takes a run, so a prompt takes nearly T full
-    trajectories for every step that an edge may reach beyond the next: 329 edges for T = 50 and 8 steps.
+    The authors have published lists, but not the code that finds them. Our choices are the number of prompts in the
+    mean, and how far an edge may reach (see `longest_edge`). Each edge takes a run. So for every further step that an
+    edge may reach, a prompt takes nearly T more full trajectories: 329 edges for T = 50 and 8 steps.
 
     Args:
         prompts: calibration prompts whose errors are averaged, the first ones.
@@ -103,9 +104,9 @@ def lemica(
 
 
 def longest_edge(budget: int, num_inference_steps: int, max_jump: int | None) -> int:
-    """How far an edge of a path over K of T steps may reach: `max_jump`, where it is given, else 8 steps, of which the
-    lists of the authors of LeMiCa and MeanCache have many and none that is longer, or a quarter more than the mean edge
-    where that is more. Raises SettingError if no path could reach the end."""
+    """How far an edge of a path over K of T steps may reach: `max_jump`, if it is given; else 8 steps, which is the
+    longest edge in the lists of the authors of LeMiCa and MeanCache, or 1.25 times the mean edge if that is more.
+    Raises SettingError if no path could reach the end."""
     if budget < min(2, num_inference_steps):
         raise SettingError(f"budget={budget} must be at least 2: a path takes the first step and the last")
     mean = (num_inference_steps - 1) / max(budget - 1, 1)
@@ -117,11 +118,11 @@ def longest_edge(budget: int, num_inference_steps: int, max_jump: int | None) ->
 
 
 def minimax_path(errors: np.ndarray, budget: int) -> list[int]:
-    """The path from the first to the last of T steps over K of them, whose edges, the largest first, come first in the
-    order of words.
+    """The path over K of T steps, from the first to the last, whose edges, sorted from the largest down, are the
+    smallest in lexicographic order.
 
-    What comes first does so with any further edge, too, so the best path to every step and count is all there is to
-    know.
+    If one path is before another in this order, it stays so when both get the same further edge. So dynamic programming
+    keeps the best path to every step for every number of steps.
 
     Args:
         errors: (T, T), of the edge from row to column; infinite where there is none.

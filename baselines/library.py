@@ -1,4 +1,4 @@
-"""Caches that libraries bring along: switched on and off, and watched, as a `dpcache.method.Runnable`."""
+"""The caches of other libraries: switched on and off, and observed, as a `dpcache.method.Runnable`."""
 
 import traceback
 from abc import ABC, abstractmethod
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class LibraryCache(ABC):
-    """A library's cache. It decides by itself, so what it computes is found by watching the model's modules.
+    """A library's cache. It decides by itself which steps are computed, so this is observed at the model's modules.
 
-    `start` switches it on, and `stop` off. Whatever it leaves behind on the transformer is removed.
+    `start` switches it on, and `stop` off. Afterwards everything that it has left on the transformer is removed.
 
     Args:
         num_inference_steps: T.
         decided, made_for: see `dpcache.method.Runnable`.
 
     Attributes:
-        package: the library's package, where that is not diffusers.
+        package: the library's package; empty for diffusers.
         partial: whether it also skips parts of steps: the budget is then spent in full-step equivalents, by FLOPs.
     """
 
@@ -101,8 +101,9 @@ def _names(module: torch.nn.Module) -> set[str]:
 
 
 def restore(before: dict[torch.nn.Module, tuple]) -> None:
-    """Take back every attribute and submodule that a library has left on the model's modules, and their order, which
-    cache-dit changes. `before`: of every module, its names, the order of its submodules and its own `forward`."""
+    """Remove every attribute and submodule that a library has left on the model's modules, and restore the order of
+    submodules, which cache-dit changes. `before`: for every module its names, the order of its submodules and its own
+    `forward`."""
     for module, (names, order, forward) in before.items():
         for name in _names(module) - names:
             delattr(module, name)
@@ -113,8 +114,8 @@ def restore(before: dict[torch.nn.Module, tuple]) -> None:
 
 
 def restore_class(kind: type, before: dict) -> None:
-    """Take back what a library has changed of a pipeline's class, which cache-dit does: all pipelines of this class
-    would be concerned, those that are loaded later, too. `before`: its attributes."""
+    """Undo a library's changes to the class of a pipeline, as cache-dit makes them; otherwise they would apply to all
+    pipelines of this class, even those loaded later. `before`: the attributes of the class."""
     for name in vars(kind).keys() - before.keys():
         delattr(kind, name)
     for name, value in before.items():
@@ -124,11 +125,11 @@ def restore_class(kind: type, before: dict) -> None:
 
 @dataclass(frozen=True, eq=False)
 class DiffusersCache(LibraryCache):
-    """One of diffusers' own: `config` makes its configuration."""
+    """A cache of diffusers: `config` makes its configuration."""
 
     @abstractmethod
     def config(self, pipe: "DiffusionPipeline") -> object:
-        """Of diffusers' own class for the cache."""
+        """The configuration, of diffusers' class for the cache."""
 
     def start(self, pipe: "DiffusionPipeline", transformer: torch.nn.Module) -> None:
         if not hasattr(transformer, "enable_cache"):
@@ -147,7 +148,7 @@ class DiffusersCache(LibraryCache):
 
 @dataclass(frozen=True, eq=False)
 class AttentionReuse(DiffusersCache):
-    """One that only leaves attention out, in all but every N-th step and within a range of timesteps.
+    """A cache that skips only attention, in all but every N-th step and within a range of timesteps.
 
     Args:
         skip_range: N.
@@ -165,8 +166,8 @@ class AttentionReuse(DiffusersCache):
 def every_nth(
     make: Callable[[int], AttentionReuse], budget: int, num_inference_steps: int, skip_range: int | None
 ) -> AttentionReuse | Search:
-    """`make(skip_range)`, or the recipe that finds the one that spends the budget; 2, the libraries' default, where a
-    model without attention would spend more."""
+    """`make(skip_range)`, or the recipe that finds the range that spends the budget. If even a model without attention
+    spends more than the budget, the range is 2, the libraries' default."""
     check_budget(budget, num_inference_steps)
     if skip_range is not None:
         return make(skip_range)
@@ -174,7 +175,8 @@ def every_nth(
 
 
 class LibrarySession(Session):
-    """Tells which steps a library's cache computes, those in which the last block's attention runs, and how much."""
+    """Observes which steps a library's cache computes (those in which the last block's attention runs), and how much of
+    them."""
 
     def __init__(self, pipe: "DiffusionPipeline", library: LibraryCache):
         self.library, transformer = library, denoiser(pipe)
@@ -225,7 +227,7 @@ class LibrarySession(Session):
             raise SettingError(f"{package} does not run on {self.parts[0]}: {error}") from error
 
     def run(self, branch: Branch, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        """Tells the library where the sampler is, and sees what it computes."""
+        """Tells the library the sampler's position, runs the call, and observes what is computed."""
         if len(self.branches) > 1 and not self.apart:
             raise SettingError(
                 f"{type(self.library).__name__} has one cache for all guidance branches, but this pipeline runs them "

@@ -50,7 +50,7 @@ class MagCache(DiffusersCache):
 
 @dataclass(frozen=True)
 class Measured(CalibratedRecipe):
-    """The recipe: measures the ratios and searches for the threshold, where these are not given.
+    """The recipe: measures the ratios and searches for the threshold, unless these are given.
 
     Args: see `magcache`.
     """
@@ -90,7 +90,8 @@ def magcache(
     """The residual over all blocks is reused while the error that its magnitude's known decay adds up to is small.
 
     diffusers' defaults, a fifth of all steps computed first and 3 skipped in a row at most, spend 20 steps of 50 and
-    more. So that any budget can be had, the fifth is of the budget, and twice the mean gap may be skipped in a row.
+    more. So that any budget can be reached, a fifth of the budget is computed first, and up to twice the mean gap may
+    be skipped in a row.
 
     Args:
         threshold: the paper's delta; None: the one that spends the budget.

@@ -40,24 +40,25 @@ class MeanErrors(Rerun):
 
 @dataclass(frozen=True)
 class MeanCache(CalibratedRecipe):
-    """The recipe: between computed steps the prediction goes on with the slope by which it differs from its mean over
-    the last few steps; which steps are computed, and over how many steps each of these means is taken, is planned.
+    """The recipe: between computed steps the prediction is extrapolated, with a slope from its mean over the last few
+    steps. The computed steps are planned, and for each the number of steps (span) in this mean.
 
     The prediction is as in the authors' code, see `Averages`. Their planner is not public, only its lists for two
-    models: each pair of steps has a choice of spans, from 1 to 6, and the path from the first step to the last, which
-    is always computed, suppresses peaks. Open, and chosen here: an edge weighs the mean absolute difference between the
-    true mean prediction over it and that of the predicted steps, of which all before the edge are true ones; the path
-    minimises the sum of the weights' squares. Its edges reach no farther than those of their lists.
+    models and its outline: each pair of steps has a choice of spans, from 1 to 6, and the path from the first step to
+    the last, which is always computed, suppresses peaks. Our choices are: the weight of an edge is the mean absolute
+    difference between the true mean prediction over the edge and that of the predicted steps, where all steps before
+    the edge are true; the path minimises the sum of the squared weights; and its edges reach no farther than those of
+    the authors' lists.
 
-    Other samplers than those of flow matching are planned in the coordinates of `Trajectory`. It takes one full
-    trajectory a prompt, and one more.
+    For samplers other than flow matching, planning uses the coordinates of `Trajectory`. Calibration takes one full
+    trajectory per prompt, and one more in total.
 
     Args:
         spans: to choose from.
-        power: of the weights in the sum: the larger, the more it is the largest that counts.
+        power: exponent of the weights in the sum. The larger it is, the more the largest weight counts.
         max_jump: how far an edge may reach; None: see `longest_edge`.
-        steps: a list to use in place of the planned one (for one, the authors'); their spans are still chosen, that of
-            the last one for what is left to step T - 1.
+        steps: a list to use in place of the planned one, such as the authors'. Its spans are still chosen; that of the
+            last step, for the rest up to step T - 1.
     """
 
     budget: int
@@ -105,7 +106,7 @@ class MeanCache(CalibratedRecipe):
 def edge_weights(
     states: torch.Tensor, slopes: torch.Tensor, times: Sequence[float], spans: Sequence[int]
 ) -> np.ndarray:
-    """By how much the mean of the predicted v misses the true one, (spans, T, T, B), float64, from row to column.
+    """The mean absolute error of the mean predicted v over each edge, from row to column, (spans, T, T, B), float64.
 
     Args:
         states, slopes, times: of the T-step run, see `Trajectory`.
@@ -135,13 +136,13 @@ def _going_on(known: Sequence, times: Sequence[float], span: int):
 
 @dataclass(frozen=True, eq=False)
 class Averages(Predictor):
-    """MeanCache's prediction, step by step, of which skipped ones build on predicted ones: what remains is a weighted
-    sum of the computed ones.
+    """MeanCache's prediction, step by step. It may build on predicted steps, so every prediction is a weighted sum of
+    the computed steps.
 
     Args:
         times: of the sampler's T + 1 states, see `Trajectory`.
-        spans: how many steps the mean is taken over, by the last computed step; 1, as where there is none, is reuse.
-        history: number of computed steps that are kept: all that there are.
+        spans: the number of steps in the mean, by the last computed step; missing ones are 1, which is reuse.
+        history: number of computed steps that are kept, which is all of them.
     """
 
     times: tuple[float, ...]

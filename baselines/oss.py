@@ -45,10 +45,10 @@ class OSS(CalibratedRecipe):
     """The recipe: no cache, and the K of T steps from which the plain solver, stepping straight from each to the next,
     ends closest to the T-step run.
 
-    A prediction that is held over skipped steps is that solver's own long step (see `Trajectory`), so the grid is run
-    as a list of computed steps. It is searched for every calibration prompt by itself, which takes K full trajectories
-    a prompt; of several, each step is the median, as the authors' `cal_medium` has it. They search on one image, or on
-    each that they sample.
+    To hold a prediction over skipped steps is the same as a long step of that solver (see `Trajectory`). So the grid is
+    run as a list of computed steps. The grid is searched for each calibration prompt separately, which takes K full
+    trajectories per prompt. From the grids of several prompts, each step is the median, as in the authors'
+    `cal_medium`. The authors search on one image, or on every image that they sample.
 
     The authors let a grid begin later than at step 0, with the same noise; a pipeline begins at step 0.
 
@@ -96,11 +96,11 @@ def optimal_steps(
     model: Callable[[torch.Tensor], torch.Tensor],
     budget: int,
 ) -> np.ndarray:
-    """The authors' dynamic programming over the number of steps (Algorithm 1), of B samples at once.
+    """The authors' dynamic programming over the number of steps (Algorithm 1), for B samples at once.
 
     After k steps each grid point j has the state closest to the T-step run's own, among those that one step from any
-    earlier point i reaches, started from the state that i has after k - 1 steps. So states are simulated anew, and the
-    cost is the distance of a state, not a sum over the path.
+    earlier point i reaches, started from the state that i has after k - 1 steps. So the states are computed anew, and
+    the cost is the distance of a state, not a sum over the path.
 
     Args:
         states: of the T-step run, (T + 1, B, ...), see `Trajectory`.
@@ -109,7 +109,7 @@ def optimal_steps(
         model: predictions (T, B, ...) at states (T + 1, B, ...), one of each step.
 
     Returns:
-        The computed steps, (B, K), int. Where fewer steps come closer, step 0 is repeated.
+        The computed steps, (B, K), int. If fewer steps end closer, step 0 is repeated.
     """
     T, B = len(states) - 1, states.shape[1]
     flat, ahead = states.flatten(2), (times - times[:, None]).float()  # ahead[i, j] = t_j - t_i
@@ -139,7 +139,7 @@ def optimal_steps(
 def median(grids: np.ndarray, num_inference_steps: int) -> list[int]:
     """Of n grids (n, K), each step's median, that of an odd number of them towards the next later one; each step once.
 
-    The authors count the steps that are left, and round half of the sum of the middle two down.
+    The authors count steps from the end, and round half of the sum of the middle two down.
     """
     left, middle = np.sort(num_inference_steps - grids, axis=0), len(grids) // 2
     return sorted({*(num_inference_steps - (left[middle] + left[middle - 1]) // 2).tolist()})

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Profiled(CalibratedRecipe):
-    """The recipe: takes the blocks from a profile and searches for the interval, where these are not given.
+    """The recipe: takes the blocks from a profile and searches for the interval, unless these are given.
 
     Args: see `profilingdit`.
     """
@@ -68,16 +68,17 @@ def profilingdit(
     interval: int | None = None,
     warmup: int = 6,
 ) -> Method | Profiled:
-    """What the blocks that a profile has found add is reused, in runs of consecutive ones; the others always run.
+    """The blocks that a profile chooses are skipped: what each run of consecutive ones adds is reused. The other blocks
+    always run.
 
-    The authors' profile finds blocks that attend to the background, by masks of SAM2 and thresholds that are nowhere
-    published. Here it takes the same share of blocks, those whose additions change least from step to step.
+    The authors' profile finds blocks that attend to the background, by masks of SAM2 and thresholds that are not
+    published. Here the profile takes the same share of blocks: those whose additions change least from step to step.
 
     Args:
         blocks: indices of the blocks that are skipped; None: those of the profile.
         share: of all blocks that the profile takes; the authors' list for HunyuanVideo has 24 of 40.
-        interval: after the warm-up all blocks run in every so many steps; the authors' 6 spends half of the steps.
-            None: what spends the budget, or 6 where no interval does.
+        interval: after the warm-up, all blocks run in every `interval`-th step; with the authors' 6, half of the
+            compute is spent. None: the interval that spends the budget, or 6 if none does.
         warmup: steps that are computed first.
     """
     check_budget(budget, num_inference_steps)

@@ -21,8 +21,8 @@ def resilphase(
 ) -> Method:
     """What all blocks add is extrapolated on an axis that is bent at its ends, between evenly spaced steps.
 
-    The paper could not be read. The authors compute every 6th step of FLUX and HunyuanVideo after three, with order 1
-    and the balanced axis; every 4th of DiT after two, with order 4 and the Chebyshev axis.
+    We could not read the paper. For FLUX and HunyuanVideo the authors compute every 6th step after three warm-up steps,
+    with order 1 and the balanced axis; for DiT every 4th step after two, with order 4 and the Chebyshev axis.
 
     Args:
         order, mapping, alpha: see `PhaseAxis`.
@@ -34,10 +34,9 @@ def resilphase(
 class PhaseAxis(Predictor):
     """The polynomial through the last `order + 1` keys, in a coordinate of its own.
 
-    balanced: tanh(alpha u) of u = the step's distance to the keys' mean, in units of the farthest key's: so the
-        extrapolation flattens.
-    chebyshev: the keys lie at the Chebyshev nodes, the oldest at the largest, and the line through the last two leads
-        to the step.
+    balanced: the coordinate is tanh(alpha u), with u the step's distance to the mean of the keys, in units of the
+        farthest key's distance. So the extrapolation flattens. chebyshev: the keys lie at the Chebyshev nodes, the
+        oldest at the largest node; the step's coordinate is on the line through the last two.
 
     Args:
         order: 0 and more.

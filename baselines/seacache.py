@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class SeaCache(DiffusersCache):
-    """The residual over all blocks is extrapolated while the latents, filtered to what is signal at their noise level,
-    have changed less than the threshold, for `max_skip` steps in a row at most."""
+    """The residual over all blocks is extrapolated while the latents, filtered to the frequencies that are signal at
+    their noise level, have changed by less than the threshold, for at most `max_skip` steps in a row."""
 
     threshold: float
     max_skip: int
@@ -37,9 +37,9 @@ class SeaCache(DiffusersCache):
 
 
 def latents_of(module: torch.nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
-    """The latents of a transformer's call, (C, F, H, W) each; packed ones have 2 x 2 in a token. Raises LookupError
-    where the model packs them and its family's record does not say how (diffusers would hide a ValueError). An image to
-    be edited, whose tokens stand behind, is left out."""
+    """The latents in a transformer's call, (C, F, H, W) each. In packed latents a token holds 2 x 2 pixels. Raises
+    LookupError if the model packs its latents and its family's record does not say how (diffusers would hide a
+    ValueError). The tokens of an image to be edited, which follow the latents, are left out."""
     latents = argument(0, "hidden_states", args, kwargs)
     if isinstance(latents, list):
         return latents

@@ -1,4 +1,4 @@
-"""Searches for what spends the budget: a setting, or a number of full steps beside others that cost something, too."""
+"""Searches for the setting, or for the number of full steps, that spends the budget."""
 
 import logging
 from abc import abstractmethod
@@ -20,11 +20,13 @@ log = logging.getLogger(__name__)
 
 
 def closest(spent: Callable[[float], float], budget: float, first: float, tries: int = 8) -> tuple[float, float]:
-    """The first value that spends the budget to within half a step, of `tries` else the closest; and what it spends.
+    """The first value that spends the budget to within half a step, or else the closest of `tries` values; and what it
+    spends.
 
     Args:
-        spent: full steps that a value above 0 leads to, the fewer the larger the value. Each call may take minutes.
-        first: the value to begin with; from there on growing by half until it is enough, then by bisection.
+        spent: the number of full steps for a value above 0; the larger the value, the fewer. Each call may take
+            minutes.
+        first: the value to begin with. Values grow by half until one is large enough; then they are bisected.
     """
     value, low, high, tried = first, 0.0, None, {}
     for _ in range(tries):
@@ -50,16 +52,16 @@ def with_full_steps(
     pipe: "DiffusionPipeline",
     calibration: Calibration,
 ) -> Runnable:
-    """The method with as many full steps as spend the budget together with what is computed of the other steps.
+    """The method with as many full steps as spend the budget, together with the partly computed steps.
 
-    Found by two or three runs of one calibration prompt, because all take the same steps.
+    The number is found in two or three runs of one calibration prompt, because all prompts take the same steps.
 
     Args:
         make: the method with so many full steps.
         least: the fewest.
 
     Returns:
-        The method, with the number of "full" steps and what it "spent" among what was decided.
+        The method; its `decided` has the number of "full" steps and what it "spent".
     """
     T, full, found = num_inference_steps, budget, {}
     while full not in found:
@@ -74,8 +76,8 @@ def with_full_steps(
 
 @dataclass(frozen=True)
 class FullSteps(CalibratedRecipe):
-    """Base of recipes: of the full steps, evenly spaced after the warm-up, there are as many as spend the budget
-    together with what the other steps cost, see `with_full_steps`."""
+    """Base of recipes with evenly spaced full steps after the warm-up. Their number is chosen so that they spend the
+    budget together with the other, partly computed steps, see `with_full_steps`."""
 
     budget: int
     num_inference_steps: int
@@ -91,11 +93,11 @@ class FullSteps(CalibratedRecipe):
         return self.make(self.budget)
 
     def spaced(self, full: int) -> list[int]:
-        """So many steps."""
+        """That many full steps, evenly spaced after the warm-up."""
         return EvenlySpaced(full, self.num_inference_steps, self.warmup).steps
 
     def every(self, interval: int) -> list[int]:
-        """The authors' full steps: those of the warm-up, and one after every `interval` - 1 others."""
+        """The authors' full steps: those of the warm-up, and then every `interval`-th step."""
         return sorted({*range(self.warmup), *range(self.warmup - 1, self.num_inference_steps, interval)})
 
     def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
@@ -104,17 +106,19 @@ class FullSteps(CalibratedRecipe):
 
 @dataclass(frozen=True)
 class Search(CalibratedRecipe):
-    """The recipe of a method with one setting, which is found in closed loop so that the calibration prompts spend the
-    budget. Where the budget is out of reach, `first` remains: nothing is gained by ruining the images.
+    """The recipe of a method with one setting. The setting is searched for in runs of the calibration prompts, so that
+    they spend the budget. If the budget is out of reach, the setting stays at `first`, because a value that ruins the
+    images would be of no use.
 
     Args:
-        make: the method with the setting at a value; a frozen dataclass with `decided`.
+        make: the method for a value of the setting; a frozen dataclass with `decided`.
         budget, num_inference_steps: K and T.
         first: the value to begin with, the default.
-        setting: what it is called, for the record.
+        setting: its name in `decided`.
         whole: whole numbers only.
-        alike: whether the steps are the same for all prompts, so that one prompt will do; None: those of whole numbers.
-        alone: whether nothing else in `make` depends on the budget, so that a quality is searched by this setting.
+        alike: whether all prompts compute the same steps, so that one prompt is enough; None: true if `whole` is.
+        alone: whether nothing else in `make` depends on the budget. Then a quality is searched for by this setting,
+            too.
     """
 
     make: Callable[[float], Runnable]
@@ -133,11 +137,12 @@ class Search(CalibratedRecipe):
         return made if isinstance(made, Method) else None
 
     def knob(self, calibration: Calibration) -> "Search | None":
-        """Itself, for a search by quality, see `dpcache.quality.find_budget`; None where budgets are to be tried."""
+        """Itself, for a search by quality, see `dpcache.quality.find_budget`; None: budgets have to be tried
+        instead."""
         return self if self.alone else None
 
     def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Runnable:
-        """The method, with the value and what it "spent" among what was decided."""
+        """The method; its `decided` has the value and what it "spent"."""
 
         def rounded(value: float) -> float:
             return min(max(round(value), 1), self.num_inference_steps) if self.whole else value
@@ -160,5 +165,5 @@ class Search(CalibratedRecipe):
 
 
 def with_decided(method: Runnable, decided: Mapping[str, object]) -> Runnable:
-    """The method with these among what was decided."""
+    """A copy of the method with these entries added to its `decided`."""
     return replace(method, decided={**method.decided, **decided})

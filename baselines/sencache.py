@@ -27,12 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sensitivities(Rerun):
-    """By how much the prediction changes at each step with the latents, per unit of their change, and with the
-    timestep, per unit; and the timesteps, (3, T). Root mean squares over elements, means over the (first `prompts`)
-    prompts.
+    """How much the prediction changes at each step per unit change of the latents, and per unit of the timestep; and
+    the timesteps: (3, T). Root mean squares over elements, means over the first `prompts` prompts.
 
-    Each is a difference to the next step's latents or timestep. The first step's latents are the pipeline's own, and
-    the last has no next timestep: these two are their neighbours'.
+    Each sensitivity is a difference quotient to the next step's latents or timestep. The first step's latents cannot be
+    changed, and the last step has no next timestep; these two take the value of the neighbouring step.
     """
 
     prompts: int
@@ -59,7 +58,7 @@ def rms(values: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class SensitivityState:
-    """Of one guidance branch in one generation; only that of the first one is used.
+    """The state of one guidance branch in one generation; only that of the first branch is used.
 
     Attributes:
         latents: the model's input at this step.
@@ -76,13 +75,13 @@ class SensitivityState:
 
 @dataclass(frozen=True, eq=False)
 class SensitivityBound(OnlineSchedule):
-    """A step is skipped while what has changed since the last computed one, of latents and timestep, times that step's
-    sensitivities stays below the threshold, and at most so many times in a row. The first guidance branch decides for
-    all.
+    """A step is skipped while the changes of latents and timestep since the last computed step, times that step's
+    sensitivities, stay below the threshold, and at most `max_skip` times in a row. The first guidance branch decides
+    for all.
 
     Args:
         table: see `Sensitivities`.
-        threshold: of the expected change of the prediction, as a root mean square.
+        threshold: for the expected change of the prediction, as a root mean square.
         early: share of it that counts in the first fifth of the steps.
         max_skip: steps in a row.
     """
@@ -114,7 +113,7 @@ class SensitivityBound(OnlineSchedule):
 
 @dataclass(frozen=True)
 class LatentsBeside(Residual):
-    """What all blocks add; the schedule's state is shown the model's input."""
+    """As `Residual`; it also puts the model's input into the schedule's state."""
 
     def call(self, session: "Session", branch: "Branch", forward: Callable, args: tuple, kwargs: dict) -> Any:
         branch.state.latents = branch.part.input(args, kwargs)
@@ -125,11 +124,12 @@ class LatentsBeside(Residual):
 class SenCache(CalibratedRecipe):
     """The recipe: what all blocks add is reused while a bound on the change of the prediction allows.
 
-    The authors measure the sensitivities on videos of a data set, of the conditional prediction; here they are those of
-    the prediction after guidance, on the sampler's own way, for three full trajectories a prompt. Their thresholds are
-    of the whole latents' norm: divided by the root of the number of elements, as their scaling factor is, they are root
-    mean squares. Their command for Wan2.1 has a threshold of 2, of which 0.0225 counts early, and skips three steps at
-    most: so that any budget can be had, as many as take twice the mean gap.
+    The authors measure the sensitivities of the conditional prediction on videos of a data set. Here they are those of
+    the prediction after guidance, on the sampler's own trajectories, for three full trajectories per prompt. The
+    authors' thresholds are for the norm of the whole latents; divided by the root of the number of elements they are
+    root mean squares, as here. Their command for Wan2.1 has a threshold of 2, of which a share of 0.0225 counts in
+    early steps, and skips at most three steps in a row. Here up to twice the mean gap may be skipped, so that any
+    budget can be reached.
 
     Args:
         threshold: of the expected change; None: the one that spends the budget.

@@ -30,13 +30,13 @@ def smoothcache(
     lookahead: int | None = None,
     steps: Mapping[str, Sequence[int]] | None = None,
 ) -> "SmoothCache | Method":
-    """Attention and feed-forward outputs are reused, each type of layer at steps of its own, see `SmoothCache`.
+    """Attention and feed-forward outputs are reused. Each type of layer has its own computed steps, see `SmoothCache`.
 
     Args:
         threshold: of the error, the authors' 0.08 to 0.35; None: the one that spends the budget.
-        lookahead: how many steps in a row may reuse an output; None: the authors' 3, or more where the budget takes it.
+        lookahead: how many steps in a row may reuse an output; None: the authors' 3, or more if the budget needs it.
         steps: the computed steps of every type ({"attn1": [...], "ff": [...]}), without calibration; a type that is not
-            there is computed at every step.
+            listed is computed at every step.
     """
     check_budget(budget, num_inference_steps)
     if steps is not None:
@@ -47,7 +47,7 @@ def smoothcache(
 
 
 def method(num_inference_steps: int, lists: Mapping[str, Sequence[int]]) -> Method:
-    """With the computed steps of every type of layer."""
+    """The method with these computed steps of every type of layer."""
     return Method(Staggered(num_inference_steps, lists), "modules", Reuse())
 
 
@@ -55,7 +55,7 @@ def method(num_inference_steps: int, lists: Mapping[str, Sequence[int]]) -> Meth
 class LayerErrors(Rerun):
     """The error of reusing a layer's output, |L_i - L_i+k|_1 / |L_i+k|_1 (Eq. 4), of every type of layer, for k = 1 to
     `lookahead` steps: (types, lookahead, T), from step i, infinite where there is no step i + k. Mean over the layers
-    of a type, prompts and guidance branches. Measuring holds so many outputs of every layer."""
+    of a type, prompts and guidance branches. `lookahead` outputs of every layer are held in memory."""
 
     lookahead: int
 
@@ -91,8 +91,8 @@ def layer_types(pipe: "DiffusionPipeline") -> list[str]:
 
 
 def computed(errors: np.ndarray, threshold: float) -> list[int]:
-    """Computed steps of a type of layer: each is followed by as many others as the errors (lookahead, T) allow for the
-    last of these. The last step is always computed, as in the authors' code."""
+    """Computed steps of a type of layer. After each, as many steps are skipped as possible with the error (lookahead,
+    T) of the last skipped one within the threshold. The last step is always computed, as in the authors' code."""
     lookahead, T = errors.shape
     steps, step = [], 0
     while step < T:
@@ -109,7 +109,7 @@ class SmoothCache(CalibratedRecipe):
 
     It takes one trajectory for each calibration prompt, and for the threshold up to ten runs of one prompt. The
     authors' example for diffusers reuses self-attention alone; here, as in the paper, it is all layers before a
-    residual connection. The norms, the embedders and the output layers that always run count against the budget.
+    residual connection. The norms, embedders and output layers always run, and count against the budget.
 
     Args: see `smoothcache`.
     """
@@ -121,8 +121,8 @@ class SmoothCache(CalibratedRecipe):
 
     @property
     def reach(self) -> int:
-        """`lookahead`. What an endless threshold computes is at most two thirds of the budget, so that there is
-        something to decide."""
+        """The lookahead. By default it is so long that an infinite threshold computes at most two thirds of the budget,
+        so that a threshold can spend the budget."""
         if self.lookahead is not None:
             return self.lookahead
         return max(3, -(-self.num_inference_steps // max(2 * self.budget // 3 - 1, 1)) - 1)

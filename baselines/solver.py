@@ -1,4 +1,4 @@
-"""No cache, and a higher-order solver on a grid of only K steps: the plain alternative that caching papers leave out.
+"""No cache, but a higher-order solver on a grid of K steps: a plain alternative that papers on caching leave out.
 
 DPM-Solver++ (Lu et al., arXiv 2211.01095) and UniPC (Zhao et al., arXiv 2302.04867), as diffusers has them.
 """
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class OtherScheduler(Method, ABC):
-    """The pipeline's scheduler gives way to another one for as long as the method is enabled."""
+    """Replaces the pipeline's scheduler by another one while the method is enabled."""
 
     @abstractmethod
     def scheduler_for(self, own: "SchedulerMixin") -> "SchedulerMixin":
-        """The one in place of the pipeline's own, which is left as it is."""
+        """The scheduler that replaces the pipeline's `own`, which is not changed."""
 
     def session(self, pipe: "DiffusionPipeline", observe: Callable | None = None) -> "Session":
         own = getattr(pipe, "scheduler", None)
@@ -50,13 +50,13 @@ class OtherScheduler(Method, ABC):
 class Solver(OtherScheduler):
     """A multistep scheduler of diffusers.
 
-    Flow matching: the own scheduler stays, and only its steps are the solver's. The noise levels are those that the
-    pipeline gives. Where it leaves them to the scheduler, they are evenly spaced from 1 to 0 before the shift, as
-    diffusers has it for these solvers: the own scheduler's last level is next to 0, and a step of second order that
-    ends there overshoots.
+    For flow matching the own scheduler stays, but its steps are made by the solver. The noise levels are those that the
+    pipeline gives. If the pipeline leaves them to the scheduler, they are evenly spaced from 1 to 0 before the shift,
+    as in diffusers' versions of these solvers: the own scheduler's last level is next to 0, and a step of second order
+    that ends there overshoots.
 
-    Other schedulers: the solver makes a grid of K steps by the own one's settings, and the noise at each time is the
-    own one's.
+    For other schedulers the solver makes a grid of K steps from the settings of the own scheduler, with the own
+    scheduler's noise at each time.
 
     Args:
         scheduler: name of its class.
@@ -67,8 +67,8 @@ class Solver(OtherScheduler):
     order: int = field(kw_only=True)
 
     def scheduler_for(self, own: "SchedulerMixin") -> "SchedulerMixin":
-        """Raises SettingError for schedulers that are neither of flow matching nor such as `self.scheduler`, and for
-        those that clip what they predict."""
+        """Raises SettingError for schedulers that are neither of flow matching nor compatible with `self.scheduler`,
+        and for schedulers that clip the predicted sample."""
         kind, name = getattr(diffusers, self.scheduler), type(own).__name__
         if of_flow_matching(own):
             twin = variant(own, _MultistepSteps)
@@ -87,8 +87,9 @@ class Solver(OtherScheduler):
 
 
 def of_flow_matching(scheduler: "SchedulerMixin") -> bool:
-    """Whether its `sigmas` are the noise levels of flow matching (Mochi's: what is left of the image) from 1 to 0, and
-    its predictions are the slope of the latents. Cosmos 2 sets others, up to 80, in a scheduler of flow matching."""
+    """Whether the scheduler's `sigmas` are the noise levels of flow matching from 1 to 0 (Mochi's are the share of the
+    image), and its predictions the slope of the latents. Cosmos 2 sets other sigmas, up to 80, in a scheduler of flow
+    matching."""
     config, multistep = scheduler.config, (diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler)
     if isinstance(scheduler, multistep):
         return config.prediction_type == "flow_prediction"
@@ -96,8 +97,8 @@ def of_flow_matching(scheduler: "SchedulerMixin") -> bool:
 
 
 def variant(scheduler: "SchedulerMixin", behaviour: type) -> "SchedulerMixin":
-    """A copy of `scheduler` whose class has `behaviour` before its own. What listens to the steps of `scheduler` does
-    not listen to the copy's."""
+    """A copy of `scheduler`, of a class that derives from `behaviour` and from the scheduler's own class. Listeners to
+    the steps of `scheduler` do not hear the copy's."""
     own = type(scheduler)
 
     @wraps(own.set_timesteps)  # pipelines look for arguments such as `mu`
@@ -111,14 +112,14 @@ def variant(scheduler: "SchedulerMixin", behaviour: type) -> "SchedulerMixin":
 
 
 class OtherSteps(ABC):
-    """Stands before the class of a scheduler and steps in another way, see `variant`."""
+    """Base of classes that make a scheduler step in another way, see `variant`."""
 
     @abstractmethod
     def advance(self, prediction: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The latents after this step."""
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | None = None) -> torch.Tensor:
-        """Bria's pipeline asks for it where it does not know the class."""
+        """For Bria's pipeline, which calls it if it does not know the class."""
         return sample
 
     def step(

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Verification:
-    """Of one guidance branch in one generation.
+    """The state of one guidance branch in one generation.
 
     Attributes:
-        forecasts: made since the last computed step.
+        forecasts: number of forecasts since the last computed step.
         verify: whether the current forecast is verified.
         error: of the last forecast that was verified since the last computed step.
     """
@@ -33,13 +33,14 @@ class Verification:
 
 @dataclass(frozen=True)
 class Verified(OnlineSchedule):
-    """Steps are forecast until the last block, run in earnest on its forecast input, disagrees with its forecast.
+    """Steps are forecast until the error of the last block is too large. The error compares the block's forecast output
+    with its computed one, both from the forecast input.
 
-    As in the authors' code, a forecast that fails counts nevertheless and the next step is computed (the paper computes
-    the failed one); the first `shortest` forecasts after a computed step are not verified, and no more than `longest`
-    are made. The error is mean |forecast - real| / |real| over all elements of the block's image stream (the code for
-    DiT; that for FLUX has the block's projection before its gate). It may be threshold * decay^(step / T), but never
-    below the floor.
+    As in the authors' code, a forecast that fails is used nevertheless, and the next step is computed (the paper
+    computes the failed step). The first `shortest` forecasts after a computed step are not verified, and at most
+    `longest` forecasts follow each other. The error is the mean of |forecast - real| / |real| over all elements of the
+    block's image stream, as in the code for DiT (the code for FLUX takes the block's projection before its gate). The
+    allowed error is threshold * decay^(step / T), but at least `floor`.
     """
 
     threshold: float

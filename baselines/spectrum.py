@@ -16,7 +16,8 @@ def spectrum(
     warmup: int = 5,
     window: int = 2,
 ) -> Method:
-    """The last block's output as Chebyshev polynomials of time, computed at gaps that grow linearly.
+    """The last block's output is fitted by Chebyshev polynomials of time. The gaps between computed steps grow
+    linearly.
 
     Args:
         degree, ridge, mix: see `dpcache.predictors.Chebyshev`.
@@ -30,9 +31,9 @@ def spectrum(
 def growing_gaps(budget: int, num_inference_steps: int, warmup: int = 5, window: int = 2) -> list[int]:
     """K steps: the warm-up, then gaps of floor(N), floor(N + alpha), floor(N + 2 alpha), ... for the initial window N.
 
-    The paper sets alpha; here it is the middle of those that spend the budget, which gives the authors' 0.75 and 3 at
-    their 14 and 10 of 50 steps. Where none does, the warm-up grows until one does: where even alpha = 0 computes too
-    little, or where a small change of alpha moves several gaps at once.
+    The paper sets alpha. Here alpha is the middle of the values that spend the budget, which gives the authors' 0.75
+    and 3 at their 14 and 10 of 50 steps. If no alpha spends the budget, the warm-up grows until one does. This happens
+    if even alpha = 0 computes too few steps, or if a small change of alpha moves several gaps at once.
     """
     check_budget(budget, num_inference_steps, warmup)
 
@@ -44,7 +45,7 @@ def growing_gaps(budget: int, num_inference_steps: int, warmup: int = 5, window:
         return steps
 
     def last_alpha(first: int, least: int) -> float:
-        """The largest alpha that computes at least so many steps, which the next larger number does not; 0: none."""
+        """The largest alpha that computes at least `least` steps; 0 if there is none."""
         low, high = 0.0, float(num_inference_steps)
         while high - low > 1e-6:
             middle = (low + high) / 2

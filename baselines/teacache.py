@@ -36,11 +36,11 @@ class SinceComputed:
 
 @dataclass(frozen=True)
 class AccumulatedChange(OnlineSchedule):
-    """A step is computed once the rescaled changes of the modulated input since the last computed step reach the
-    threshold (Eq. 5-7); so are the first `warmup` steps and the last.
+    """A step is computed when the sum of the rescaled changes of the modulated input since the last computed step
+    reaches the threshold (Eq. 5-7). The first `warmup` steps and the last are always computed.
 
     Args:
-        polynomial: output change over input change, highest power first.
+        polynomial: coefficients that map the input's change to the output's change, highest power first.
     """
 
     threshold: float
@@ -77,7 +77,7 @@ def r_squared(polynomial: Sequence[float], input_change: np.ndarray, output_chan
 
 
 def count_computed(input_change: np.ndarray, polynomial: Sequence[float], threshold: float, warmup: int = 1) -> float:
-    """Computed steps, on average over the trajectories (n, T), that a threshold leads to."""
+    """The number of computed steps with a threshold, mean over the trajectories (n, T)."""
     rescaled, total = np.polyval(polynomial, input_change), 0
     for row in rescaled:
         accumulated, computed = 0.0, warmup + 1
@@ -90,7 +90,7 @@ def count_computed(input_change: np.ndarray, polynomial: Sequence[float], thresh
 
 
 def find_threshold(input_change: np.ndarray, polynomial: Sequence[float], budget: int, warmup: int = 1) -> float:
-    """The middle of the thresholds that spend the budget on average on recorded trajectories, by bisection."""
+    """The middle of the thresholds that spend the budget in the mean over recorded trajectories, found by bisection."""
 
     def lowest(limit: float) -> float:
         low, high = 0.0, float(np.abs(np.polyval(polynomial, input_change)).sum(1).max()) + 1e-9
@@ -105,8 +105,8 @@ def find_threshold(input_change: np.ndarray, polynomial: Sequence[float], budget
 
 @dataclass(frozen=True)
 class TeaCache(CalibratedRecipe):
-    """The recipe: fits the polynomial where none is given, and searches for the threshold where none is given, from
-    that of the recorded trajectories on: an accelerated one is not quite the same."""
+    """The recipe: fits the polynomial and searches for the threshold, unless they are given. The search begins with the
+    threshold for the recorded full-step trajectories; accelerated runs need a slightly different one."""
 
     budget: int
     num_inference_steps: int
@@ -123,7 +123,7 @@ class TeaCache(CalibratedRecipe):
         return self.make(0.0, (0.0,))
 
     def make(self, threshold: float, polynomial: Sequence[float], fitted: Mapping[str, float] | None = None) -> Method:
-        """`fitted`: how well the polynomial fits, for the record."""
+        """`fitted`: how well the polynomial fits, for `result.json`."""
         schedule = AccumulatedChange(self.num_inference_steps, threshold, polynomial, self.warmup)
         decided = {"threshold": threshold, "polynomial": list(polynomial), **(fitted or {})}
         return Method(schedule, "residual", Reuse(), decided)

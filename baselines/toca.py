@@ -24,13 +24,13 @@ PARTS = {"double": 0.4, "single": 1.6, None: 1.0}
 
 @dataclass(frozen=True)
 class TokenScores:
-    """On a skipped step each feed-forward runs on the tokens of the highest score: attention received (s1) +
-    soft_fresh_weight * age / interval (s3), the age in steps since the token was last computed. Attention outputs are
-    reused (s2, of cross-attention, has no part in the code for these models), and in a DiT the tokens are spread over
-    the image (s4).
+    """On a skipped step each feed-forward runs on the tokens with the highest scores. The score is attention received
+    (s1) + soft_fresh_weight * age / interval (s3); the age is in steps since the token was last computed. Attention
+    outputs are reused (s2, for cross-attention, is not in the code for these models), and in a DiT the tokens are
+    spread over the image (s4).
 
-    How many grows or shrinks with the layer and, in a DiT, with the step; 27 is DiT-XL's last layer, in the code for
-    FLUX as well.
+    The number of tokens depends on the layer and, in a DiT, on the step. 27 is the index of DiT-XL's last layer; the
+    code for FLUX has the same number.
 
     Args:
         num_inference_steps: T.
@@ -67,7 +67,8 @@ class TokenScores:
 
 
 def spread_out(score: torch.Tensor, bonus: float = 0.6) -> torch.Tensor:
-    """Scores (B, N) of a square grid of tokens: the best one of every 2 x 2 cell gains by `bonus`."""
+    """Scores (B, N) of a square grid of tokens, in which the highest score of every 2 x 2 cell is raised by the share
+    `bonus`."""
     side = math.isqrt(score.shape[1])
     if side**2 != score.shape[1] or side % 2:
         raise SettingError(f"{score.shape[1]} tokens are not a square of an even number")
@@ -79,8 +80,8 @@ def spread_out(score: torch.Tensor, bonus: float = 0.6) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ToCa(FullSteps):
-    """The recipe, see `FullSteps`. The authors' code for DiT has intervals of its own, which shrink from 5 to 2, and
-    one step or two at which the first layer alone is computed in full: here it is spaced like the others.
+    """The recipe, see `FullSteps`. The authors' code for DiT has other intervals, which shrink from 5 to 2, and one or
+    two steps at which only the first layer is computed in full. Here full steps are spaced evenly for DiT too.
     """
 
     fresh_ratio: float | None

@@ -1,4 +1,5 @@
-"""The sampler's own trajectory, for planners of plain grids: states, predictions, and the model's answers elsewhere."""
+"""The sampler's own trajectory, for planners of plain grids: states, predictions, and the model's predictions at other
+latents."""
 
 import functools
 import inspect
@@ -28,8 +29,8 @@ class Trajectory:
     y_{s+1} = y_s + (time_{s+1} - time_s) v_s, where y_s = x_s / scale_s.
 
     A prediction v_i that is held from step i to step j leads to y_i + (time_j - time_i) v_i: the scheduler's own step
-    from i to j. Of flow matching y = x and time = sigma; of noise predictions under DDIM y is x / sqrt(alpha_bar) and
-    time sqrt(1 / alpha_bar - 1), both times one constant.
+    from i to j. For flow matching, y = x and time = sigma. For noise predictions under DDIM, y is x / sqrt(alpha_bar)
+    and time is sqrt(1 / alpha_bar - 1), both times one constant.
 
     Attributes:
         states: y, float32 on the CPU, (T + 1, B, ...); the first is noise, the last the final latents.
@@ -63,7 +64,7 @@ class Run:
 
 
 class _Record(StepListener):
-    """Keeps what the steps are given, of the first `count` samples: guidance may double the batch."""
+    """Keeps the arguments of the steps, for the first `count` samples, because guidance may double the batch."""
 
     def __init__(self, count: int):
         self.count, self.states, self.slopes, self.timesteps, self.factors = count, [], [], [], []
@@ -77,7 +78,7 @@ class _Record(StepListener):
 
 
 class _Answers(StepListener):
-    """Keeps the predictions, and lets every step end at the next of `wanted`, (T, B, ...)."""
+    """Keeps the predictions, and replaces the result of every step by the next of the latents `wanted`, (T, B, ...)."""
 
     def __init__(self, wanted: torch.Tensor):
         self.wanted, self.slopes = wanted, []
@@ -96,8 +97,8 @@ class _Answers(StepListener):
 def recorded(
     pipe: "DiffusionPipeline", prompts: Sequence[str], seeds: Sequence[int], num_inference_steps: int, **call
 ) -> Run:
-    """Sample without a cache and record. Raises SettingError for a scheduler whose steps take something before the
-    time, as CogVideoX's DPM solver does."""
+    """Sample without a cache and record. Raises SettingError for a scheduler whose `step` has another argument before
+    the time, as CogVideoX's DPM solver has."""
     _check_arguments(pipe.scheduler)
     record = _Record(len(seeds))
     with watching(pipe.scheduler, record):
@@ -144,10 +145,11 @@ class Times(Rerun):
 def answers(
     pipe: "DiffusionPipeline", states: torch.Tensor, prompts: Sequence[str], seeds: Sequence[int], **call
 ) -> torch.Tensor:
-    """The model's predictions, (T, B, ...), at latents (T, B, ...) of one's own, one of each step, in one pass.
+    """The model's predictions, (T, B, ...), at given latents (T, B, ...), one for each step, in one run of the
+    pipeline.
 
     Args:
-        states: the first is not looked at: it is the pipeline's own.
+        states: the latents. The first is not used: at step 0 the pipeline has its own.
     """
     listener = _Answers(states)
     with watching(pipe.scheduler, listener):
@@ -169,8 +171,8 @@ def _stepped(output) -> torch.Tensor:
 
 
 def _factors(scheduler, prediction: torch.Tensor, time, sample: torch.Tensor) -> tuple[float, float]:
-    """What this step of the scheduler multiplies the state and the prediction with: its answers to 1 and 0, and to 0
-    and 1."""
+    """The factors of the state and of the prediction in this step of the scheduler, found by stepping with (1, 0) and
+    (0, 1)."""
     sample, prediction = sample[:1].float(), prediction[:1].float()
     one, zero = (torch.ones_like(sample), torch.ones_like(prediction)), (sample * 0, prediction * 0)
     of_state = _stepped(copy_of_scheduler(scheduler).step(zero[1], time, one[0]))
@@ -180,7 +182,7 @@ def _factors(scheduler, prediction: torch.Tensor, time, sample: torch.Tensor) ->
 
 @contextmanager
 def calling(runs: Mapping[torch.nn.Module, Callable]) -> Iterator[None]:
-    """Meanwhile `run(forward, *args, **kwargs)` stands for `forward` of each module, of `runs[module]`."""
+    """Within the `with` block, the `forward` of each module is replaced by `runs[module](forward, *args, **kwargs)`."""
     before = {module: vars(module).get("forward") for module in runs}
     for module, run in runs.items():
         module.forward = functools.wraps(module.forward)(functools.partial(run, module.forward))

@@ -96,7 +96,8 @@ def score(config: DictConfig) -> None:
 
 def calibrate(config: DictConfig, folder: Path) -> None:
     """Calibrate and build the method, and leave it in a file, beside those of other budgets; print what was decided.
-    What was calibrated on something else, or with other settings, has another file: the names end with a digest."""
+    Methods that were calibrated on something else, or have other settings, get another file: the names end with a
+    digest."""
     from dpcache import storage
     from eval import runs
     from eval.store import locked
@@ -143,7 +144,7 @@ def recipe_for(config: DictConfig, budget: int | None = None) -> "Recipe":
 
 
 def build(config: DictConfig, pipe: "DiffusionPipeline", recipe: "Recipe", calibration: "Calibration | None") -> tuple:
-    """The method, its budget and, where a quality was asked for instead, what is known of that."""
+    """The method, its budget and, if a quality was asked for instead, the curve of the search for it."""
     from dpcache.quality import find_budget
     from eval import runs
 
@@ -241,8 +242,8 @@ def run(config: DictConfig, folder: Path) -> dict:
 def make_samples(
     config: DictConfig, one: "Run", recipe: "Recipe", prompts: list[str], calibration_prompts: list[str] | None
 ) -> tuple:
-    """What a run measures, made in one batch size: the calibration (None where `calibration_prompts` is), what `build`
-    returns, the full-step and the fine reference, and what `Run.samples` returns."""
+    """Everything that a run samples, in one batch size: the calibration (None if `calibration_prompts` is None), what
+    `build` returns, the full-step and the fine reference, and what `Run.samples` returns."""
     from eval.console import phase
 
     calibration = fine = None

@@ -4,7 +4,7 @@ For one run, `runs` has the stages, `metrics` scores samples, `timing` measures 
 means and their intervals, `pictures` draws, `console` prints, `tracking` logs, and `rescore` scores a finished run
 again. For the board, `results` reads `result.json` files, `methods` has the order and the colours of the rows, `ranks`
 compares them at equal compute, `tables` and `charts` show them, `report` writes the page, and `leaderboard` is the
-command that calls all of these. Nothing here knows how a method works.
+command that calls all of these. Nothing here depends on how a method works.
 """
 
 import os

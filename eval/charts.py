@@ -25,8 +25,8 @@ def figure(path: str | Path, frame: pd.DataFrame, metric: str = MAIN) -> Path:
     """Metric over budget, one panel per setting, one line per row of the board with its 95 % interval as a band; with
     one or two budgets a list of the rows, a mark with its interval for each budget.
 
-    Full steps are a dashed line across the panel. It is left out where the metric measures the distance to them.
-    Raises SettingError for a column that no result has.
+    The full-step run is a dashed line across the panel. The line is left out if the metric measures the distance to
+    that run. Raises SettingError for a column that no result has.
     """
     panels = [(heading, _without_full(board, metric)) for heading, board in boards(frame, metric)]
     lists = [board["budget"].nunique() <= 2 for _, (board, _) in panels]
@@ -49,7 +49,8 @@ def figure(path: str | Path, frame: pd.DataFrame, metric: str = MAIN) -> Path:
 
 
 def _without_full(board: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, float | None]:
-    """The board without full steps, and their mean; None where the metric measures the distance to them."""
+    """The board without the full-step row, and that row's mean; None if the metric measures the distance to the
+    full-step run."""
     full = board[board.index == FULL]["mean"]
     return board[board.index != FULL], None if against_full(metric) or full.empty else full.mean()
 
@@ -152,8 +153,8 @@ def _stairs(axes, best: pd.DataFrame) -> None:
 
 
 def _name(axes, rows: list[pd.Series]) -> None:
-    """Writes name and budget beside the mark of each row: where they cover no other mark and no other name, the first
-    rows first."""
+    """Writes name and budget beside the mark of each row, beginning with the first rows, if the text covers no other
+    mark and no other name."""
     axes.figure.draw_without_rendering()  # lays the axes out, so that positions in points are known
     marks = [axes.transData.transform((row["gain"], row["mean"])) * 72 / axes.figure.dpi for row in rows]
     taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in marks]

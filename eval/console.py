@@ -1,4 +1,4 @@
-"""What a run prints: a line for each of its phases, and at the end the run beside its plain alternatives."""
+"""What a run prints: a line for each of its phases, and at the end a table of the run and of its plain alternatives."""
 
 import math
 import time
@@ -22,8 +22,8 @@ def phase(name: str) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Switches off the progress bars of diffusers and transformers, which would show inside ours. Downloads keep
-    theirs."""
+    """Switches off the progress bars of diffusers and transformers, which would appear inside ours. Downloads keep
+    their progress bars."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,4 +1,4 @@
-"""`+dry_run=true`: what a run would do and need, said without loading the model's weights."""
+"""`dry_run=true`: tells what a run would do and need, without loading the model's weights."""
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -69,7 +69,8 @@ def _keeping_one(site: str) -> Method:
 
 
 def announce(config: DictConfig, recipe: Recipe, prompts: int) -> str:
-    """What the method will keep on the device, said before the weights are loaded; or why that is not known."""
+    """A line that tells, before the weights are loaded, the memory of the method's cache on the device; or why it is
+    not known."""
     try:
         known = architecture(config.model.path)
         transformer = known.build("meta", float_type("dtype", config.model.dtype))

@@ -1,8 +1,8 @@
 """What a process keeps from one job of a sweep for the next: the pipeline, metrics' networks, references.
 
-Whether something was loaded for this job or for an earlier one must not show in any result: what is kept is given out
-again only for the very settings that it was made with, a pipeline only in the state in which it was loaded, and after
-an error that nobody foresaw not at all.
+No result may depend on whether something was loaded for this job or for an earlier one. So a thing that was kept is
+used again only for exactly the settings that it was made with, and a pipeline only in the state in which it was loaded.
+After an unexpected error nothing is used again.
 """
 
 import copy
@@ -50,12 +50,12 @@ PROCESS = Kept()
 
 
 class Loaded:
-    """A pipeline, and what was made with it, which goes when the pipeline goes.
+    """A pipeline, and what was made with it; both are dropped together.
 
     Attributes:
         kept: references and counts of FLOPs.
-        fingerprints: of every model in it by its name: transformers, text encoders, VAE, ...
-        too_large: by what was sampled, the smallest batch that has not fitted into the device's memory.
+        fingerprints: of every model in the pipeline, by its name: transformers, text encoders, VAE, ...
+        too_large: by what was sampled, the smallest batch that did not fit into the device's memory.
     """
 
     def __init__(self, pipe: "DiffusionPipeline"):
@@ -67,15 +67,15 @@ class Loaded:
         }
 
     def restore(self) -> None:
-        """Back to the state in which it was loaded, whatever has been sampled since: schedulers carry a state from call
-        to call, and a call that broke off leaves models on the device that are meant to be offloaded."""
+        """Restores the state in which the pipeline was loaded: schedulers carry a state from call to call, and an
+        interrupted call leaves models on the device that should be offloaded."""
         self.pipe.maybe_free_model_hooks()
         for name, scheduler in self._schedulers.items():
             setattr(self.pipe, name, copy.deepcopy(scheduler))
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more, on a GPU too. Without effect while an exception that is being handled
-    holds on to it."""
+    """Frees memory that nothing refers to any more, on a GPU too. It has no effect while an exception that is being
+    handled refers to the memory."""
     gc.collect()
     torch.cuda.empty_cache()

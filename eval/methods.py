@@ -1,5 +1,5 @@
-"""What the board knows about methods: the record `about` in each file of `conf/method`, and the order and the colours
-of rows, which follow from it."""
+"""What the board uses of the methods: the record `about` in each file of `conf/method`, and the order and the colours
+of rows, which follow from the records."""
 
 import re
 from collections.abc import Iterable
@@ -50,7 +50,7 @@ FULL = next(name for name, known in records().items() if known.reference)
 
 
 def about(label: str) -> About:
-    """The record of the method that a row of the board begins with; an empty one where it has none."""
+    """The record of the method with which a row of the board begins; an empty record if it has none."""
     return records().get(label.split()[0], About())
 
 

@@ -141,8 +141,8 @@ def timeline(path: str | Path, steps: Sequence[int], num_inference_steps: int, t
 def quality_curve(
     path: str | Path, wanted: float, of: str, tried: Mapping[float, float], predicted: Mapping[int, float]
 ) -> Path:
-    """Quality over computed steps, see `dpcache.quality.Found`: what was predicted as a line, what was confirmed as
-    points, what was wanted as a level. `of`: what the quality is of, for its axis."""
+    """Quality over computed steps, see `dpcache.quality.Found`: predicted values as a line, confirmed values as points,
+    the wanted value as a horizontal line. `of`: name of the measure, for the axis."""
     figure = Figure(figsize=(4, 2.8), layout="constrained")
     axes = figure.add_subplot()
     axes.axhline(wanted, color=PATH, lw=0.8, label=f"wanted: {wanted:g}")

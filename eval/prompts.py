@@ -1,4 +1,4 @@
-"""Prompts from a local file or a known set, with their images where the model starts from some."""
+"""Prompts from a local file or a known set, with their images if the model takes images."""
 
 import csv
 import io

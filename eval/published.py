@@ -1,8 +1,8 @@
 """What a method's authors have published for a model, in place of a calibration: `method.NAME=published`.
 
 `conf/published/MODEL.yaml` has a record for each method: its `settings`, the `source` where they stand, and the
-`num_inference_steps` and `size` (rows x columns) that its authors ran them with, null where they do not tell. A setting
-that is a mapping has a value for each budget.
+`num_inference_steps` and `size` (rows x columns) with which its authors used them, null if they do not tell. A setting
+that is a mapping has one value for each budget.
 """
 
 import logging
@@ -25,11 +25,12 @@ def records() -> dict[str, dict[str, dict]]:
 
 
 def resolve(settings: DictConfig, model: str, method: str) -> DictConfig:
-    """The settings of `method` with what is published for `model` where they say `published`.
+    """The settings of `method`, in which each `published` is replaced by the value that is published for `model`.
 
-    Another number of steps than the authors' is refused for lists of steps alone, and else warned of: thresholds and
-    polynomials are not of single steps, and diffusers takes MagCache's ratios from the nearest ones, as their authors
-    do. So is another value of a setting that was published beside these.
+    If the number of steps differs from the authors', only lists of steps are refused. For other settings there is a
+    warning: thresholds and polynomials do not belong to single steps, and diffusers takes MagCache's ratios from the
+    nearest steps, as the authors do. There is also a warning if a setting that was published together with these has
+    another value.
 
     Raises:
         SettingError: nothing is published for this model, budget or number of steps.

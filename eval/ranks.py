@@ -1,4 +1,4 @@
-"""The rows of the board at equal compute: which is the best, and how far each is from the best of every group."""
+"""Ranks the rows of the board at equal compute, and compares each row with the best of every group."""
 
 from typing import NamedTuple
 
@@ -47,8 +47,9 @@ def board(frame: pd.DataFrame, metric: str = MAIN) -> pd.DataFrame:
 
 
 def differences(rows: pd.DataFrame, metric: str = MAIN) -> dict[int, dict[str, Difference]]:
-    """Of every row of `board(frame, metric)`, by its index, the difference to the best row of every group at the same
-    place. Left out are full steps, rows without the scores of every prompt, and a row's difference to itself."""
+    """For every row of `board(frame, metric)`, by its index, the differences to the best row of every group with the
+    same setting, seed and budget. Left out are full-step rows, rows without scores per prompt, and a row's difference
+    to itself."""
     found = {index: {} for index in rows.index}
     for _, part in rows[rows["method"] != FULL].groupby(PLACE):
         scored = [row for row in part.sort_values("rank").itertuples() if metric in row.scores]

@@ -141,10 +141,10 @@ def _data(frame: pd.DataFrame, failed: list[dict], prompts: int) -> dict:
 
 
 def _items(part: list, worst: int, main: str) -> list[tuple[int, str]]:
-    """Position and text of the prompts of one setting and seed: those that most runs have come first, and of these
-    those that are among the `worst` ones of most runs by the `main` metric.
+    """Position and text of the prompts of one setting and seed. Prompts that most runs have come first; among these,
+    the prompts that are among the `worst` ones of most runs by the `main` metric.
 
-    The same position means the same noise, so that runs which have an item in common can be compared on it.
+    The same position means the same noise, so runs can be compared on every item that they share.
     """
     common, bad, sign = Counter(), Counter(), 1 if column(main).higher_is_better else -1
     for row in part:
@@ -159,7 +159,7 @@ def _run(
     row, names: list[str], main: str, items: list[tuple[int, str]], shown: int, apart: dict[str, Difference]
 ) -> dict:
     """What the page says about one run, apart from its images. Scores are in the order of `items`: those of the `main`
-    metric of all of them, the others of the `shown` first, which have images."""
+    metric for all items, those of other metrics for the first `shown` items, which have images."""
     total = int(row.num_inference_steps)
     unavailable, batches = getattr(row, "metrics_unavailable", None), getattr(row, "schedules", None)
     cost = getattr(row, "calibration_trajectories", None)
@@ -198,7 +198,7 @@ def _run(
 
 
 class _Images:
-    """Images as data URIs, each once, as small as they must be for so many of them to take no more than `ROOM`."""
+    """Images as data URIs, each stored once, and so small that all of them together take no more than `ROOM`."""
 
     def __init__(self, expected: int):
         self.share, self.uris, self.taken, self.lossless = ROOM / max(expected, 1), {}, 0, True
@@ -276,7 +276,7 @@ def _styles(frame: pd.DataFrame) -> dict[str, dict]:
 
 
 def _number(value) -> float | None:
-    """Eight digits, which are more than is known, and half as long as all."""
+    """A number rounded to eight digits: more than its accuracy, and half as long as all digits."""
     return float(f"{value:.8g}") if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 

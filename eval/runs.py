@@ -272,7 +272,7 @@ def _metric_settings(config: DictConfig) -> metrics.Settings:
 
 
 def measure(config: DictConfig) -> Measure:
-    """Of the quality that is searched for. Raises SettingError where it cannot be measured."""
+    """The measure of the quality that is searched for. Raises SettingError if it cannot be computed."""
     name = config.quality_metric
     if name is None:
         return PSNR
@@ -444,8 +444,8 @@ class Run:
             raise
 
     def samples(self, method: Runnable, prompts: list[str]) -> tuple[Samples, list[dict]]:
-        """The method's samples and, of every batch, the computed "steps" of each guidance branch and how many full
-        steps were "spent"; also as image files, those that somebody has deleted too."""
+        """The method's samples and, for every batch, the computed "steps" of each guidance branch and how many full
+        steps were "spent". The samples are also written as image files; files that were deleted are written again."""
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
 
         def make(chunk: slice):

@@ -52,8 +52,8 @@ def _kinds(rows: Sequence[dict]) -> list[list[dict]]:
 
 
 def name_variants(rows: Iterable[dict]) -> None:
-    """Adds to a label that runs of different settings share the settings in which they differ, so that no run hides
-    another. Runs with all steps stay as they are."""
+    """If runs of different settings share a label, adds the differing settings to it, so that no run hides another.
+    Full-step runs keep their labels."""
     by_label = _grouped(rows, lambda row: (row["model"], row["num_inference_steps"], row["setup"], row["label"]))
     for part in by_label:
         if part[0]["method"] == FULL or not any(_clash(place) for place in _grouped(part, _place)):
@@ -83,7 +83,7 @@ def _grouped(rows: Iterable, key: Callable) -> list[list]:
 
 
 def _differences(known: Sequence[dict], separator: str) -> list[str]:
-    """Of each dictionary the entries `key=value` whose values differ between those that have the key."""
+    """For each dictionary, the entries `key=value` whose values differ between the dictionaries that have the key."""
     values = defaultdict(set)
     for one in known:
         for key, value in one.items():

@@ -61,7 +61,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float], seed: int = 0) -> 
 
 
 def paired_differences(many: Sequence[Sequence[float]], b: Sequence[float], seed: int = 0) -> list[dict]:
-    """`paired_difference` of each of many to b, at once."""
+    """`paired_difference` of each of many arrays to b, computed together."""
     return _summaries(np.subtract(many, b, dtype=np.float64), seed) if len(many) else []
 
 
@@ -73,8 +73,8 @@ def doubt(timed: dict) -> str | None:
 def front(gains: np.ndarray, values: np.ndarray, higher_is_better: bool) -> np.ndarray:
     """Which of N points (gain, value) lie on the Pareto front, as booleans (N,). More gain is better.
 
-    A point is beaten by one with a better value that is no slower, to within `LEVEL`, and by one with the same value
-    that is faster.
+    A point is not on the front if another point has a better value and is no slower, to within `LEVEL`, or has the same
+    value and is faster.
     """
     gains, values = np.asarray(gains, dtype=float), np.asarray(values, dtype=float) * (1 if higher_is_better else -1)
     better, same = values[:, None] > values, values[:, None] == values  # [i, j]: i than j

@@ -1,4 +1,5 @@
-"""Generated samples on disk: one file per batch, each written atomically, so that a killed run goes on where it was.
+"""Generated samples on disk: one file per batch, each written atomically, so that a killed run can continue where it
+stopped.
 
 Processes that need the same batches (jobs of a sweep with the same reference, or one run under `accelerate launch`)
 share the work through these files alone: each batch has a lock, and the process that holds it makes the batch.
@@ -38,12 +39,12 @@ def load_or_make(
     make: Callable[[slice], tuple],
     description: str,
 ) -> tuple[Samples, list]:
-    """Samples for `prompts`, read from `folder` where they are and made where they are not. Batches of another size,
-    which a run leaves that ran out of memory and was then killed, are removed.
+    """Samples for `prompts`: batches that are in `folder` are read, the others are made. Batches of another size are
+    removed; a run that ran out of memory and was then killed may have left them.
 
     Args:
-        make: `make(slice) -> (images uint8 (B, ...), latents (B, ...), record)` for these prompts. The record is what
-            is to be known of the batch beside them, as JSON can hold it.
+        make: `make(slice) -> (images uint8 (B, ...), latents (B, ...), record)` for these prompts. The record holds
+            further facts about the batch, as JSON can hold them.
 
     Returns:
         All samples, and every batch's record.
@@ -91,8 +92,8 @@ def check_prompts(folder: Path, prompts: list[str], batch_size: int) -> None:
     """Raises SettingError if a batch in the folder was made from other prompts or images than these.
 
     Args:
-        prompts: of those without images, as results hold them all, the text alone is compared.
-        batch_size: of batches that do not say, which earlier versions made.
+        prompts: for prompts without images only the text is compared; results hold all prompts in this form.
+        batch_size: for batches that do not record it, because an earlier version made them.
     """
     with_images = any(isinstance(prompt, Prompt) for prompt in prompts)
     for path in sorted(folder.glob("batch_*.safetensors")):

@@ -14,8 +14,8 @@ from eval.statistics import paired_difference
 
 
 def table(frame: pd.DataFrame, metric: str = MAIN) -> str:
-    """Markdown tables, one per setting: methods x budgets, mean ± half the width of the 95 % interval, of speeds
-    half the range of the timed rounds, or "not reliable" where these disagree.
+    """Markdown tables, one per setting: methods x budgets, mean ± half the width of the 95 % interval. For speeds it is
+    ± half the range of the timed rounds, or "not reliable" if the rounds disagree.
 
     Runs in which the metric was unavailable are listed below with their reasons. Raises SettingError for a column that
     no result has.
@@ -96,10 +96,10 @@ def ranking(frame: pd.DataFrame, metric: str = MAIN) -> str:
 def league(frame: pd.DataFrame, at: Sequence[int], metric: str = MAIN) -> str:
     """Markdown tables, one per setting and seed, of a row for each method.
 
-    They have the metric at every budget, in brackets with the computed steps where those are not the budget; the metric
-    to the fine reference, where there is one, at the budgets `at`; and at the first of these the rank, the worst
-    prompt, the paired difference to the best of the group, how many times fewer FLOPs, what calibration took in
-    full-step trajectories of one prompt, and what the cache keeps for a batch in MiB.
+    The columns are the metric at every budget (in brackets, with the computed steps, if these are not the budget); the
+    metric against the fine reference, if there is one, at the budgets `at`; and, at the first of these budgets: the
+    rank, the worst prompt, the paired difference to the best of the group, the reduction of FLOPs, the cost of
+    calibration in full-step trajectories of one prompt, and the memory of the cache for a batch in MiB.
     """
     rows = board(frame, metric)
     apart, digits, parts = differences(rows, metric), column(metric).digits, []
@@ -141,7 +141,7 @@ def _at(run, metric: str, apart: Mapping[int, Mapping[str, Difference]], digits:
 
 
 def _cell(text: str) -> str:
-    """A text of the user's in a table, whose columns a | would part."""
+    """A text of the user as a table cell, in which | is escaped."""
     return text.replace("\n", " ").replace("|", "\\|")
 
 

@@ -102,9 +102,9 @@ def phases(pipe: "DiffusionPipeline") -> Iterator[Callable[[], dict[str, float]]
 
 
 def flops(models: list[torch.nn.Module], generate: Callable[[], object]) -> tuple[int, list[int], object]:
-    """Floating-point operations of `generate()`: of everything, and of each call of one of the models; and what
-    `generate` returned. PyTorch's counter counts matrix multiplications, convolutions and attention, and a
-    multiplication with its addition as two."""
+    """Floating-point operations of `generate()`: in total, and for each call of one of the models; and what `generate`
+    returned. PyTorch's counter counts matrix multiplications, convolutions and attention; a multiplication and its
+    addition count as two."""
     counter, calls = FlopCounter(), []
 
     def before(*_):
@@ -147,9 +147,9 @@ def efficiency(num_inference_steps: int, budget: float, full_s: Sequence[float],
 def reliability(timed: dict) -> dict:
     """Whether the rounds agree, from what `compare` and `efficiency` returned together.
 
-    Returns `spread`, by how much the speed-ups of the rounds differ at most (0.1: the largest is 10 % above the least),
-    and `unreliable`: why the timing describes the method badly, or None. Where there is a reason, also `efficiency`,
-    which is then None.
+    Returns `spread`, how much the speed-ups of the rounds differ at most (0.1: the largest is 10 % above the smallest),
+    and `unreliable`, the reason why the timing does not describe the method well, or None. If there is a reason, also
+    `efficiency`, with the value None.
     """
     ranges = timed["speedup_range"], timed["transformer_speedup_range"]
     spread = max(high / low for low, high in ranges) - 1

@@ -103,7 +103,8 @@ def train(
     device: str,
     checkpoint_every: int = 250,
 ) -> dict:
-    """AdamW with warm-up and a linear decay over the last third, EMA, checkpoints. Returns the EMA state."""
+    """AdamW with warm-up and a linear decay over the last third, EMA and checkpoints. At the end `model` has the EMA
+    weights. Returns the number of steps and the last mean loss."""
     path = out / f"{name}.pt"
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     ema = copy.deepcopy(model).eval().requires_grad_(False)

@@ -1,7 +1,8 @@
-"""Embedded models know what they should make: a few numbers of one prompt on few steps, in a file beside the weights.
+"""Checks of embedded models: a file beside the weights holds a few numbers that the model should produce for one prompt
+on few steps.
 
-Some versions of the libraries load a component wrongly without a message. That is found out here, before such a model
-makes anything. `python scripts/expectations.py` writes the files.
+Some versions of the libraries load a component wrongly without a message. The check finds this before such a model is
+used. `python scripts/expectations.py` writes the files.
 """
 
 import copy

@@ -1,8 +1,8 @@
-"""What the library knows of a model family: one record, in one file of this folder.
+"""The library's knowledge of a model family: one record, in one file of this folder.
 
 A new family is a file with a `FAMILY = Family("ItsTransformerClass", ...)`, which is found by itself, and a file in
-`conf/model`. What a record leaves out is not known: who needs it says so and stops. Sites that need nothing of a record
-(`stack`, `output`) work on every model whose blocks diffusers itself describes.
+`conf/model`. Every field may be left out. Code that needs a missing field raises an error that names it. Sites that
+need no record (`stack`, `output`) work on every model whose blocks diffusers itself describes.
 """
 
 import functools
@@ -40,7 +40,7 @@ class Streams:
 
 @dataclass(frozen=True)
 class Block:
-    """What is known of a class of transformer blocks. Modules are named as the block's attributes.
+    """A class of transformer blocks. Modules are named by the block's attributes.
 
     Attributes:
         kind: name of the class.
@@ -124,7 +124,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Family:
-    """What is known of a class of transformers.
+    """A class of transformers.
 
     Attributes:
         transformer: name of the class in diffusers.
@@ -132,14 +132,14 @@ class Family:
         blocks_of: the model's blocks in the order in which they run; None: those that diffusers finds.
         embedders: modules or lists of modules, with dots in their names, whose outputs nothing but the blocks reads;
             never the time embedder.
-        shapes_alone: changes a model on the device "meta" so that it runs where it would ask its tensors for values.
+        shapes_alone: changes a model on the device "meta" so that it runs without reading values of its tensors.
         published: configurations on the hub, as diffusers takes them, by path.
-        experts: for some of these paths, how many transformers alike the pipeline has, for a range of steps each.
+        experts: for some of these paths, the number of equal transformers in the pipeline, each for a range of steps.
         spatial, temporal: pixels (each way) and frames that a latent of the published models stands for.
         coarser: for some of the paths, other pixels.
-        guidance: the pipeline's argument that above 1 asks for a second, unconditional call of the transformer, and its
-            default; or the branches of a pipeline's arguments; None: the pipeline calls it once a step, whatever is
-            asked.
+        guidance: the pipeline's argument that, above 1, leads to a second, unconditional call of the transformer, and
+            its default; or a function from the pipeline's arguments to the branches; None: the pipeline always calls it
+            once per step.
         inputs: makes arguments of the transformer as its pipeline would give them, with random values, for one step of
             one guidance branch.
         token_grid: rows and columns of the image's tokens, each of which holds 2 x 2 latents, told from the keyword
@@ -210,27 +210,27 @@ def _by_name(named: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def family_named(transformer: str) -> Family:
-    """By the name of the transformer's class; of an unknown one, a record that has no more than that."""
+    """The record for the name of a transformer's class; for an unknown class, a record with nothing but the name."""
     return families().get(transformer) or Family(transformer)
 
 
 def family_of(transformer: torch.nn.Module) -> Family:
-    """See `family_named`."""
+    """The record of a transformer, see `family_named`."""
     return family_named(type(unwrap_module(transformer)).__name__)
 
 
 def block_named(kind: str) -> Block:
-    """By the name of the block's class; of an unknown one, a record that has no more than that."""
+    """The record for the name of a block's class; for an unknown class, a record with nothing but the name."""
     return known_blocks().get(kind) or Block(kind)
 
 
 def block_of(block: torch.nn.Module) -> Block:
-    """See `block_named`."""
+    """The record of a block, see `block_named`."""
     return block_named(type(unwrap_module(block)).__name__)
 
 
 def feed_forwards_of(block: torch.nn.Module) -> list[tuple[str, str]]:
-    """Those of the record's `feed_forwards` that this block has: names (norm, feed-forward)."""
+    """The pairs of the record's `feed_forwards` that this block has: names (norm, feed-forward)."""
     pairs = block_of(block).feed_forwards
     return [pair for pair in pairs if all(getattr(block, name, None) is not None for name in pair)]
 

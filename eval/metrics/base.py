@@ -111,7 +111,8 @@ class Unavailable(Exception):
 
 @contextmanager
 def placed(network: nn.Module, device: str) -> Iterator[nn.Module]:
-    """`network` on `device` for as long as it scores: between jobs of a sweep a GPU's memory is the sampler's."""
+    """`network` on `device` within a `with` block, so that between jobs of a sweep the GPU's memory is free for the
+    sampler."""
     try:
         yield network.to(device)
     finally:
@@ -120,8 +121,8 @@ def placed(network: nn.Module, device: str) -> Iterator[nn.Module]:
 
 @contextmanager
 def weights(what: str, command: str) -> Iterator[None]:
-    """In this context weights are loaded: pickled code in them is refused, whatever the library that loads them asks
-    for, and a failure becomes `Unavailable`, naming the `command` that fetches `what`. Notes on progress are hidden."""
+    """A `with` block in which weights are loaded. Pickled code in them is refused, whatever the loading library asks
+    for. A failure becomes `Unavailable`, with the `command` that fetches `what`. Progress messages are hidden."""
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     logging.disable(logging.INFO)

@@ -1,4 +1,5 @@
-"""What a skipped step costs on transformers of published sizes, beside the caches of other libraries.
+"""Measures what a skipped step costs on transformers of published sizes, for our methods and for the caches of other
+libraries.
 
     python -m scripts.bench_full_size --model flux                # the published size on CUDA, a small one on the CPU
     python -m scripts.bench_full_size --model wan21_t2v_14b --budgets 9 13 --methods dpcache first_block_cache
@@ -9,8 +10,8 @@ nothing is calibrated: `given` has settings with which every method computes K o
 method that decides online measures what it always measures, and is then told the step. A method that does not work on
 a model has the reason in its row.
 
-A few uncached steps are timed before every run of a method and compared with it, so that a drift of the machine's speed
-cancels.
+Before every run of a method a few uncached steps are timed. Results are relative to these, so that a drift of the
+machine's speed cancels.
 """
 
 import argparse

@@ -16,8 +16,8 @@ from dpcache.predictors import Taylor
 
 
 def loop_cost(features: torch.Tensor, order: int) -> np.ndarray:
-    """The cost by a loop: for each entry one Taylor evaluation and one mean, for each pair of keys its differences
-    once. Only entries with i >= order - 1."""
+    """The cost tensor by a loop: one Taylor evaluation and one mean for each entry, with the differences computed once
+    for each pair of keys. Only entries with i >= order - 1."""
     steps = len(features)
     end = 0.8 * evaluate(differences(features, range(steps - order - 1, steps)), 1) + 0.2 * features[-order - 1 :].mean(
         0

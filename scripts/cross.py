@@ -1,9 +1,10 @@
 """Does it matter more which steps are computed, or how the others are predicted? ``python -m scripts.cross``
 
-The steps of every planned method with the predictors of others, all at site=output, where any of them is a weighted sum
-of the model's predictions at computed steps. So a method's steps are taken as it plans them, whatever it keeps and
-reuses itself, and some predictors stand elsewhere than in their papers. The table has the mean PSNR of each pair
-against the T-step run. In its last column `dpcache_sim` has planned for the predictor alone.
+Combines the steps of every planning method with the predictors of other methods. All pairs run at site=output, where
+every predictor is a weighted sum of the model's predictions at computed steps. So a method's steps are used as it plans
+them, whatever site the method itself uses, and some predictors are used at another site than in their papers. The table
+has the mean PSNR of each pair against the T-step run. For the column "for itself", `dpcache_sim` has planned for this
+predictor alone.
 
 What is finished is kept in a file, so that nothing is run twice.
 """
@@ -49,8 +50,8 @@ PREDICTORS = (
 
 
 def planners(budget: int) -> list[str]:
-    """Even spacing, and all methods that plan K of the T steps: those of the groups `plain` and `planned` that are
-    calibrated, and whose steps are even only as long as they are not."""
+    """Even spacing, and all methods that plan K of the T steps: the methods of the groups `plain` and `planned` that
+    need a calibration and whose example, before the calibration, has evenly spaced steps."""
     found = ["uniform_skip"]
     for name, about in records().items():
         if about.group in (Group.plain, Group.planned) and not about.own_grid:
@@ -86,19 +87,19 @@ class Cross:
 
     @cached_property
     def calibration(self) -> Calibration:
-        """Of runs' prompts and seeds for it."""
+        """The calibration, with the calibration prompts and seeds of runs."""
         size, call = self.settings["batch_size"], self.settings["call"]
         seeds = range(100000, 100010)
         return calibrate(self.pipe, self.lines[-10:], T, (), seeds=[*seeds], batch_size=size, **call)
 
     @cached_property
     def simulator(self) -> "Simulator":
-        """Of the calibration's prompts."""
+        """The simulator of the calibration's prompts."""
         self.calibration.measure(self.pipe, [SimulatedRuns()])
         return simulator_of(self.calibration)
 
     def built(self, name: str, **settings) -> tuple[Method, float]:
-        """A method by its name, and what it took: full trajectories of one prompt."""
+        """A method by its name, and its cost in full trajectories of one prompt."""
         made, self.calibration.reran = recipe(name, self.budget, T, **settings), 0.0
         if made.statistics is None:
             return made.build(self.pipe, None), 0.0
@@ -107,9 +108,9 @@ class Cross:
         return method, self.calibration.took(made.statistics) + self.calibration.reran
 
     def plan(self, name: str, predictor: str | None = None) -> list[int]:
-        """The steps of a method; of `dpcache_sim` those for one predictor alone, where it is given.
+        """The steps of a method; with `predictor`, the steps of `dpcache_sim` for this predictor alone.
 
-        Raises SettingError for a method that has not one list of K of the T steps.
+        Raises SettingError for a method that does not have one list of K of the T steps.
         """
         key = name if predictor is None else f"{name} {predictor}"
         if key not in self.kept["plans"]:
@@ -123,8 +124,8 @@ class Cross:
         return self.kept["plans"][key]["steps"]
 
     def method(self, name: str, steps: Sequence[int]) -> Method:
-        """These steps with a predictor: of a method, which is told the steps if it takes any, or one that
-        `dpcache_sim` knows by name."""
+        """A method of these steps with a predictor: the predictor of the method `name`, which gets the steps if it has
+        such a setting, or a predictor that `dpcache_sim` knows by name."""
         if not (METHODS / f"{name}.yaml").is_file():
             return make_method(self.simulator, name, steps)
         takes_steps = "steps" in OmegaConf.load(METHODS / f"{name}.yaml").method
@@ -155,7 +156,7 @@ class Cross:
 
 
 def shares(means: np.ndarray) -> tuple[float, float, float]:
-    """What the rows of a table, its columns and their pairing explain of its variance; together 1."""
+    """The shares of a table's variance that its rows, its columns and their pairing explain; their sum is 1."""
     off = means - means.mean()
     rows, columns = off.mean(1, keepdims=True), off.mean(0, keepdims=True)
     return tuple(float((part**2).mean() / (off**2).mean()) for part in (rows, columns, off - rows - columns))

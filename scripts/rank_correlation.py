@@ -1,9 +1,9 @@
 """Does the simulator know which plan is better? ``python -m scripts.rank_correlation``
 
-Random plans are simulated and run for real at two sites, on prompts that the simulator has not seen. Per model, site
-and budget the table has Spearman's rank correlation of the predicted and the real error of the final latents, the root
-mean square of their difference in dB, and its mean (positive: the simulator is too hopeful), over all plans and
-predictors.
+Random plans are simulated, and also run, at two sites, on prompts that the simulator has not seen. For each model, site
+and budget the table has, over all plans and predictors, Spearman's rank correlation of the predicted and the real error
+of the final latents, the root mean square of their difference in dB, and the mean of this difference (positive: the
+simulator underestimates the error).
 
 Real runs are kept in a file, so that nothing is run twice.
 """
@@ -73,7 +73,7 @@ def lines(model: str) -> list[str]:
 
 
 def random_plans(number: int, budget: int) -> list[list[int]]:
-    """Step 0 and any others."""
+    """Random plans of `budget` steps, each beginning with step 0."""
     random = np.random.default_rng(100 + budget)
     return [[0, *sorted((random.choice(T - 1, budget - 1, replace=False) + 1).tolist())] for _ in range(number)]
 

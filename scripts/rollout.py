@@ -1,5 +1,5 @@
-"""A transformer with random weights in a sampling loop, and methods on it without a calibration: enough to measure
-speed and memory, without the weights of the model and the encoders of its pipeline."""
+"""Runs a transformer with random weights in a sampling loop, with methods that need no calibration. This is enough to
+measure speed and memory; the model's weights and its pipeline's encoders are not needed."""
 
 import math
 import os
@@ -111,7 +111,7 @@ def _values(text: str) -> dict:
 
 
 def given(name: str, plan: list[int], steps: int, blocks: int) -> list[str]:
-    """Settings of a method with which it needs no calibration. `plan`: the steps to compute, where it can be told."""
+    """Settings with which a method needs no calibration. `plan`: the steps to compute, if the method can be told."""
     interval = max(round((steps - 2) / max(len(plan) - 2, 1)), 1)
     ratios = [2.0 if step in plan else 1.0 for step in range(steps)]  # an error above or below the threshold
     later = list(range(2 * blocks // 5, blocks))  # three fifths of the blocks, as one run
@@ -165,13 +165,13 @@ def caching(rollout: Rollout, name: str, plan: list[int]) -> Iterator[Callable[[
 
 
 def follow(hook: "ModelHook", plan: list[int], step: int) -> None:
-    """Sets a threshold with which the step is computed, or skipped, as the plan says."""
+    """Sets a threshold so that the step is computed or skipped as the plan says."""
     hook.threshold = -math.inf if step in plan else math.inf
 
 
 @dataclass(frozen=True)
 class Following(OnlineSchedule):
-    """Measures as much as `schedule` does, but decides as the plan says."""
+    """Computes everything that `schedule` computes for its decision, but decides as the plan says."""
 
     schedule: OnlineSchedule
     plan: tuple[int, ...]
@@ -191,7 +191,8 @@ class Following(OnlineSchedule):
 
 
 def start_cache_dit(model: torch.nn.Module, plan: list[int], steps: int, calibrator: str | None) -> None:
-    """On a transformer alone, which `baselines.dbcache` does not take, with the plan as cache-dit's mask."""
+    """Enables cache-dit on a transformer without a pipeline, which `baselines.dbcache` does not support, with the plan
+    as cache-dit's mask."""
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
     import cache_dit
 

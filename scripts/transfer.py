@@ -1,12 +1,12 @@
 """What is a calibration good for? ``python -m scripts.transfer``
 
-A calibration of `dpcache_sim` is made under some circumstances, and its method is used under others: another number of
-steps, guidance scale, resolution, ... For each pair of circumstances the table has the PSNR in dB to the full-step
-images of unseen prompts of the method that was calibrated elsewhere, of one that was calibrated there, and the mean of
-the differences by pairs, with half the width of its 95 % bootstrap interval. The steps of another number are carried by
-`dpcache.other_steps`.
+`dpcache_sim` is calibrated under some circumstances and used under others: another number of steps, guidance scale,
+resolution, ... For each pair of circumstances the table has the PSNR in dB against the full-step images of unseen
+prompts: of the method that was calibrated elsewhere, and of the method that was calibrated under the circumstances of
+use; and the mean of their paired differences, with half the width of its 95 % bootstrap interval. `dpcache.other_steps`
+carries a calibration to another number of steps.
 
-Finished cells are kept in a file, so that nothing is run twice.
+Finished cells are kept in a file, so that nothing runs twice.
 """
 
 import argparse

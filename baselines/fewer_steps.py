@@ -6,5 +6,6 @@ from dpcache.schedules import check_budget
 
 
 def fewer_steps(budget: int, num_inference_steps: int) -> Method:
+    """Every step of a grid of K steps is computed. Raises SettingError for a budget out of range."""
     check_budget(budget, num_inference_steps)
     return full(budget)

@@ -6,4 +6,5 @@ from dpcache.schedules import EvenlySpaced
 
 
 def full(num_inference_steps: int) -> Method:
+    """All T steps are computed."""
     return Method(EvenlySpaced(num_inference_steps, num_inference_steps), "output", Reuse())

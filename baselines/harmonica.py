@@ -180,6 +180,7 @@ class Router:
         self.step, self.call, self.kept = 0, 0, {}
 
     def end_step(self) -> None:
+        """To be called at the end of each step of the sampler."""
         self.step, self.call = self.step + 1, 0
 
     def _model(self, forward: Callable, *args, **kwargs):
@@ -198,6 +199,7 @@ class Router:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
+        """A `with` block in which the modules' outputs are mixed."""
         runs = {module: partial(self._module, place) for place, module in enumerate(self.modules.values())}
         with calling({self.model: self._model} | runs):
             yield

@@ -159,5 +159,6 @@ class LayerFlops:
         return (ran - self.spared) / sum(flops for flops, _ in self.costs.values())
 
     def remove(self) -> None:
+        """Takes the hooks off the layers."""
         for handle in self.handles:
             handle.remove()

@@ -228,9 +228,11 @@ class Stopwatch:
     """The host's clock: `now` is taken before and after a span, `seconds` sums pairs of such."""
 
     def now(self) -> Any:
+        """A moment on this clock."""
         return time.perf_counter()
 
     def seconds(self, spans: list) -> float:
+        """Sum of the spans, pairs of moments, in seconds."""
         return sum(end - start for start, end in spans)
 
 

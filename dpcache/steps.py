@@ -1,8 +1,8 @@
-"""Which call of the model is which step: of a pipeline by its scheduler, of a model alone by its timestep argument.
+"""Tells which call of the model is which step: for a pipeline by its scheduler, for a model alone by its timestep
+argument.
 
-A step is what lies between two calls of the scheduler's `step`. Its index is its place among the steps that this
-generation really runs, which are fewer than the scheduler's timesteps where a pipeline starts from an image
-(`strength`).
+A step lasts from one call of the scheduler's `step` to the next. Its index counts the steps that this generation really
+runs. These are fewer than the scheduler's timesteps if a pipeline starts from an image (`strength`).
 """
 
 import weakref
@@ -216,6 +216,7 @@ class Loop:
         self.timesteps, self.done = range(self.num_inference_steps), 0
 
     def step(self) -> None:
+        """The end of a step: call it after the sampler has made its update."""
         self.done += 1
         if self.done == self.num_inference_steps:
             self.restart()

@@ -2,10 +2,11 @@
 
 python scripts/fake_cuda.py FILE
 
-No GPU is needed, see `tests/helpers/fake_cuda.py`. A cell has the most waits in one call of the transformer at
-computed / skipped / decided steps, a decided one being computed or skipped by what the method has seen of the device's
-results; "-" where there is no such step. Libraries' caches do not tell which steps they decide: theirs are among the
-others, after the first step, at which they also read the scheduler's timesteps and noise levels.
+No GPU is needed, see `tests/helpers/fake_cuda.py`. A cell has the largest number of waits in one call of the
+transformer at computed / skipped / decided steps, or "-" if there is no such step. At a decided step the method reads
+results of the device to decide whether to compute. The caches of libraries do not tell at which steps they decide, so
+these steps count as computed or skipped. The first step is left out for them, because they read the scheduler's
+timesteps and noise levels there.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Everything that this project could not try without a GPU, in one command, and a page of results to send to us.
+"""Checks on a GPU everything that could not be tried without one, and writes a page of results to send to us.
 
     python scripts/gpu_check.py                  # minutes on one card
     python scripts/gpu_check.py --full           # published sizes of Wan and HunyuanVideo as well; longer
@@ -8,8 +8,8 @@
 3. Offloading and half precision.
 4. The benchmark of published sizes (`scripts/bench_full_size.py`), with blocks compiled and not.
 
-A part that fails has its error on the page, and the others go on. It runs on the CPU as well, where 2 has nothing to
-count.
+If a part fails, the page shows its error, and the other parts go on. The script runs on the CPU as well; there part 2
+has nothing to count.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def same_as_on_the_cpu(device: torch.device, methods: Sequence[str], families: S
 
 
 class Waits:
-    """A meter for `Rollout`: how often the host waits for the GPU within it."""
+    """A meter for `Rollout`: counts how often the host waits for the GPU within it."""
 
     total = 0
 
@@ -106,7 +106,7 @@ class Waits:
 
 
 class Allocations:
-    """A meter: how often memory is asked for within it."""
+    """A meter for `Rollout`: counts the allocations of GPU memory within it."""
 
     total = 0
 

@@ -1,6 +1,6 @@
-"""Transformers without their weights: what is known of them before anything is downloaded.
+"""Transformers without their weights, built from what is known before anything is downloaded.
 
-For plans made in advance (`+dry_run=true`) and for measuring speed, which does not depend on the weights' values.
+They serve dry runs (`dry_run=true`) and measurements of speed, which does not depend on the weights' values.
 """
 
 import json
@@ -27,6 +27,7 @@ class Architecture:
 
     @property
     def family(self) -> Family:
+        """The record of the transformer's class."""
         return family_named(self.config["_class_name"])
 
     def branches(self, call: Mapping) -> list[str]:
@@ -84,8 +85,8 @@ def published() -> dict[str, Architecture]:
 
 
 def architecture(path: str) -> Architecture:
-    """Of a folder in diffusers format, an embedded model, or one on the hub that a family's record has. Raises
-    SettingError for any other."""
+    """The architecture of a folder in diffusers format, of an embedded model, or of a model on the hub that a family's
+    record has. Raises SettingError for any other path."""
     folders = [EMBEDDED / path, Path(path).expanduser()]
     for folder in folders:
         if (folder / "transformer" / "config.json").is_file():

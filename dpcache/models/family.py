@@ -111,6 +111,7 @@ class Request:
         return "image" in self.call and "strength" not in self.call
 
     def random(self, *shape: int) -> torch.Tensor:
+        """A random tensor of this shape."""
         return torch.randn(*shape, device=self.device, dtype=self.dtype)
 
     def full(self, value: float, dtype: torch.dtype | None = None) -> torch.Tensor:

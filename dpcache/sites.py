@@ -1,16 +1,16 @@
-"""Where a computed step is kept and put back on a skipped one.
+"""The sites: what is kept of a computed step, and where it is put back on a skipped one.
 
 | site              | kept                                              | a skipped step still runs                    |
 |-------------------|---------------------------------------------------|----------------------------------------------|
 | `stack`           | the last block's output                           | time embedder and output layers (*)          |
-| `residual`        | that minus the first block's input                | embedders and output layers                  |
+| `residual`        | as `stack`, minus the first block's input         | embedders and output layers                  |
 | `blocks`          | what each run of blocks adds to the streams       | all other blocks                             |
 | `modules`         | attention and feed-forward outputs before gating  | embedders, norms, gates, sums, output layers |
-| `tokens`          | the same                                          | these and feed-forwards of selected tokens   |
+| `tokens`          | as `modules`                                      | as `modules`, feed-forwards of chosen tokens |
 | `output`          | the model's prediction                            | nothing                                      |
-| `output_residual` | that prediction minus the model's input           | nothing                                      |
+| `output_residual` | the model's prediction minus its input            | nothing                                      |
 
-(*) and the other embedders, where the family's record (`models/`) does not say that they feed the blocks alone.
+(*) and the other embedders, unless the family's record (`models/`) says that only the blocks read them.
 
 The hooks themselves are in `hooks.py` and, for `tokens`, in `tokens.py`.
 """

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
     from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
-    from dpcache.steps import Loop
+    from dpcache.denoisers import Pipe
 
 __all__ = [
     "BLOCK_LISTS",
@@ -115,7 +115,7 @@ class RootHook(Hook):
         """A pipeline calls it at its end."""
 
 
-def execution_device(pipe: "DiffusionPipeline | torch.nn.Module | Loop") -> torch.device | None:
+def execution_device(pipe: "Pipe") -> torch.device | None:
     """The device on which a pipeline runs its models, even if offloading keeps their weights on the CPU. None: `pipe`
     does not tell."""
     return getattr(pipe, "_execution_device", None)

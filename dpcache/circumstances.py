@@ -18,7 +18,7 @@ from dpcache.errors import SettingError
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from dpcache.steps import Loop
+    from dpcache.denoisers import Pipe
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +80,7 @@ def told_guidance(pipe: "DiffusionPipeline") -> dict[str, object]:
     return {name: value for name, value in told.items() if value is not None}
 
 
-def check_use(
-    pipe: "DiffusionPipeline | torch.nn.Module | Loop", made_for: Mapping[str, str], what: str = "method"
-) -> None:
+def check_use(pipe: "Pipe", made_for: Mapping[str, str], what: str = "method") -> None:
     """Warn where a method (or another thing, named by `what`) was made for other weights than the pipeline's: another
     dtype, or a fine-tuned model. A model without a pipeline is checked too.
 
@@ -111,7 +109,7 @@ def check_use(
 
 
 def other_use(
-    pipe: "DiffusionPipeline | torch.nn.Module | Loop",
+    pipe: "Pipe",
     made_for: Mapping[str, str],
     input_shape: Sequence[int],
     branches: Sequence[str],

@@ -1,6 +1,6 @@
 """The models of a pipeline that a method works on."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -12,8 +12,11 @@ if TYPE_CHECKING:
 
     from dpcache.steps import Loop
 
+    Pipe: TypeAlias = DiffusionPipeline | torch.nn.Module | Loop
+    """What a method can be enabled on: a pipeline, its transformer alone, or a sampling loop of one's own."""
 
-def denoisers(pipe: "DiffusionPipeline | torch.nn.Module | Loop") -> dict[str, torch.nn.Module]:
+
+def denoisers(pipe: "Pipe") -> dict[str, torch.nn.Module]:
     """The transformers (or the U-Net) that a pipeline denoises with, by their names in the pipeline; the name of a
     model without a pipeline is "".
 

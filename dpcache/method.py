@@ -20,12 +20,11 @@ from dpcache.sites import Site, as_site
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from diffusers import DiffusionPipeline
 
     from dpcache.calibration import Calibration
+    from dpcache.denoisers import Pipe
     from dpcache.statistics import Statistic
-    from dpcache.steps import Loop
 
 
 class Runnable(Protocol):
@@ -41,7 +40,7 @@ class Runnable(Protocol):
     decided: Mapping[str, object]
     made_for: Mapping[str, str]
 
-    def session(self, pipe: "DiffusionPipeline | torch.nn.Module | Loop", observe: Callable | None = None) -> Session:
+    def session(self, pipe: "Pipe", observe: Callable | None = None) -> Session:
         """Start caching. Raises SettingError where the pipeline does not allow it."""
         ...
 
@@ -55,7 +54,7 @@ class Recipe(Protocol):
         statistics: what is to be measured on the calibration prompts; empty: only the prompts are needed; None: no
             calibration is needed.
         example: a method whose cache takes as much memory as the built method's, for estimates of memory; None: not
-        known.
+            known.
     """
 
     num_inference_steps: int
@@ -163,7 +162,7 @@ class Method:
             raise SettingError(f"{path} holds methods for budget={', '.join(map(str, methods))}, not {budget}")
         return methods[budget]
 
-    def session(self, pipe: "DiffusionPipeline | torch.nn.Module | Loop", observe: Callable | None = None) -> Session:
+    def session(self, pipe: "Pipe", observe: Callable | None = None) -> Session:
         """Start caching on a pipeline, or on its transformer alone. Raises SettingError where the model does not offer
         the site. `observe`: see `Session`."""
         return Session(pipe, self, observe)
@@ -172,7 +171,7 @@ class Method:
 _sessions: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # pipeline, or model alone -> its session
 
 
-def session_of(pipe: "DiffusionPipeline | torch.nn.Module | Loop") -> Session | None:
+def session_of(pipe: "Pipe") -> Session | None:
     """The session that is enabled on a pipeline, or on another pipeline with the same transformer; None: there is
     none."""
     if pipe in _sessions:
@@ -181,9 +180,7 @@ def session_of(pipe: "DiffusionPipeline | torch.nn.Module | Loop") -> Session | 
     return next((hook.session for hook in hooks if hook is not None), None)
 
 
-def enable(
-    pipe: "DiffusionPipeline | torch.nn.Module | Loop", method: Runnable, observe: Callable | None = None
-) -> None:
+def enable(pipe: "Pipe", method: Runnable, observe: Callable | None = None) -> None:
     """Cache with `method` from now on.
 
     Args:
@@ -204,7 +201,7 @@ def enable(
     _sessions[pipe] = method.session(pipe, observe)
 
 
-def disable(pipe: "DiffusionPipeline | torch.nn.Module | Loop") -> Report:
+def disable(pipe: "Pipe") -> Report:
     """Undo `enable`: the transformer is as it was before. Returns what the method did.
 
     Raises SettingError if nothing is enabled.
@@ -217,9 +214,7 @@ def disable(pipe: "DiffusionPipeline | torch.nn.Module | Loop") -> Report:
 
 
 @contextmanager
-def cached(
-    pipe: "DiffusionPipeline | torch.nn.Module | Loop", method: Runnable, observe: Callable | None = None
-) -> Iterator[Session]:
+def cached(pipe: "Pipe", method: Runnable, observe: Callable | None = None) -> Iterator[Session]:
     """Calls `enable` at the start of a `with` block and `disable` at its end. Yields the session, whose `report()`
     stays valid."""
     enable(pipe, method, observe)
@@ -230,7 +225,7 @@ def cached(
         disable(pipe)
 
 
-def report(pipe: "DiffusionPipeline | torch.nn.Module | Loop") -> Report:
+def report(pipe: "Pipe") -> Report:
     """What the method that is enabled on `pipe` has done so far. Raises SettingError if none is."""
     return _known(pipe).report()
 

@@ -35,11 +35,10 @@ from dpcache.denoisers import denoisers
 from dpcache.errors import SettingError
 from dpcache.flops import LayerFlops
 from dpcache.schedules import OnlineSchedule, Staggered
-from dpcache.steps import Loop, SchedulerSteps, Steps, TimestepSteps
+from dpcache.steps import SchedulerSteps, Steps, TimestepSteps
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
+    from dpcache.denoisers import Pipe
     from dpcache.method import Method
 
 log = logging.getLogger(__name__)
@@ -310,9 +309,7 @@ class Session:
     Raises SettingError where the model does not offer the site, or where something else is enabled on it.
     """
 
-    def __init__(
-        self, pipe: "DiffusionPipeline | torch.nn.Module | Loop", method: "Method", observe: Callable | None = None
-    ):
+    def __init__(self, pipe: "Pipe", method: "Method", observe: Callable | None = None):
         self.method, self.site, self.schedule, self.observe = method, method.site, method.schedule, observe
         # The same keys and steps come back in every generation.
         self.predicted_weights = functools.lru_cache(maxsize=None)(method.predictor.weights)

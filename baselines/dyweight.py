@@ -176,10 +176,7 @@ class _WeightedSteps(OtherSteps):
 
     def __deepcopy__(self, memo):
         """As LTX-2 takes one for the sound. Tensors are shared: no step changes one, and a graph has no copy."""
-        twin = memo[id(self)] = copy.copy(self)
-        if "step" in vars(self):  # what watches the scheduler's steps
-            twin.step = copy.deepcopy(self.step, memo)
-        return twin
+        return copy.copy(self)
 
     def set_timesteps(self, *args, **kwargs) -> None:
         if kwargs.get("timesteps") is not None:

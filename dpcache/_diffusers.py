@@ -12,6 +12,7 @@
 """
 
 import copy
+import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
@@ -58,7 +59,8 @@ __all__ = [
     "without_offload",
 ]
 
-_NAME = "dpcache"
+_NAME = "dpcache"  # of our hooks
+_WATCH = "_dpcache_watch"  # the attribute of the class of a scheduler whose steps are watched
 
 
 def leave_uncompiled(function: Callable) -> Callable:
@@ -243,51 +245,61 @@ class StepListener:
         """`output`: what the scheduler's `step` returned."""
 
 
-class _WatchedStep:
-    """Replaces a scheduler's `step` and calls the listeners at every call. If a pipeline copies its scheduler, the copy
-    is watched too."""
+class _Watch:
+    """The listeners of a scheduler's steps. The scheduler gets a subclass of its class, whose `step` calls the
+    listeners. A copy of the scheduler has the same class, so its steps are watched too: some pipelines step a copy."""
 
     def __init__(self, scheduler: "SchedulerMixin"):
-        self.scheduler, self.is_copy = scheduler, False
+        self.scheduler, self.own = scheduler, type(scheduler)
         self.listeners: list[tuple[StepListener, bool]] = []  # and whether it is told of copies, too
-        self.replaced = vars(scheduler).get("step")  # somebody else's, in the same place
-        self.original = scheduler.step
-        self.__signature__ = inspect.signature(self.original)  # pipelines look for arguments such as `eta`
+        self.replaced = vars(scheduler).pop("step", None)  # somebody else's, in the place of the class's
+        scheduler.__class__ = self._class()
 
-    def __call__(self, *args, **kwargs):
-        sample = kwargs["sample"] if "sample" in kwargs else args[2] if len(args) > 2 else None
-        listeners = [listener for listener, copies in self.listeners if copies or not self.is_copy]
-        for listener in listeners:
-            listener.before_step(self.scheduler, sample, kwargs)
-        for listener in listeners:
-            if type(listener).given is not StepListener.given:  # binding the arguments takes time
-                bound = self.__signature__.bind(*args, **kwargs)
-                listener.given(self.scheduler, bound.arguments)
-                args, kwargs = bound.args, bound.kwargs
-        output = self.original(*args, **kwargs)
-        for listener in listeners:
-            listener.after_step(self.scheduler, output)
-        return output
+    def _class(self) -> type:
+        @functools.wraps(self.own.step)  # pipelines look for arguments such as `eta`
+        def step(scheduler, *args, **kwargs):
+            return self.step(scheduler, args, kwargs)
 
-    def __deepcopy__(self, memo):
-        scheduler = memo[id(self.scheduler)]
-        watched = object.__new__(_WatchedStep)
-        vars(watched).update(
-            vars(self), scheduler=scheduler, is_copy=True, original=types.MethodType(type(scheduler).step, scheduler)
-        )
+        watched = type(self.own.__name__, (self.own,), {"step": step, "__module__": self.own.__module__, _WATCH: self})
+        # A pickle is refused with this name, because no file has such a class.
+        watched.__qualname__ = f"{self.own.__name__}, which is watched until dpcache.disable,"
         return watched
 
-    def __reduce_ex__(self, protocol):
-        raise SettingError(
-            "a scheduler cannot be pickled while a caching method is enabled: call dpcache.disable first"
-        )
+    def step(self, scheduler: "SchedulerMixin", args: tuple, kwargs: dict) -> "SchedulerOutput | tuple":
+        """A step of the scheduler or of a copy."""
+        itself = scheduler is self.scheduler
+        original = self.replaced if itself and self.replaced else self.own.step.__get__(scheduler)
+        sample = kwargs["sample"] if "sample" in kwargs else args[2] if len(args) > 2 else None
+        listeners = [listener for listener, copies in self.listeners if copies or itself]
+        for listener in listeners:
+            listener.before_step(scheduler, sample, kwargs)
+        for listener in listeners:
+            if type(listener).given is not StepListener.given:  # binding the arguments takes time
+                bound = inspect.signature(original).bind(*args, **kwargs)
+                listener.given(scheduler, bound.arguments)
+                args, kwargs = bound.args, bound.kwargs
+        output = original(*args, **kwargs)
+        for listener in listeners:
+            listener.after_step(scheduler, output)
+        return output
+
+    def end(self) -> None:
+        """Leave the scheduler as it was."""
+        self.scheduler.__class__ = self.own
+        if self.replaced:
+            vars(self.scheduler).setdefault("step", self.replaced)
+
+
+def _watch(scheduler: "SchedulerMixin") -> _Watch | None:
+    """The watch whose class the scheduler has: its own, or that of what it was copied from."""
+    return vars(type(scheduler)).get(_WATCH)
 
 
 def copy_of_scheduler(scheduler: "SchedulerMixin") -> "SchedulerMixin":
     """A copy in the same state, without listeners."""
     twin = copy.deepcopy(scheduler)
-    if isinstance(vars(twin).get("step"), _WatchedStep):
-        del twin.step
+    while watch := _watch(twin):
+        twin.__class__ = watch.own
     return twin
 
 
@@ -299,18 +311,16 @@ def watch_steps(scheduler: "SchedulerMixin", listener: StepListener, copies: boo
         copies: whether the listener also hears the steps of the scheduler's copies, with which some pipelines denoise
             something beside the image, such as sound.
     """
-    step = vars(scheduler).get("step")
-    if not isinstance(step, _WatchedStep):
-        scheduler.step = step = _WatchedStep(scheduler)
+    watch = _watch(scheduler)
+    if watch is None or watch.scheduler is not scheduler:
+        watch = _Watch(scheduler)
     entry = listener, copies
-    step.listeners.append(entry)
+    watch.listeners.append(entry)
 
     def unwatch() -> None:
-        step.listeners.remove(entry)
-        if not step.listeners and vars(scheduler).get("step") is step:
-            del scheduler.step
-            if step.replaced is not None:
-                scheduler.step = step.replaced
+        watch.listeners.remove(entry)
+        if not watch.listeners and _watch(scheduler) is watch:
+            watch.end()
 
     return unwatch
 

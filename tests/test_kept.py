@@ -31,6 +31,7 @@ from eval.kept import Kept
 from eval.metrics import METRICS, Metric, Settings, load
 from eval.store import load_or_make, stored
 from helpers.commands import TINY, compose
+from helpers.tracing import watched
 from hydra_plugins.dpcache_sweeper import ModelByModel
 
 PROMPTS, T = ["dog"], 6
@@ -142,7 +143,7 @@ def test_a_refused_job_leaves_the_pipeline_as_it_was_and_after_any_other_error_i
         pipe = one.pipe
     with pytest.raises(SettingError):
         process.latents(raising(SettingError("refused")))
-    assert session_of(pipe) is None and hook_on(pipe.transformer) is None and "step" not in vars(pipe.scheduler)
+    assert session_of(pipe) is None and hook_on(pipe.transformer) is None and not watched(pipe.scheduler)
     assert torch.equal(process.latents(METHOD), alone) and len(process.loads) == 1
     for count, error in enumerate((RuntimeError("a bug"), torch.OutOfMemoryError("made up")), 2):
         with pytest.raises(type(error)):

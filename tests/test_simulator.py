@@ -22,6 +22,7 @@ from dpcache.simulated import SimulatedPlan, SimulatedRuns, make_method, simulat
 from dpcache.simulator import Simulator, Weights, decibels, fit_growth, fit_mixing, fit_response
 from helpers.cases import case
 from helpers.toy_runs import LINEAR, ToyRun, rates, ready
+from helpers.tracing import watched
 
 NOT_LINEAR = [
     (diffusers.DDIMScheduler, {"clip_sample": True}),
@@ -92,7 +93,7 @@ def test_reading_a_scheduler_leaves_it_as_it_was():
     scheduler, calls = ready(*LINEAR["UniPC 2"][:2], 6)
     read_sampler(scheduler, calls)
     assert scheduler.step_index is None and scheduler.last_sample is None
-    assert "step" not in vars(scheduler)
+    assert not watched(scheduler)
 
 
 @pytest.mark.parametrize("name", ["Euler, flow", "DDIM", "DPM-Solver++, flow", "UniPC, flow"])
@@ -330,7 +331,7 @@ def test_recorded_runs_of_a_pipeline_foretell_an_accelerated_run(pipe):
     simulator = Simulator(recorded, fit_response(answers, recorded, knots=5))
     assert (recorded.steps, len(latents)) == (10, 2)
     assert recorded.errors(latents).max() <= 1e-6
-    assert "step" not in vars(pipe.scheduler)
+    assert not watched(pipe.scheduler)
     method = Method(Schedule([0, 3, 6, 8], 10), "output", Taylor(1))
     real = np.exp(np.log(real_errors(pipe, method, recorded)).mean())
     assert simulator.predict_error(method) == pytest.approx(real, rel=0.15)

@@ -24,6 +24,7 @@ from PIL import Image
 import dpcache
 from baselines.library import LibraryCache
 from baselines.uniform_skip import uniform_skip
+from dpcache._diffusers import copy_of_scheduler
 from dpcache.method import session_of
 from dpcache.predictors import Reuse, Taylor
 from dpcache.sampler import generate, sample
@@ -32,6 +33,7 @@ from dpcache.statistics import Gram, InputChange
 from dpcache.steps import Loop
 from helpers.commands import results, run
 from helpers.families import FAMILIES, flux, wan21_t2v
+from helpers.tracing import watched
 
 T, STEPS = 10, [0, 3, 6]
 SIZE = {"height": 16, "width": 16, "max_sequence_length": 12}
@@ -174,8 +176,8 @@ def test_a_scheduler_that_is_replaced_is_followed():
         assert session.report().computed_counts == {"cond": [3, 3]}
         with pytest.raises(ValueError, match="num_inference_steps=6 in the pipeline call"):
             latents(pipe, 6, **PROMPT)
-        assert "step" not in vars(old)
-    assert "step" not in vars(pipe.scheduler)
+        assert not watched(old)
+    assert not watched(pipe.scheduler)
 
 
 def test_another_pipeline_with_the_same_transformer():
@@ -234,11 +236,30 @@ def test_copies_and_pickles_of_a_hooked_model_are_refused():
             for what in (pipe.transformer, pipe.transformer.transformer_blocks[0]):
                 with pytest.raises(ValueError, match="a caching method is enabled on it"):
                     make(what)
-        scheduler = copy.deepcopy(pipe.scheduler)
-        assert scheduler.step.scheduler is scheduler
+        with pytest.raises(pickle.PicklingError, match="watched until dpcache"):
+            pickle.dumps(pipe.scheduler)
     copied = copy.deepcopy(pipe.transformer)
     torch.nn.init.zeros_(copied.proj_out.weight)
     assert not torch.equal(latents(tiny_flux(transformer=copied), **PROMPT), latents(pipe, **PROMPT))
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, copy_of_scheduler])
+def test_a_copy_of_a_scheduler_takes_its_own_steps_before_and_after_the_method_is_gone(make):
+    def stepped(scheduler):
+        scheduler.set_timesteps(4)
+        return scheduler.step(torch.ones(1, 2), scheduler.timesteps[0], torch.zeros(1, 2))[0], scheduler.step_index
+
+    pipe = tiny_flux(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    expected, at = stepped(copy.deepcopy(pipe.scheduler))
+    with dpcache.cached(pipe, method()):
+        made, twin = latents(pipe, **PROMPT), make(pipe.scheduler)
+        for _ in range(2):
+            assert torch.equal(stepped(twin)[0], expected) and twin.step_index == at
+        assert pipe.scheduler.step_index == T
+    assert not watched(pipe.scheduler)
+    assert torch.equal(stepped(twin)[0], expected) and twin.step_index == at
+    pipe.scheduler = twin  # which is then watched as any other
+    assert torch.equal(sample(pipe, method(), PROMPT["prompt"], [0], decode=False, **SIZE).latents, made)
 
 
 def test_a_controlnet_adds_to_what_lies_between_the_blocks():

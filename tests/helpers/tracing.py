@@ -33,19 +33,23 @@ def snapshot(model):
     return state_of(model), [(name, list(vars(module))) for name, module in model.named_modules()]
 
 
+def watched(scheduler) -> bool:
+    """Whether somebody listens to the scheduler's steps."""
+    return "step" in vars(scheduler) or "_dpcache_watch" in vars(type(scheduler))
+
+
 def marks(pipe) -> tuple:
     """What a method, a cache of another library or a careless test might leave changed on a pipeline or its class."""
     modules = pipe.transformer.named_modules()
     parts = {name: id(part) for name, part in pipe.components.items()}
     weights = sum(parameter.double().abs().sum().item() for parameter in pipe.transformer.parameters())
-    own = "step" in vars(pipe.scheduler)
     return (
         {name: _runs_its_own(module) for name, module in modules},
         dict(vars(type(pipe))),
         parts,
         weights,
         dict(pipe.scheduler.config),
-        own,
+        watched(pipe.scheduler),
     )
 
 

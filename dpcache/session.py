@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -23,7 +24,6 @@ from dpcache._diffusers import (
     Hook,
     RootHook,
     add_hook,
-    execution_device,
     forget_children,
     leave_uncompiled,
     other_cache,
@@ -188,7 +188,8 @@ class Branch:
         # Computed steps, calls and work of the finished generations, nothing in those that it had no part in.
         self.generations: list[tuple[list[int], int, float]] = [([], 0, 0.0)] * missed
         self.histories: dict[str, list[History]] = {}
-        self.spans: dict[bool, list] = {False: [], True: []}  # skipped? -> what the stopwatch returned
+        # skipped? -> what each stopwatch returned
+        self.spans: dict[bool, dict[Stopwatch, list]] = {False: defaultdict(list), True: defaultdict(list)}
         self.skip = self.verifying = False
         self.weights: tuple[float, ...] | np.ndarray = ()
         self.signature: tuple | None = None  # of the model's input
@@ -248,13 +249,13 @@ class CudaStopwatch(Stopwatch):
         return sum(start.elapsed_time(end) for start, end in spans) / 1000
 
 
-STOPWATCHES = {"cuda": CudaStopwatch}
+HOST, STOPWATCHES = Stopwatch(), {"cuda": CudaStopwatch()}
 """Stopwatches by type of device. Any other type takes the host's. Tests replace one for a device without a clock."""
 
 
 def stopwatch(device: torch.device) -> Stopwatch:
     """For spans of work on `device`."""
-    return STOPWATCHES.get(device.type, Stopwatch)()
+    return STOPWATCHES.get(device.type, HOST)
 
 
 class Part:
@@ -287,13 +288,15 @@ class CallHook(RootHook):
 
     @leave_uncompiled
     def new_forward(self, module: torch.nn.Module, *args, **kwargs) -> Any:
-        session, start = self.session, self.session.stopwatch.now()
+        latents = tree_leaves(self.part.input(args, kwargs))[0]  # where these are, the call works
+        session, watch = self.session, stopwatch(latents.device)
+        start = watch.now()
         branch = session.open(self.part, self.branch_name, args, kwargs)
         try:
             output = session.run(branch, self.forward, args, kwargs)
         finally:
             session.current = None
-        session.close(branch, start)
+        session.close(branch, watch, start)
         return output
 
 
@@ -331,8 +334,6 @@ class Session:
         self.warned: set[str] = set()
         self.on_detach: list[Callable[[], None]] = []
         self.parts = [Part(name, module) for name, module in denoisers(pipe).items()]
-        device = execution_device(pipe) or next(self.parts[0].module.parameters()).device
-        self.stopwatch = stopwatch(device)
         for part in self.parts:
             self.check_other_caches(part)
         try:
@@ -641,9 +642,9 @@ class Session:
                 "pipeline leaves out now and then cannot be kept): choose another site"
             )
 
-    def close(self, branch: Branch, start: Any) -> None:
+    def close(self, branch: Branch, watch: Stopwatch, start: Any) -> None:
         """End the call: count and time it."""
-        branch.spans[branch.skip].append((start, self.stopwatch.now()))
+        branch.spans[branch.skip][watch].append((start, watch.now()))
         branch.calls += 1
         if branch.part.watch is not None and self.partial:
             branch.work += branch.part.watch.share
@@ -660,8 +661,9 @@ class Session:
             report.predicted_counts[name] = [calls - len(computed) for computed, calls, _ in generations]
             if self.partial:
                 report.equivalents[name] = [work for _, _, work in generations]
-            report.seconds_computed[name] = self.stopwatch.seconds(branch.spans[False])
-            report.seconds_predicted[name] = self.stopwatch.seconds(branch.spans[True])
+            report.seconds_computed[name], report.seconds_predicted[name] = (
+                sum(watch.seconds(spans) for watch, spans in branch.spans[skipped].items()) for skipped in (False, True)
+            )
             kept = [b for histories in branch.histories.values() for h in histories for b in h.buffers]
             report.history_bytes += sum(tensor.nbytes for tensor in kept if tensor is not None)
             report.history_bytes += max(branch.state_bytes, branch.current_state_bytes)

@@ -67,10 +67,7 @@ def check(config: DictConfig) -> None:
         raise SettingError(f"model.call.{given[0]}: images stand in the prompt file, in its column {given[0]}")
     for name in ELSEWHERE.keys() & config.model.call.keys():
         raise SettingError(f"model.call.{name} is not given here: {ELSEWHERE[name]}")
-    try:
-        torch.device("cpu" if config.model.device == "auto" else config.model.device)
-    except RuntimeError:
-        raise SettingError(f"model.device={config.model.device} is not auto, nor cpu, cuda, cuda:1, mps, ...") from None
+    _check_device(config.model.device, config.dry_run)
     for name, count in (("seed", config.num_prompts), ("calibration.seed", config.calibration.num_prompts)):
         if not -(2**63) <= (seed := OmegaConf.select(config, name)) <= 2**64 - count:
             raise SettingError(f"{name}={seed} must be between -2**63 and 2**64 - {count}: prompt i takes seed + i")
@@ -87,6 +84,19 @@ def check(config: DictConfig) -> None:
         measure(config).check(config.quality)
     elif config.quality_metric is not None:
         raise SettingError(f"quality_metric={config.quality_metric} is that of quality=, which is not given")
+
+
+def _check_device(name: str, dry_run: bool | None) -> None:
+    """Raises SettingError for what is no device and, but for a dry run, for one that this machine does not have."""
+    try:
+        device = torch.device("cpu" if name == "auto" else name)
+    except RuntimeError:
+        raise SettingError(f"model.device={name} is not auto, nor cpu, cuda, cuda:1, mps, ...") from None
+    try:
+        torch.empty(0, device="cpu" if dry_run else device)
+    except Exception as error:  # of a type for each device and build of PyTorch
+        line = f"model.device={name} cannot be used on this machine, where auto is {default_device()}"
+        raise SettingError(line) from error
 
 
 ELSEWHERE = {

@@ -310,6 +310,7 @@ MISTAKES = [
     (["dry_run=true", "stage=eval", "dir=."], "dry_run=true tells of stage=run alone, not of stage=eval"),
     (["++budget=6", "quality=40"], "budget=6 and quality=40.0: give one of the two"),
     (["model.device=gpu"], "model.device=gpu is not auto, nor cpu, cuda, cuda:1, mps"),
+    (["model.device=hpu"], "model.device=hpu cannot be used on this machine, where auto is "),
     (["seed=99999999999999999999"], "seed=99999999999999999999 must be between -2**63 and 2**64 - 16"),
     (["calibration.seed=18446744073709551607"], "calibration.seed=18446744073709551607 must be between"),
     (["+model.call.num_inference_steps=20"], "model.call.num_inference_steps is not given here: num_inference_steps=T"),

@@ -29,6 +29,7 @@ from dpcache.method import session_of
 from dpcache.predictors import Reuse, Taylor
 from dpcache.sampler import generate, sample
 from dpcache.schedules import EvenlySpaced, Schedule
+from dpcache.session import STOPWATCHES, Stopwatch
 from dpcache.statistics import Gram, InputChange
 from dpcache.steps import Loop
 from helpers.commands import results, run
@@ -618,6 +619,25 @@ def test_a_loop_of_ones_own(video):
             assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[2], outputs[3])
             assert not torch.equal(outputs[1], outputs[2])
         assert session.report().computed_counts == {"default": [2, 2]}
+
+
+def test_calls_are_timed_by_the_clock_of_the_device_that_they_run_on(monkeypatch):
+    class Clock(Stopwatch):
+        def seconds(self, spans):
+            return 100.0 * len(spans)
+
+    monkeypatch.setitem(STOPWATCHES, "meta", Clock())
+    model = FAMILIES["dit_ddim"].make().transformer
+    loop = Loop(model, 2)
+    with torch.no_grad(), dpcache.cached(loop, method([0], 2, "output", Reuse())) as session:
+        for device in ("cpu", "meta"):  # moved while the method is enabled
+            model.to(device)
+            for _ in range(2):
+                one = torch.ones(1, dtype=torch.long, device=device)
+                model(torch.zeros(1, 4, 8, 8, device=device), timestep=one, class_labels=one)
+                loop.step()
+        report = session.report()
+    assert 100 < report.seconds_computed["default"] < 200 and 100 < report.seconds_predicted["default"] < 200
 
 
 def test_a_model_without_a_pipeline_is_followed_by_its_timestep():

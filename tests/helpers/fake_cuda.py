@@ -168,7 +168,7 @@ class Host:
         torch._C._ensureCUDADeviceGuardSet()
         self.stack = ExitStack()
         self.stack.enter_context(patch.object(FakeTensor, "tolist", torch.Tensor.tolist))
-        self.stack.enter_context(patch.dict(STOPWATCHES, cuda=Stopwatch))
+        self.stack.enter_context(patch.dict(STOPWATCHES, cuda=Stopwatch()))
         self.stack.enter_context(patch.object(torch.cuda, "mem_get_info", lambda device: (self.memory, self.memory)))
         for mode in (*self.modes, torch.no_grad()):
             self.stack.enter_context(mode)

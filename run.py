@@ -10,6 +10,7 @@ import os
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -229,6 +230,7 @@ def run(config: DictConfig, folder: Path) -> dict:
                     "method": calibration.reran if calibration else 0.0,
                 },
                 **one.evaluate(method, samples, *references, computed, scorers),
+                "ended": datetime.now(UTC).isoformat(),
             }
         with phase("pictures"):
             pictures = one.pictures(recipe, calibration, samples, references[0], result)

@@ -5,6 +5,7 @@ import logging
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,7 @@ def collect(folder: str | Path) -> pd.DataFrame:
             if missing := {"model", "method", "budget", "num_inference_steps", "seed", "computed_steps"} - row.keys():
                 raise ValueError(f"lacks {sorted(missing)}")
             scores = result.get("per_prompt", {})
-            found = {"command": command(path.parent), "path": str(path), "written": _written(path)}
+            found = {"command": command(path.parent), "path": str(path), "written": _written(path, result)}
             rows.append({"label": row["method"]} | row | {"scores": scores} | found)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("skipped %s: %s: %s", path, type(error).__name__, error)
@@ -105,8 +106,11 @@ def collect(folder: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _written(path: Path) -> float:
-    """When a run ended: its pictures are written then and, unlike its `result.json`, not by `stage=eval`."""
+def _written(path: Path, result: dict) -> float:
+    """When a run ended. Results of earlier versions do not tell: their pictures were written then and, unlike the
+    `result.json`, not by `stage=eval`."""
+    if "ended" in result:
+        return datetime.fromisoformat(result["ended"]).timestamp()
     picture = path.with_name("grid.png")
     return (picture if picture.exists() else path).stat().st_mtime
 

@@ -450,6 +450,15 @@ def test_a_run_that_is_scored_again_is_no_newer(tmp_path):
     assert "| fora | 30.00" in tables.table(results.collect(tmp_path))
 
 
+def test_the_newest_run_is_the_one_that_ended_last_whatever_became_of_its_files(tmp_path):
+    for name, psnr, ended in (("old", 20, "2026-01-02T23:00:00+00:00"), ("new", 30, "2026-01-02T23:00:00.5+00:00")):
+        write(tmp_path, name, scored_run("fora", [psnr, psnr], reference="r", ended=ended))
+        (tmp_path / name / "grid.png").touch()
+    os.utime(tmp_path / "new" / "grid.png", (1, 1))  # the other one has been copied since
+    frame = results.collect(tmp_path)
+    assert "| fora | 30.00" in tables.table(frame) and frame["written"].max() == 1767394800.5
+
+
 def test_command_line_prints_and_reports_lost_metrics(runs, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["leaderboard", str(runs)])
     leaderboard.main()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from unittest.mock import patch
 
 import pytest
@@ -58,6 +59,7 @@ def test_the_run_folder_is_whole(finished):
     assert timing["phases"]["full"]["transformer"] / timing["phases"]["cached"]["transformer"] == pytest.approx(
         timing["transformer_speedup"]
     )
+    assert time.time() - 600 < datetime.fromisoformat(result["ended"]).timestamp() < time.time()
     assert result["memory"] and result["versions"]["torch"] and len(result["config_hash"]) == 12
     for picture in ("grid.png", "schedule.png", "cost.png"):
         assert Image.open(run_folder / picture).size[0] > 300

@@ -30,16 +30,18 @@ def _is_guidance(name: str) -> bool:
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """16 hex digits of the model's class, configuration, parameter shapes and a sample of every parameter. A text
-    encoder's configuration also names the version of transformers, which is left out."""
+    """16 hex digits of the model's class, configuration, and the shape and a sample of every parameter and of every
+    buffer that is saved. A text encoder's configuration also names the version of transformers, which is left out."""
     digest = hashlib.sha256(type(model).__name__.encode())
     config = getattr(model, "config", {})
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     config = {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        values = parameter.detach().flatten()[:: max(parameter.numel() // 8, 1)][:8].float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}{values.tolist()}".encode())
+    saved = model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]  # as of FLUX.2's VAE
+    for name, tensor in sorted([*model.named_parameters(), *buffers]):
+        values = tensor.detach().flatten()[:: max(tensor.numel() // 8, 1)][:8].float().cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}{values.tolist()}".encode())
     return digest.hexdigest()[:16]
 
 

@@ -7,8 +7,10 @@ After an unexpected error nothing is used again.
 
 import copy
 import gc
+import hashlib
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -54,14 +56,15 @@ class Loaded:
 
     Attributes:
         kept: references and counts of FLOPs.
-        fingerprints: of every model in the pipeline, by its name: transformers, text encoders, VAE, ...
+        fingerprints: of every model in the pipeline, by its name: transformers, text encoders, VAE, ...; and for a local
+            folder, as "files", of its other files, such as tokenizers.
         too_large: by what was sampled, the smallest batch that did not fit into the device's memory.
     """
 
     def __init__(self, pipe: "DiffusionPipeline"):
         self.pipe, self.kept, self.too_large = pipe, Kept(), {}
         models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-        self.fingerprints = {name: fingerprint(model) for name, model in models.items()}
+        self.fingerprints = {name: fingerprint(model) for name, model in models.items()} | _files(pipe.name_or_path)
         self._schedulers = {
             name: copy.deepcopy(part) for name, part in pipe.components.items() if hasattr(part, "set_timesteps")
         }
@@ -72,6 +75,21 @@ class Loaded:
         self.pipe.maybe_free_model_hooks()
         for name, scheduler in self._schedulers.items():
             setattr(self.pipe, name, copy.deepcopy(scheduler))
+
+
+def _files(folder: str | Path | None) -> dict[str, str]:
+    """16 hex digits of what a pipeline's folder holds beside weights: settings of the pipeline, tokenizers and what
+    prepares images. Empty of one from the hub, where a change has a revision of its own."""
+    if folder is None or not Path(folder, "model_index.json").exists():
+        return {}
+    folder, digest = Path(folder), hashlib.sha256()
+    files = [folder / "model_index.json", *(file for kind in _READ for file in folder.glob(f"*/*{kind}"))]
+    for file in sorted(files):
+        digest.update(f"{file.relative_to(folder)} {file.stat().st_size} ".encode() + file.read_bytes())
+    return {"files": digest.hexdigest()[:16]}
+
+
+_READ = (".json", ".txt", ".model", ".jinja")
 
 
 def free_memory() -> None:

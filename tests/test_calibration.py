@@ -157,6 +157,16 @@ def test_the_fingerprint_sees_the_weights(pipe):
     assert before != changed and fingerprint(pipe.transformer) == before
 
 
+def test_the_fingerprint_sees_buffers_that_are_saved():
+    """As of a batch normalisation, which FLUX.2's VAE has for its latents."""
+    model = torch.nn.BatchNorm1d(4)
+    before = fingerprint(model)
+    model.register_buffer("table", torch.zeros(3), persistent=False)  # made anew by whoever loads the model
+    assert fingerprint(model) == before
+    model.running_mean[2] = 1
+    assert fingerprint(model) != before
+
+
 def test_guidance_branches_are_pooled(pipe):
     guided = {"negative_prompt": [""], "true_cfg_scale": 2.0, **CALL}
     calibration = dpcache.calibrate(pipe, PROMPTS[:1], T, **guided)

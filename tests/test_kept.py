@@ -1,6 +1,7 @@
 """What a process keeps between the jobs of a sweep shows in the time that they take, and in nothing else."""
 
 import copy
+import shutil
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,13 +22,14 @@ from baselines.teacache import teacache
 from dpcache import SettingError
 from dpcache._diffusers import hook_on
 from dpcache.method import Method, session_of
+from dpcache.models.pretrained import EMBEDDED
 from dpcache.predictors import Reuse
 from dpcache.sampler import Batch
 from dpcache.schedules import EvenlySpaced
 from dpcache.session import Report
 from dpcache.statistics import Gram
 from eval import runs
-from eval.kept import Kept
+from eval.kept import Kept, Loaded
 from eval.metrics import METRICS, Metric, Settings, load
 from eval.store import load_or_make, stored
 from helpers.commands import TINY, compose
@@ -135,6 +137,24 @@ def test_a_model_whose_files_have_changed_is_loaded_anew(process, tmp_path):
             assert len(process.loads) == count
         if process.jobs == 2:
             (tmp_path / "model" / "vae" / "weights").write_text("new")
+
+
+def test_what_a_models_folder_holds_beside_weights_is_part_of_what_a_call_is_made_by(pipe, config, tmp_path):
+    shutil.copytree(EMBEDDED / "tiny_flux", tmp_path / "model")
+
+    pipe = type(pipe)(**pipe.components)
+
+    def made_by():
+        pipe.register_to_config(_name_or_path=tmp_path / "model")
+        return runs.Run(config, Loaded(pipe), tmp_path).made_by
+
+    before = made_by()
+    for name in ("README.md", "grid.png"):
+        (tmp_path / "model" / name).write_text("other")
+    assert made_by() == before
+    file = tmp_path / "model/tokenizer/tokenizer.json"
+    file.write_text(file.read_text().replace("dog", "god"))
+    assert made_by() != before
 
 
 def test_a_refused_job_leaves_the_pipeline_as_it_was_and_after_any_other_error_it_is_loaded_anew(process):

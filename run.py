@@ -198,7 +198,6 @@ def run(config: DictConfig, folder: Path) -> dict:
             return result
         logger = instantiate(config.logger)
         if main:
-            write_text(folder / runs.MADE_WITH, json.dumps({"calibration": made_with}))
             group = sweep.group(HydraConfig.get()) or choices.model
             logger.start(OmegaConf.to_container(config, resolve=True), folder.name, group, folder)
             print(f"{choices.model}  {choices.method}  {dry_run.announce(config, recipe, len(prompts))}")
@@ -207,6 +206,9 @@ def run(config: DictConfig, folder: Path) -> dict:
         with runs.pipeline(config) as loaded:
             runs.check_pipeline(config, loaded.pipe, [*prompts, *calibration_prompts])
             one = runs.Run(config, loaded, folder)
+            one.check_model()
+            if main:
+                one.begin(made_with)
             most = max(len(prompts), len(calibration_prompts))
             make = partial(make_samples, config, one, recipe, prompts, calibration_prompts if calibrates else None)
             calibration, (method, budget, quality), references, (samples, computed) = one.fitting(

@@ -64,7 +64,9 @@ class Loaded:
     def __init__(self, pipe: "DiffusionPipeline"):
         self.pipe, self.kept, self.too_large = pipe, Kept(), {}
         models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-        self.fingerprints = {name: fingerprint(model) for name, model in models.items()} | _files(pipe.name_or_path)
+        self.fingerprints = {name: fingerprint(model) for name, model in models.items()} | _other_files(
+            pipe.name_or_path
+        )
         self._schedulers = {
             name: copy.deepcopy(part) for name, part in pipe.components.items() if hasattr(part, "set_timesteps")
         }
@@ -77,7 +79,7 @@ class Loaded:
             setattr(self.pipe, name, copy.deepcopy(scheduler))
 
 
-def _files(folder: str | Path | None) -> dict[str, str]:
+def _other_files(folder: str | Path | None) -> dict[str, str]:
     """16 hex digits of what a pipeline's folder holds beside weights: settings of the pipeline, tokenizers and what
     prepares images. Empty of one from the hub, where a change has a revision of its own."""
     if folder is None or not Path(folder, "model_index.json").exists():

@@ -27,7 +27,7 @@ from dpcache.circumstances import describe
 from dpcache.denoisers import denoisers
 from dpcache.errors import SettingError
 from dpcache.method import PlansOverCosts, Recipe, Runnable
-from dpcache.models.pretrained import default_device
+from dpcache.models.pretrained import default_device, folder_of
 from dpcache.other_steps import carry
 from dpcache.prompts import identity
 from dpcache.quality import PSNR, Measure
@@ -36,6 +36,7 @@ from dpcache.schedules import OnlineSchedule
 from dpcache.statistics import Statistic
 from eval import metrics, pictures, timing
 from eval.console import phase, quiet_libraries
+from eval.files import write_text
 from eval.kept import PROCESS, Loaded, free_memory
 from eval.metrics import Samples, Scorer, evaluate
 from eval.processes import main_process, several_processes
@@ -201,11 +202,13 @@ def digest(*parts) -> str:
 
 
 MADE_WITH = "made_with.json"
-"""In a run's folder, the digest of the calibration that its samples were made with. Earlier versions left none."""
+"""In a run's folder, digests of what its samples were made with: the calibration, the model's files, and `made_by` of
+`Run`. Earlier versions left none, or that of the calibration alone."""
 
 
 def check_samples(config: DictConfig, folder: Path, prompts: list[str], calibration: str | None = None) -> None:
-    """Raises SettingError if a run's folder holds samples or a result of other prompts or images.
+    """Raises SettingError if a run's folder holds samples or a result of other prompts or images, or a result of a
+    model whose files have changed since: it is loaded for this if their times have.
 
     Args:
         calibration: what `made_with` says of the run's calibration; samples of another one are refused, too.
@@ -214,12 +217,24 @@ def check_samples(config: DictConfig, folder: Path, prompts: list[str], calibrat
     file = folder / "result.json"
     if file.exists() and json.loads(file.read_text()).get("per_prompt", {}).get("prompts", prompts) != prompts:
         raise SettingError(f"{file} was made from other prompts: its command with overwrite=true makes it again")
-    record, samples = folder / MADE_WITH, (folder / "samples").glob("batch_*.safetensors")
-    known = json.loads(record.read_text())["calibration"] if record.exists() else calibration
-    if known != calibration and (file.exists() or any(samples)):
+    _check_made_with(folder, "calibration", calibration, "another calibration, whose prompts or file have")
+    if file.exists() and _record(folder).get("files") not in (None, digest(_files(config.model.path))):
+        with pipeline(config) as loaded:
+            Run(config, loaded, folder).check_model()
+
+
+def _record(folder: Path) -> dict[str, str | None]:
+    record = folder / MADE_WITH
+    return json.loads(record.read_text()) if record.exists() else {}
+
+
+def _check_made_with(folder: Path, what: str, now: str | None, changed: str) -> None:
+    """Raises SettingError if a run's folder holds samples or a result, and `MADE_WITH` has another digest of `what`."""
+    made = (folder / "result.json").exists() or any((folder / "samples").glob("batch_*.safetensors"))
+    if made and _record(folder).get(what, now) != now:
         raise SettingError(
-            f"{folder} was made with another calibration, whose prompts or file have changed since: overwrite=true "
-            "makes it again, another output_dir keeps it"
+            f"{folder} was made with {changed} changed since: overwrite=true makes it again, another output_dir "
+            "keeps it"
         )
 
 
@@ -265,7 +280,7 @@ def pipeline(config: DictConfig) -> Iterator[Loaded]:
 
 def _files(model: str) -> list[tuple[str, int, int]]:
     """Name, bytes and time of the last change of a local model's files."""
-    folder = Path(model).expanduser()
+    folder = folder_of(model)
     files = sorted(file for pattern in ("*", "*/*") for file in folder.glob(pattern) if file.is_file())
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
@@ -352,6 +367,15 @@ class Run:
         self.circumstances = describe(self.pipe, config.num_inference_steps, **self.call)
         vae = {"vae_dtype": config.model.vae_dtype or config.model.dtype, "vae_tiling": config.model.vae_tiling}
         self.made_by = self.circumstances | vae | {"models": loaded.fingerprints}
+
+    def check_model(self) -> None:
+        """Raises SettingError if the folder holds samples or a result that another model has made."""
+        _check_made_with(self.folder, "made_by", digest(self.made_by), "a model or a scheduler that has")
+
+    def begin(self, calibration: str | None) -> None:
+        """Leaves in the folder what its samples are made with. `calibration`: see `made_with`."""
+        made_with = {"calibration": calibration, "files": digest(_files(self.config.model.path))}
+        write_text(self.folder / MADE_WITH, json.dumps(made_with | {"made_by": digest(self.made_by)}))
 
     def _sample(self, method: Runnable, prompts, chunk: slice) -> Batch:
         seeds = range(self.config.seed, self.config.seed + len(prompts))

@@ -12,9 +12,10 @@ from unittest.mock import patch
 
 import pytest
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dpcache import Calibration
+from dpcache.models.pretrained import EMBEDDED
 from dpcache.sampler import generate
 from helpers.commands import ENVIRONMENT, ROOT, TINY, fork, results, run, run_alone
 from helpers.embedded import CALL
@@ -272,6 +273,34 @@ def test_a_changed_calibration_is_refused_before_its_samples_are_mixed_with_othe
     assert code == 0 and "finished earlier" in out
     code, out, err = run(*command, "overwrite=true", folder=tmp_path)
     assert code == 0 and (folder / "made_with.json").read_text() != record, err
+
+
+@pytest.mark.ci
+def test_a_changed_model_is_refused_before_its_samples_are_mixed_with_others(tmp_path):
+    shutil.copytree(EMBEDDED / "tiny_flux", tmp_path / "model")
+    (tmp_path / "model/expectation.json").unlink()
+    command = ["method=fora", "budget=4", "num_inference_steps=6", "num_prompts=2", "batch_size=1"]
+    command += ["eval.metrics=[psnr]", "eval.timing.repeats=0", f"model.path={tmp_path / 'model'}"]
+    assert run(*command, folder=tmp_path)[0] == 0
+    (folder,) = tmp_path.glob("runs/*-fora-*")
+    file = tmp_path / "model/transformer/diffusion_pytorch_model.safetensors"
+    file.touch()  # without another content
+    code, out, err = run(*command, folder=tmp_path)
+    assert code == 0 and "finished earlier" in out, err
+
+    weights = load_file(file)
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, file, {"format": "pt"})
+    refusal = "was made with a model or a scheduler that has changed since: overwrite=true makes it again"
+    code, _, err = run(*command, folder=tmp_path)
+    assert code == 1 and refusal in err and "Traceback" not in err
+    (folder / "result.json").unlink()
+    (folder / "samples/batch_0001.safetensors").unlink()
+    code, _, err = run(*command, folder=tmp_path)
+    assert code == 1 and refusal in err and not list(folder.glob("samples/batch_0001*"))
+    code, out, err = run(*command, "overwrite=true", folder=tmp_path)
+    assert code == 0 and len(list(tmp_path.glob("references/*"))) == 2, err
+    code, out, _ = run(*command, folder=tmp_path)
+    assert code == 0 and "finished earlier" in out
 
 
 @pytest.mark.ci

@@ -40,7 +40,7 @@ def load(
             `dpcache.models.expectation`.
     """
     dtypes = {"default": float_type("dtype", dtype), "vae": float_type("vae_dtype", vae_dtype or dtype)}
-    source = EMBEDDED / path if (EMBEDDED / path / "model_index.json").exists() else Path(path).expanduser()
+    source = folder_of(path)
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(source if source.exists() else path, dtype=dtypes)
     except (OSError, ValueError) as error:
@@ -68,6 +68,11 @@ def load(
     else:
         pipe.to(device)
     return pipe
+
+
+def folder_of(path: str) -> Path:
+    """Of an embedded model, or of the local one. A repository on the hub has none: nothing is there."""
+    return EMBEDDED / path if (EMBEDDED / path / "model_index.json").exists() else Path(path).expanduser()
 
 
 def float_type(setting: str, name: str) -> torch.dtype:

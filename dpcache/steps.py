@@ -5,6 +5,7 @@ A step lasts from one call of the scheduler's `step` to the next. Its index coun
 runs. These are fewer than the scheduler's timesteps if a pipeline starts from an image (`strength`).
 """
 
+import logging
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
@@ -18,6 +19,8 @@ from dpcache.errors import SettingError
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
     from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+log = logging.getLogger(__name__)
 
 
 class Steps(Protocol):
@@ -133,6 +136,10 @@ class TimestepSteps:
     value again, or a change in the other direction than before, begins another generation. On a GPU the host waits for
     the value at every call; with a pipeline it need not.
 
+    Nothing tells when a generation is over. So what is wrong with its end is said when the next one begins, or when the
+    method is disabled: a warning of too few steps, which a generation that broke off has, too, and one whose
+    neighbouring steps have the same value.
+
     Args:
         num_inference_steps: of the method.
         on_step_end: called at the end of every step.
@@ -141,7 +148,7 @@ class TimestepSteps:
     NAMES = ("timestep", "timesteps", "t", "sigma")
 
     def __init__(self, module: torch.nn.Module, num_inference_steps: int, on_step_end: Callable[[], None]):
-        self.num_inference_steps, self.on_step_end = num_inference_steps, on_step_end
+        self.module, self.num_inference_steps, self.on_step_end = module, num_inference_steps, on_step_end
         names = argument_names(module)
         self.name = next((name for name in self.NAMES if name in names), None)
         if self.name is None:
@@ -165,6 +172,7 @@ class TimestepSteps:
         if self.last is not None:
             self.on_step_end()
         if began:
+            self._warn_of_missing_steps()
             self.first, self.step, self.direction = time, 0, 0.0
         else:
             self.step, self.direction = self.step + 1, move
@@ -176,6 +184,15 @@ class TimestepSteps:
             )
         self.last = time
         return began, self.step
+
+    def _warn_of_missing_steps(self) -> None:
+        if self.last is not None and self.step + 1 < self.num_inference_steps:
+            log.warning(
+                "this %s was run at %s values of %s, but the method was made for num_inference_steps=%s: the run broke "
+                "off, or its steps were miscounted because two of them have the same value, which a dpcache.steps.Loop "
+                "tells apart",
+                *(type(self.module).__name__, self.step + 1, self.name, self.num_inference_steps),
+            )
 
     def repeated(self, name: str) -> None:
         self.first = self.last = None
@@ -195,7 +212,12 @@ class TimestepSteps:
             )
 
     def detach(self) -> None:
-        pass
+        self._warn_of_missing_steps()
+        if self.last is not None and self.step + 1 == self.num_inference_steps:
+            try:
+                self.on_step_end()
+            except SettingError as error:  # the model has returned long ago
+                log.warning("%s", error)
 
 
 class Loop:

@@ -64,9 +64,8 @@ class Loaded:
     def __init__(self, pipe: "DiffusionPipeline"):
         self.pipe, self.kept, self.too_large = pipe, Kept(), {}
         models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-        self.fingerprints = {name: fingerprint(model) for name, model in models.items()} | _other_files(
-            pipe.name_or_path
-        )
+        self.fingerprints = {name: fingerprint(model) for name, model in models.items()}
+        self.fingerprints |= _other_files(pipe.name_or_path)
         self._schedulers = {
             name: copy.deepcopy(part) for name, part in pipe.components.items() if hasattr(part, "set_timesteps")
         }

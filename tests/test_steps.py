@@ -3,6 +3,7 @@ scheduler, change in mid-run, or are used in ways that a cache cannot follow."""
 
 import copy
 import pickle
+import re
 import threading
 from dataclasses import dataclass, field
 
@@ -658,6 +659,35 @@ def test_a_model_without_a_pipeline_is_followed_by_its_timestep():
         assert session.report().computed_counts == {"default": [2, 2, 1, 2], "default #2": [2, 2, 0, 0]}
         with pytest.raises(ValueError, match="called at more steps than the num_inference_steps=3"):
             call(100)
+
+
+@pytest.mark.parametrize(
+    ("times", "steps", "told"),
+    [
+        ([900, 500, 100], 3, None),
+        ([900, 900, 500, 500, 100, 100], 3, None),  # two branches
+        ([900, 900, 500, 500], 4, "run at 2 values of timestep, but the method was made for num_inference_steps=4"),
+        ([900, 900, 500, 500, 100], 3, "step 2 calls the model .* 1 times and the first step 2 times"),
+    ],
+)
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_without_a_pipeline_whose_end_is_not_that_of_its_method_is_told(times, steps, told, again, caplog):
+    model = FAMILIES["dit_ddim"].make().transformer
+
+    def run():
+        for time in times:
+            model(torch.randn(1, 4, 8, 8), timestep=torch.tensor([time]), class_labels=torch.tensor([3]))
+
+    refusal = ""
+    with torch.no_grad(), dpcache.cached(model, method([0, 1], steps, "output", Reuse())):
+        run()
+        if again:
+            try:
+                run()
+            except dpcache.SettingError as error:
+                refusal = str(error)
+    said = refusal + caplog.text
+    assert re.search(told, said) if told else not said
 
 
 def test_every_step_has_to_be_there():

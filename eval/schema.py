@@ -41,10 +41,10 @@ class ModelConfig:
 
 @dataclass
 class CalibrationConfig:
-    path: str | None = None
-    prompts: str | None = None
-    num_prompts: int = 10
-    seed: int = 100000
+    path: str | None = MISSING
+    prompts: str | None = MISSING
+    num_prompts: int = MISSING
+    seed: int = MISSING
 
 
 @dataclass
@@ -105,32 +105,34 @@ class Stage(Enum):
 
 @dataclass
 class ReferenceConfig:
-    num_inference_steps: int | None = None
+    num_inference_steps: int | None = MISSING
 
 
 @dataclass
 class RunConfig:
-    stage: Stage = Stage.run
-    dir: str | None = None
+    """What is MISSING here has its default in `conf/config.yaml`, or in a file of its group."""
+
+    stage: Stage = MISSING
+    dir: str | None = MISSING
     model: ModelConfig = field(default_factory=ModelConfig)
     about: About = field(default_factory=About)
     method: Any = MISSING
     eval: EvalConfig = field(default_factory=EvalConfig)
     logger: Any = MISSING
-    budget: int = 10
-    quality: float | None = None
-    quality_metric: str | None = None
-    num_inference_steps: int = 50
-    seed: int = 0
-    num_prompts: int = 16
-    prompts: str | None = None
-    batch_size: int | None = None
-    overwrite: bool = False
-    dry_run: bool | None = None
-    label: str | None = None
+    budget: int = MISSING
+    quality: float | None = MISSING
+    quality_metric: str | None = MISSING
+    num_inference_steps: int = MISSING
+    seed: int = MISSING
+    num_prompts: int = MISSING
+    prompts: str | None = MISSING
+    batch_size: int | None = MISSING
+    overwrite: bool = MISSING
+    dry_run: bool | None = MISSING
+    label: str | None = MISSING
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
-    output_dir: str = "outputs"
+    output_dir: str = MISSING
 
 
 ConfigStore.instance().store(name="schema", node=RunConfig)

@@ -1,5 +1,6 @@
 """ERTACache: Error Rectification and Timesteps Adjustment for Efficient Diffusion (Peng et al., arXiv 2508.21091)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -67,11 +68,12 @@ class ERTACache(CalibratedRecipe):
         return Method(EvenlySpaced(self.budget, self.num_inference_steps), ResidualErrors.site, Reuse())
 
     def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
-        errors, threshold = calibration[ResidualErrors()], self.threshold
+        errors, threshold, switches = calibration[ResidualErrors()], self.threshold, calibration.switches
         if threshold is None:
+            check_budget(self.budget, self.num_inference_steps, least=1 + len(switches))
             candidates = np.unique(errors)  # the counts change only there
-            threshold = next(t for t in (*candidates, np.inf) if len(refreshed(errors, t)) <= self.budget)
-        steps, predictor = refreshed(errors, threshold), Reuse()
+            threshold = next(t for t in (*candidates, np.inf) if len(refreshed(errors, t, switches)) <= self.budget)
+        steps, predictor = refreshed(errors, threshold, switches), Reuse()
         decided = {"threshold": float(threshold)}
         if self.rectify:
             weights = rectification(calibration[Gram(ResidualErrors.site)], steps)
@@ -80,11 +82,12 @@ class ERTACache(CalibratedRecipe):
         return Method(Schedule(steps, self.num_inference_steps), ResidualErrors.site, predictor, decided)
 
 
-def refreshed(errors: np.ndarray, threshold: float) -> list[int]:
-    """The computed steps: each is the first step whose error against the last computed one reaches the threshold."""
+def refreshed(errors: np.ndarray, threshold: float, switches: Sequence[int] = ()) -> list[int]:
+    """The computed steps: each is the first step whose error against the last computed one reaches the threshold, or at
+    which a pipeline's second model takes over."""
     steps = [0]
     for step in range(1, len(errors)):
-        if errors[steps[-1], step] >= threshold:
+        if errors[steps[-1], step] >= threshold or step in switches:
             steps.append(step)
     return steps
 

@@ -69,19 +69,22 @@ class L2P(CalibratedRecipe):
     def fit(self, pipe: "DiffusionPipeline", calibration: Calibration) -> Method:
         """The method with its weights. `pipe` is not run and may be None."""
         T = self.num_inference_steps
-        weights = train(calibration[Gram("output")][:T, :T], self.updates, self.rate)
+        weights = train(calibration[Gram("output")][:T, :T], self.updates, self.rate, calibration.switches)
         return Method(self._schedule(), "output", Unrolled(weights, self.budget))
 
 
-def train(gram: np.ndarray, updates: int = 201, rate: float = 0.01) -> np.ndarray:
+def train(gram: np.ndarray, updates: int = 201, rate: float = 0.01, switches: Sequence[int] = ()) -> np.ndarray:
     """Weights (T, T), lower-triangular: row i predicts step i + 1 from the steps 0..i. The last row stays as it begins.
 
     Args:
         gram: of the outputs, (T, T), mean over prompts and elements.
+        switches: steps at which a pipeline's second model takes over, and before which it has nothing to weigh.
     """
     G = torch.from_numpy(gram)
     T = len(G)
     mask = torch.ones_like(G).tril()
+    for first in switches:
+        mask[first:, :first] = 0
     weights = torch.eye(T, dtype=G.dtype, requires_grad=True)
     optimizer = torch.optim.Adam([weights], lr=rate)
     with torch.enable_grad():
@@ -110,8 +113,12 @@ class Unrolled(Predictor):
 
     def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...]:
         made_of = np.zeros((step + 1, len(keys)))  # of every step, its weights of the keys
-        place = {key: index for index, key in enumerate(keys)}
-        for s in range(keys[0], step + 1):
+        place, first = {key: index for index, key in enumerate(keys)}, keys[0]
+        if self.table[first:step, :first].any():
+            raise SettingError(
+                f"step {step} weighs steps before {first}, where another model takes over: calibrate anew"
+            )
+        for s in range(first, step + 1):
             if s in place:
                 made_of[s, place[s]] = 1
             else:

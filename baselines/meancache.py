@@ -150,12 +150,9 @@ class Averages(Predictor):
     history: int
 
     def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...]:
-        made_of: list[np.ndarray] = []  # of every step, its weights of the keys
-        place, key = dict(zip(keys, np.eye(len(keys)))), keys[0]
-        for s in range(step + 1):
+        made_of: list[np.ndarray] = []  # of every step from the first key on, its weights of the keys
+        place, key, times = dict(zip(keys, np.eye(len(keys)))), keys[0], self.times[keys[0] :]
+        for s in range(keys[0], step + 1):
             key = s if s in place else key
-            if s in place or s < key:
-                made_of.append(place.get(s, np.zeros(len(keys))))
-            else:
-                made_of.append(_going_on(made_of, self.times, self.spans.get(key, 1)))
-        return tuple(made_of[step].tolist())
+            made_of.append(place[s] if s in place else _going_on(made_of, times, self.spans.get(key, 1)))
+        return tuple(made_of[-1].tolist())

@@ -149,8 +149,10 @@ class TeaCache(CalibratedRecipe):
             raise SettingError("teacache: the calibration holds no modulated inputs: this model's are not known")
         if polynomial is None:
             output_change = calibration[OutputChange()]
-            polynomial = fit_polynomial(changes, output_change)
-            fitted["r_squared"] = share = r_squared(polynomial, changes, output_change)
+            # From the one model to the other of a pipeline with two, only the output is seen to change.
+            both = [np.delete(part, calibration.switches, 1) for part in (changes, output_change)]
+            polynomial = fit_polynomial(*both)
+            fitted["r_squared"] = share = r_squared(polynomial, *both)
             if share < 0.5:
                 log.warning(
                     "teacache: the polynomial explains %.0f %% of the output's changes on the calibration prompts; "

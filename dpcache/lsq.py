@@ -13,7 +13,7 @@ from dpcache.gram import gram, key_axes, path_costs
 from dpcache.method import CalibratedRecipe, Method
 from dpcache.planner import plan, through
 from dpcache.predictors import LeastSquares, Predictor, Reuse, ridge_regression, short_names
-from dpcache.schedules import EvenlySpaced, Schedule, check_budget
+from dpcache.schedules import EvenlySpaced, Schedule, check_budget, with_first
 from dpcache.statistics import Gain, Gram, L1Cost, Statistic
 
 if TYPE_CHECKING:
@@ -149,6 +149,8 @@ class LeastSquaresPlan(CalibratedRecipe):
                             steps = plan(cost, self.budget, warmup, "paper")
                         else:
                             steps = EvenlySpaced(self.budget, T, warmup).steps
+                            for first in calibration.switches:
+                                steps = with_first(steps, first)
                         trial = {
                             "predictor": name,
                             "planner": planner,
@@ -189,6 +191,10 @@ class FittedWeights(Predictor):
     sees_input: bool = False
 
     def weights(self, keys: Sequence[int], step: int) -> tuple[float, ...]:
+        if step not in self.table:
+            raise SettingError(
+                f"step {step} has no weights: they were fitted for other computed steps, so calibrate anew"
+            )
         return self.table[step]
 
 
@@ -226,7 +232,8 @@ def fit_closed_loop(
     def solve(G):
         table = {}
         for step in sorted(set(range(T)) - set(keys)):
-            used = [a for a, key in enumerate(keys) if key < step][-history:]
+            begin = max((first for first in calibration.switches if first <= step), default=0)  # of the model's steps
+            used = [a for a, key in enumerate(keys) if begin <= key < step][-history:]
             if sees_input:
                 used.append(len(keys) + step)
             among, target = G[np.ix_(used, used)], G[used, step - T]

@@ -95,6 +95,24 @@ class Interval(Schedule):
         super().__init__(steps, num_inference_steps)
 
 
+def with_first(steps: Iterable[int], first: int) -> list[int]:
+    """The computed steps where a pipeline's second model takes over at step `first`, which has nothing of its own to
+    predict from: it is computed in place of the next one that was to be.
+
+    Raises SettingError where there is none.
+    """
+    steps = sorted(steps)
+    if first in steps:
+        return steps
+    later = [step for step in steps if step > first]
+    if not later:
+        raise SettingError(
+            f"step {first} is the first of the pipeline's second model and has to be computed, but the schedule "
+            "computes none from there on: raise the budget"
+        )
+    return sorted({*steps, first} - {later[0]})
+
+
 @dataclass(frozen=True)
 class Staggered(Schedule):
     """A fixed list of computed steps for each part of the model. Sites that keep parts of the model apart (`modules`,

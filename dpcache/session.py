@@ -34,7 +34,7 @@ from dpcache.circumstances import check_use, other_times, other_use
 from dpcache.denoisers import denoisers
 from dpcache.errors import SettingError
 from dpcache.flops import LayerFlops
-from dpcache.schedules import OnlineSchedule, Staggered
+from dpcache.schedules import OnlineSchedule, Staggered, with_first
 from dpcache.steps import SchedulerSteps, Steps, TimestepSteps
 
 if TYPE_CHECKING:
@@ -143,6 +143,11 @@ class History:
             return newest
         if current is not None:
             weights, own = weights[:-1], weights[-1]
+        if len(weights) > self.count:  # the others are of another model, or of the generation before
+            raise SettingError(
+                f"a prediction weighs {len(weights)} computed steps where {self.count} are kept: its weights were made "
+                "for other computed steps"
+            )
         total = newest.float().mul_(weights[-1]) if low else newest * weights[-1]
         for age in range(1, len(weights)):
             older, weight = self.buffers[self.newest - age], weights[-1 - age]
@@ -517,19 +522,13 @@ class Session:
         return branch
 
     def _compute_instead(self, branch: Branch, part: Part, step: int) -> None:
-        """The first step of a pipeline's second model cannot be predicted: it is computed in place of the next one
-        that was to be. Raises SettingError where there is none, or where it is no second model."""
+        """The first step of a pipeline's second model cannot be predicted, see `with_first`. Raises SettingError where
+        it is no second model."""
         if not branch.computed:
             raise SettingError(
                 f"the guidance branch {branch.name!r} of {part} first appears at step {step}, which the schedule skips"
             )
-        later = [key for key in self.computed if key > step]
-        if not later:
-            raise SettingError(
-                f"step {step} is the first of {part} and has to be computed, but the schedule computes none from there "
-                "on: raise the budget"
-            )
-        self.computed = self.computed - {min(later)} | {step}
+        self.computed = frozenset(with_first(self.computed, step))
 
     @torch.compiler.disable
     def decide(self, block: torch.nn.Module, args: tuple, kwargs: dict) -> None:

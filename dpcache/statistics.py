@@ -225,6 +225,7 @@ class Gain(Rerun):
     def measure(self, pipe: "DiffusionPipeline", calibration: "Calibration") -> np.ndarray:
         G, T, prompts = calibration[Gram(self.site)], calibration.num_inference_steps, self.prompts
         steps = np.unique(np.linspace(1, T - 1, min(self.points, T - 1)).round().astype(int))
+        steps = np.setdiff1d(steps, calibration.switches)  # these cannot be skipped
         moved = []
         for step in tqdm(steps, desc="measuring gains", unit="run", leave=False):
             method = Method(Schedule([s for s in range(T) if s != step], T), self.site, Reuse())

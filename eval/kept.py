@@ -56,8 +56,8 @@ class Loaded:
 
     Attributes:
         kept: references and counts of FLOPs.
-        fingerprints: of every model in the pipeline, by its name: transformers, text encoders, VAE, ...; and as "files" of
-            the other files of a local folder, such as tokenizers.
+        fingerprints: of every model in the pipeline, by its name: transformers, text encoders, VAE, ...; as "files"
+            also of the other files of a local folder, such as tokenizers.
         too_large: by what was sampled, the smallest batch that did not fit into the device's memory.
     """
 

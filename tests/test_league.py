@@ -211,6 +211,26 @@ def test_l2p_builds_on_its_own_predictions():
         assert np.dot(predictor.weights(used, step), x[used]) == pytest.approx(filled[step])
 
 
+def test_l2p_weighs_no_step_of_another_model():
+    G = trajectories()[0].numpy() @ trajectories()[0].numpy().T
+    table = l2p.train(G, updates=40, switches=[3])
+    assert not table[3:, :3].any() and table[:3, :3].all(1).sum() == 1
+    apart = l2p.train(G[3:, 3:], updates=40)
+    np.testing.assert_allclose(table[3:, 3:], apart, rtol=1e-5)  # as if the second model had been trained alone
+    weights = l2p.Unrolled(table, 4).weights([3, 5], 7)
+    assert weights == pytest.approx(l2p.Unrolled(apart, 4).weights([0, 2], 4), rel=1e-5)
+    with pytest.raises(dpcache.SettingError, match="step 6 weighs steps before 4, where another model takes over"):
+        l2p.Unrolled(table, 4).weights([4, 5], 6)
+
+
+def test_meancache_takes_no_mean_over_steps_of_another_model():
+    times = np.linspace(1, 0, 9) ** 2
+    whole, later = (meancache.Averages(tuple(part), {key: 4 for key in range(9)}, 5) for part in (times, times[3:]))
+    for keys, step in (([3], 5), ([3, 5], 6), ([3, 4, 6], 7)):
+        weights = whole.weights(keys, step)
+        assert weights == later.weights([key - 3 for key in keys], step - 3) and sum(weights) == pytest.approx(1)
+
+
 def test_lists_of_steps_are_taken_as_they_are():
     assert l2p.L2P(7, 50).example.schedule.steps == [0, 1, 2, 4, 12, 24, 38]  # the authors'
     assert len(l2p.L2P(13, 50).example.schedule.steps) == 13

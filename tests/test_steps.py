@@ -23,15 +23,20 @@ from diffusers.callbacks import SD3CFGCutoffCallback
 from PIL import Image
 
 import dpcache
+from baselines.ertacache import ERTACache
+from baselines.l2p import L2P
 from baselines.library import LibraryCache
+from baselines.teacache import fit_polynomial, teacache
 from baselines.uniform_skip import uniform_skip
 from dpcache._diffusers import copy_of_scheduler
+from dpcache.lsq import FittedWeights, LeastSquaresPlan, fit_closed_loop
 from dpcache.method import session_of
-from dpcache.predictors import Reuse, Taylor
+from dpcache.planned import dpcache as planned
+from dpcache.predictors import LeastSquares, Reuse, Taylor
 from dpcache.sampler import generate, sample
 from dpcache.schedules import EvenlySpaced, Schedule
 from dpcache.session import STOPWATCHES, Stopwatch
-from dpcache.statistics import Gram, InputChange
+from dpcache.statistics import Gain, Gram, InputChange, OutputChange
 from dpcache.steps import Loop
 from helpers.commands import results, run
 from helpers.families import FAMILIES, flux, wan21_t2v
@@ -574,15 +579,12 @@ def test_two_transformers_share_a_method_and_the_second_begins_with_a_computed_s
     assert [step for step, computed in enumerate(ran) if computed] == expected
     assert session.report().computed == {"cond": expected, "uncond": expected}
     assert session.report().switches == [first] and not torch.equal(made, reference)
-    refused = pytest.raises(ValueError, match=f"step {first} is the first of transformer_2 .* raise the budget")
+    refused = pytest.raises(ValueError, match=f"step {first} is the first of the .*second model .* raise the budget")
     with dpcache.cached(video.pipe, method([0, 1], site=site)), refused:
         video.latents()
 
 
 def test_two_transformers_take_online_and_planned_methods(video):
-    from baselines.teacache import teacache
-    from dpcache.planned import dpcache as planned
-
     calibration = dpcache.calibrate(video.pipe, ["two boats"], T, **VIDEO)
     (first,) = calibration.switches
     plan = planned(5, T, warmup=2).build(video.pipe, calibration)
@@ -591,6 +593,60 @@ def test_two_transformers_take_online_and_planned_methods(video):
     for which, steps in ((plan, plan.schedule.steps), (online, [0, first, T - 1])):
         batch = sample(video.pipe, which, ["two boats"], [0], decode=False, **VIDEO)
         assert batch.report.computed == {"cond": steps, "uncond": steps}
+
+
+def forget_before(model, session) -> None:
+    """Before the model's next call, all that was kept becomes not a number."""
+
+    def forget(*_):
+        handle.remove()
+        for branch in session.branches.values():
+            for history in (history for histories in branch.histories.values() for history in histories):
+                for buffer in filter(torch.is_tensor, history.buffers):
+                    buffer.fill_(torch.nan)
+
+    handle = model.register_forward_pre_hook(forget)
+
+
+def test_weights_reach_back_to_the_first_step_of_the_second_transformer_alone(video):
+    """Whatever was fitted on both: where the second one begins, all that the first has left is made not a number."""
+    calibration = dpcache.calibrate(video.pipe, ["two boats", "an old city"], T, (Gram("output"),), **VIDEO)
+    (first,) = calibration.switches
+    assert 1 < first < T - 2
+    even = LeastSquaresPlan(4, T, "output", ("lsq3",), ("even",), (3,))
+    plan = Schedule([0, 1, first, T - 2], T)
+    gram_of = LeastSquares(calibration[Gram("output")][:T, :T])
+    _, fitted = fit_closed_loop(video.pipe, calibration, dpcache.Method(plan, "output", gram_of), 1)
+    calibration.measure(video.pipe, even.statistics)
+    assert first not in EvenlySpaced(4, T, 3).steps and first in even.build(video.pipe, calibration).schedule.steps
+    recipes = L2P(5, T), ERTACache(1 + len(calibration.switches), T)
+    for recipe in recipes:
+        calibration.measure(video.pipe, recipe.statistics)
+    made = [recipe.build(video.pipe, calibration) for recipe in recipes]
+    for which in (dpcache.Method(plan, "output", fitted), *made):
+        with dpcache.cached(video.pipe, which) as session:
+            expected = video.latents()
+            forget_before(video.pipe.transformer_2, session)
+            assert torch.equal(video.latents(), expected) and session.report().switches == [first]
+
+    with pytest.raises(dpcache.SettingError, match="has no weights: they were fitted for other computed steps"):
+        fitted.weights([0, 1], T - 2)
+    other = FittedWeights(3, {step: (0.5, 0.2, 0.3) for step in range(T)})  # as of a plan without the switch
+    refused = pytest.raises(dpcache.SettingError, match="weighs 3 computed steps where 1 are kept")
+    with dpcache.cached(video.pipe, dpcache.Method(Schedule([0, 1, 2, *range(3, T, 2)], T), "output", other)), refused:
+        video.latents()
+
+
+def test_a_step_at_which_another_transformer_takes_over_tells_nothing_of_the_others(video):
+    """It cannot be skipped, and the change of the output from the one model to the other is not that of a step."""
+    changes, gain = (InputChange(), OutputChange()), Gain("stack", points=T, prompts=1)
+    calibration = dpcache.calibrate(video.pipe, ["two boats"], T, (*changes, gain), **VIDEO)
+    (first,) = calibration.switches
+    around = calibration[gain][first - 1 : first + 2]
+    assert around[1] == pytest.approx((around[0] * around[2]) ** 0.5)  # half-way on a logarithmic scale
+    others = [np.delete(calibration[change], first, 1) for change in changes]
+    method = teacache(5, T, threshold=0.1).build(video.pipe, calibration)
+    np.testing.assert_allclose(method.schedule.polynomial, fit_polynomial(*others))
 
 
 def test_a_wrong_split_of_steps_over_two_transformers_is_refused(video):

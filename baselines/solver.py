@@ -17,6 +17,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from baselines.fewer_steps import fewer_steps
 from dpcache.errors import SettingError
 from dpcache.method import Method
+from dpcache.session import Session
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -36,14 +37,31 @@ class OtherScheduler(Method, ABC):
         own = getattr(pipe, "scheduler", None)
         if own is None:
             raise SettingError(f"{type(self).__name__} needs a pipeline, whose scheduler it replaces")
-        pipe.scheduler = self.scheduler_for(own)
+        pipe.scheduler = twin = self.scheduler_for(own)
         try:
-            session = super().session(pipe, observe)
+            session = _OtherSchedulersSession(pipe, self, observe)
         except Exception:
             pipe.scheduler = own
             raise
-        session.on_detach.append(lambda: setattr(pipe, "scheduler", own))
+
+        def restore() -> None:
+            if pipe.scheduler is twin:  # else it was replaced meanwhile
+                pipe.scheduler = own
+
+        session.on_detach.append(restore)
         return session
+
+
+class _OtherSchedulersSession(Session):
+    """Of a method whose steps are those of the scheduler that it has put in place of the pipeline's."""
+
+    def begin(self):
+        if self.pipe().scheduler is not self.scheduler:
+            raise SettingError(
+                f"pipe.scheduler has been replaced while {type(self.method).__name__} is enabled, which brings a "
+                "scheduler of its own: call dpcache.disable(pipe), and enable the method again"
+            )
+        super().begin()
 
 
 @dataclass(frozen=True, eq=False)

@@ -148,6 +148,22 @@ def test_what_would_be_wrong_is_refused():
         one.scheduler_for(diffusers.DDIMScheduler())
 
 
+@pytest.mark.parametrize("name", EULERS)
+def test_a_scheduler_put_in_place_of_the_methods_own_is_refused_and_stays(name):
+    """The run would be the plain sampler's, under the method's name."""
+    family = case("flux")
+    pipe = family.pipe
+    own = pipe.scheduler
+    other = type(own).from_config(own.config)
+    with dpcache.cached(pipe, EULERS[name]):
+        pipe.scheduler = other
+        with pytest.raises(SettingError, match=r"has been replaced while .* a scheduler of its own"):
+            family.latents(steps=STEPS)
+    assert pipe.scheduler is other
+    pipe.scheduler = own
+    assert torch.equal(family.latents(), family.reference)
+
+
 @pytest.mark.parametrize("scheduler", SECOND_ORDER)
 def test_a_solver_fills_in_a_picture(scheduler):
     latents, report = case("flux_fill").run(solver(4, 8, scheduler))

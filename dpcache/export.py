@@ -10,7 +10,7 @@ Any method in its file, `python -m dpcache.export METHOD --to pipeline`:
 
 - `pipeline`: a few lines of Python that put it on a diffusers pipeline.
 - `comfyui`: a node of ComfyUI, one file for its folder custom_nodes. It takes methods that keep the model's prediction
-  (site=output), because ComfyUI's models are not those of diffusers.
+  (site=output) and need no calibration, because ComfyUI's models and samplers are not those of diffusers.
 """
 
 import argparse
@@ -61,14 +61,21 @@ import torch
 
 
 class WholeModel(torch.nn.Module):
-    """What dpcache puts its hook on: one call of the model, which a skipped step does not make."""
+    """What dpcache puts its hook on: one call of the model, which a skipped step does not make. ComfyUI has it return
+    the denoised latents x - sigma v; kept is v, the prediction itself."""
 
     def __init__(self):
         super().__init__()
         self.place = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
 
     def forward(self, hidden_states, timestep, apply_model, conditioning):
-        return apply_model(hidden_states, timestep, **conditioning)
+        denoised = apply_model(hidden_states, timestep, **conditioning)
+        return (hidden_states - denoised) / sigma_of(timestep, hidden_states)
+
+
+def sigma_of(timestep, latents):
+    """The noise level of each sample, which ComfyUI calls its timestep."""
+    return timestep.reshape(-1, *[1] * (latents.ndim - 1))
 
 
 class CachedModel:
@@ -86,7 +93,8 @@ class CachedModel:
         dpcache.enable(whole, dpcache.Method.load(method, budget))
 
         def call(apply_model, options):
-            return whole(options["input"], options["timestep"], apply_model, options["c"])
+            latents, timestep = options["input"], options["timestep"]
+            return latents - sigma_of(timestep, latents) * whole(latents, timestep, apply_model, options["c"])
 
         patched = model.clone()
         patched.set_model_unet_function_wrapper(call)
@@ -104,7 +112,7 @@ def export_method(path: str, to: str, budget: int | None = None) -> str:
     Args:
         budget: which one, of a file that holds several.
 
-    Raises SettingError if the file does not hold it, and for a method that ComfyUI's models cannot take.
+    Raises SettingError if the file does not hold it, and for a method that ComfyUI's models and samplers cannot take.
     """
     method = Method.load(path, budget)
     T, site = method.num_inference_steps, getattr(method, "site", None)
@@ -115,6 +123,9 @@ def export_method(path: str, to: str, budget: int | None = None) -> str:
         raise SettingError(
             f"{name}: ComfyUI's models are not those of diffusers, so only site=output can be kept there"
         )
+    if method.made_for or type(method) is not Method:
+        why = "was calibrated for a model" if method.made_for else "brings a scheduler"
+        raise SettingError(f"this {type(method).__name__} {why} of diffusers, and ComfyUI has its own")
     K = next(iter(storage.load(path))) if budget is None else budget
     return _COMFYUI.format(path=path, K=K, T=T)
 

@@ -1,6 +1,7 @@
 """Schedules for other programs, run there; and what `stage=calibrate` leaves."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 import torch
 
 import dpcache
+from baselines.solver import solver
 from baselines.taylorseer import taylorseer
 from baselines.teacache import fit_polynomial, r_squared
+from baselines.uniform_skip import uniform_skip
 from dpcache import export
 from dpcache.models.pretrained import load
 from dpcache.planned import dpcache as planned
@@ -121,19 +124,26 @@ class ModelPatcher:
         self.wrapper = wrapper
 
 
+def comfy_prediction(x, sigma, scale):
+    return scale * torch.tanh(x) + sigma
+
+
 def comfy_samples(patcher, sigmas, batch=2):
-    """Euler's steps as ComfyUI calls a wrapped model; the number of real calls of the model."""
+    """Euler's steps as ComfyUI calls a wrapped model, which returns what is left without noise; the latents of all
+    steps and the number of real calls of the model."""
     calls = []
 
     def apply_model(x, timestep, scale):
         calls.append(timestep)
-        return scale * torch.tanh(x) + timestep[:, None]
+        return x - timestep[:, None] * comfy_prediction(x, timestep[:, None], scale)
 
     x = torch.linspace(-1, 1, 4 * batch).reshape(batch, 4)
     for sigma, following in pairwise(sigmas):
         options = {"input": x, "timestep": torch.full((batch,), sigma), "c": {"scale": 0.5}, "cond_or_uncond": [1, 0]}
-        v = patcher.wrapper(apply_model, options) if patcher.wrapper else apply_model(x, options["timestep"], 0.5)
-        x = x + (following - sigma) * v
+        denoised = (
+            patcher.wrapper(apply_model, options) if patcher.wrapper else apply_model(x, options["timestep"], 0.5)
+        )
+        x = x + (following - sigma) * (x - denoised) / sigma
     return x, len(calls)
 
 
@@ -150,8 +160,31 @@ def test_the_comfyui_node_computes_the_methods_steps(tmp_path):
     exact, every = comfy_samples(ModelPatcher(), sigmas)
     assert calls == again == 5 and every == T and torch.equal(first, second)
     assert 0 < (first - exact).norm() < 0.05 * exact.norm()
+    # By hand: the prediction is what a line leads on from, not what ComfyUI's models return.
+    x, kept = torch.linspace(-1, 1, 8).reshape(2, 4), {}
+    for step, (sigma, following) in enumerate(pairwise(sigmas)):
+        if step in (0, 1, 2, 5, 8):
+            v = kept[step] = comfy_prediction(x, sigma, 0.5)
+        else:
+            before, latest = sorted(kept)[-2:]
+            v = kept[latest] + (step - latest) / (latest - before) * (kept[latest] - kept[before])
+        x = x + (following - sigma) * v
+    torch.testing.assert_close(first, x)
     with pytest.raises(dpcache.SettingError, match="steps"):
         comfy_samples(patched, torch.linspace(1, 0, T + 3).tolist())
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        (replace(uniform_skip(5, T), made_for={"model": "FluxTransformer2DModel 0"}), "was calibrated for a model"),
+        (solver(5, T, "UniPCMultistepScheduler"), "brings a scheduler"),
+    ],
+)
+def test_what_comfyui_could_not_run_is_not_exported(tmp_path, method, why):
+    method.save(tmp_path / "m.safetensors")
+    with pytest.raises(dpcache.SettingError, match=f"{why} of diffusers, and ComfyUI has its own"):
+        export.export_method(str(tmp_path / "m.safetensors"), "comfyui")
 
 
 def test_a_method_file_becomes_a_script(pipe, tmp_path, capsys, monkeypatch):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from baselines.full import full
-from dpcache.calibration import Calibration
+from dpcache.calibration import Calibration, finite_or_worst
 from dpcache.errors import SettingError
 from dpcache.method import CalibratedRecipe, Method
 from dpcache.predictors import Reuse
@@ -66,7 +66,7 @@ class BudCache(CalibratedRecipe):
 
         def error(steps: Steps) -> float:
             latents, _ = calibration.rerun(pipe, Method(Schedule(steps, T), "residual", Reuse()), self.prompts)
-            return float(np.square(latents - wanted).mean())
+            return float(finite_or_worst(np.square(latents - wanted).mean()))
 
         steps, least = search(
             error,

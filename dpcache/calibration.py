@@ -144,12 +144,12 @@ class Calibration:
     def errors(
         self, pipe: "DiffusionPipeline", method: Runnable, limit: int | None = None, start: int = 0
     ) -> np.ndarray:
-        """Relative distances of the prompts' final latents with `method` to the full-step ones, (n,). A statistic that
-        keeps the full-step latents must have been measured before."""
+        """Relative distances of the prompts' final latents with `method` to the full-step ones, (n,); infinite if
+        they are not finite. A statistic that keeps the full-step latents must have been measured before."""
         reference = self.latents[start:limit]
         reference = reference.reshape(len(reference), -1)
         moved = self.rerun(pipe, method, limit, start=start)[0].reshape(reference.shape) - reference
-        return np.linalg.norm(moved, axis=1) / np.linalg.norm(reference, axis=1)
+        return finite_or_worst(np.linalg.norm(moved, axis=1) / np.linalg.norm(reference, axis=1))
 
     def count(self, report: Report, prompts: list[int]) -> None:
         """Add to `reran` what a method has computed in batches of these sizes, mean over the guidance branches."""
@@ -235,6 +235,12 @@ class Calibration:
         if differing:
             raise SettingError("this calibration was made for something else: " + "; ".join(differing))
         return self
+
+
+def finite_or_worst(errors: np.ndarray) -> np.ndarray:
+    """Errors, infinite where they are no numbers: those of runs that have diverged, which else no comparison finds
+    worse than others."""
+    return np.where(np.isnan(errors), np.inf, errors)
 
 
 class _Recorder:

@@ -109,6 +109,8 @@ class LeastSquaresPlan(CalibratedRecipe):
             run = (trial["predictor"], *trial["steps"])
             trial |= {"error": float(found[run].mean()), "prompts": len(found[run])}
         best = min(runs, key=lambda run: found[run].mean())
+        if not np.isfinite(found[best]).all():
+            raise SettingError(f"budget={self.budget}: the runs of all candidates diverge, so raise it or name others")
         method = self._method(best[1:], predictors[best[0]])
         decided = {"steps": list(best[1:]), "predictor": repr(method.predictor), "trials": trials}
         if self.refit and isinstance(method.predictor, LeastSquares) and len(found[best]) > 1:

@@ -12,6 +12,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from dpcache._diffusers import StepListener, copy_of_scheduler, watching
+from dpcache.calibration import finite_or_worst
 from dpcache.errors import SettingError
 from dpcache.linear_sampler import HANDED_BACK, LinearSampler, read_sampler
 from dpcache.method import Method
@@ -116,6 +117,7 @@ class Recorded:
         """Relative distances (n,) to x_T of the kept elements (n, E) of final latents, for the prompts with these
         numbers."""
         return np.linalg.norm(ends - self.states[prompts, -1], axis=1) / self.sizes[prompts]
+        return finite_or_worst(np.linalg.norm(ends - self.states[prompts, -1], axis=1) / self.sizes[prompts])
 
     def check_inputs(self) -> None:
         """Raises SettingError where predictors cannot see the input."""

@@ -227,6 +227,23 @@ def test_least_squares_takes_the_best_candidate(calibration, output_calibration,
     assert report.computed["cond"] == best["steps"]
 
 
+def test_a_candidate_whose_runs_diverge_is_not_taken(calibration, pipe, monkeypatch):
+    """Of what is not a number every comparison is false, so that the first candidate would stay the best one."""
+    recipe = LeastSquaresPlan(4, T, predictors=["taylor2", "lsq2"], planners=["even"], warmups=[1], refit=False)
+    rerun, diverging = dpcache.Calibration.rerun, [Taylor]
+
+    def rerun_or_diverge(self, pipe, method, *args, **kwargs):
+        latents, report = rerun(self, pipe, method, *args, **kwargs)
+        return (latents * np.nan if isinstance(method.predictor, tuple(diverging)) else latents), report
+
+    monkeypatch.setattr(dpcache.Calibration, "rerun", rerun_or_diverge)
+    method = recipe.build(pipe, calibration)
+    assert isinstance(method.predictor, LeastSquares) and method.decided["trials"][0]["error"] == np.inf
+    diverging.append(LeastSquares)
+    with pytest.raises(dpcache.SettingError, match="budget=4: the runs of all candidates diverge"):
+        recipe.build(pipe, calibration)
+
+
 def test_the_input_is_seen_in_closed_loop_as_in_open(output_calibration, pipe):
     # With one skipped step the accelerated run is the full one up to there, so the weights can be checked by hand.
     predictor = LeastSquares(output_calibration[Gram("output")], 2, sees_input=True)

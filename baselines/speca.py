@@ -62,7 +62,7 @@ class Verified(OnlineSchedule):
         compute = not context.keys or step < self.warmup or state.forecasts >= self.longest
         if not compute and state.verify and state.error is not None:
             allowed = max(self.threshold * self.decay ** (step / self.num_inference_steps), self.floor)
-            compute = state.error.item() > allowed
+            compute = not state.error.item() <= allowed  # also where it is not a number
         state.forecasts = 0 if compute else state.forecasts + 1
         return compute
 

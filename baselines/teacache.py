@@ -54,7 +54,7 @@ class AccumulatedChange(OnlineSchedule):
         state, step, current = context.state, context.step, modulated_input(block, args, kwargs)
         if self.warmup <= step < self.num_inference_steps - 1 and context.keys:
             state.accumulated += np.polyval(self.polynomial, relative_change(current, state.previous).item())
-            compute = state.accumulated >= self.threshold
+            compute = not state.accumulated < self.threshold  # also where it is not a number
         else:
             compute = True
         if compute:

@@ -116,7 +116,6 @@ class Recorded:
     def distances(self, ends: np.ndarray, prompts: np.ndarray) -> np.ndarray:
         """Relative distances (n,) to x_T of the kept elements (n, E) of final latents, for the prompts with these
         numbers."""
-        return np.linalg.norm(ends - self.states[prompts, -1], axis=1) / self.sizes[prompts]
         return finite_or_worst(np.linalg.norm(ends - self.states[prompts, -1], axis=1) / self.sizes[prompts])
 
     def check_inputs(self) -> None:

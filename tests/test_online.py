@@ -17,6 +17,7 @@ from baselines.bwcache import bwcache
 from baselines.dicache import dicache
 from baselines.easycache import easycache
 from baselines.speca import speca
+from baselines.teacache import teacache
 from dpcache.steps import Loop
 from eval import timing
 from helpers import by_hand as hand
@@ -273,6 +274,26 @@ def test_speca_computes_the_step_after_a_failed_forecast(steps, warmup, shortest
         stop = min([step for step in failed if step > key], default=steps) + 1
         assert following == (key + 2 if key + 2 < warmup else min(max(stop, warmup), key + longest + 1, steps))
         assert all(step > key + max(shortest, 1) for step in failed if key < step < following)
+
+
+def test_a_change_that_is_no_number_is_computed(monkeypatch):
+    """A forecast that has overflowed would else pass its verification, and a step whose change is 0 / 0 put off all
+    that follow."""
+    schedule = speca(8, 20, threshold=1.0).schedule
+    context = SimpleNamespace(state=schedule.start(), keys=[0], step=3)
+    for context.step in (3, 4):  # the second forecast is verified
+        assert not schedule.decide(context, None, (), {})
+    schedule.verify(context, torch.tensor([torch.inf]), torch.tensor([torch.inf]))
+    context.step = 5
+    assert schedule.decide(context, None, (), {})
+
+    schedule = teacache(8, 20, threshold=0.5, polynomial=[1.0, 0.0]).schedule
+    context, inputs = SimpleNamespace(state=schedule.start(), keys=[]), [0.0, 0.0, 1.0, 1.1, 1.2, 2.0]
+    monkeypatch.setattr("baselines.teacache.modulated_input", lambda *_: torch.tensor(inputs[context.step]))
+    for context.step in range(len(inputs)):
+        if schedule.decide(context, None, (), {}):
+            context.keys.append(context.step)
+    assert context.keys == [0, 1, 2, 5]
 
 
 ONLINE = {

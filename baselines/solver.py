@@ -55,7 +55,7 @@ class OtherScheduler(Method, ABC):
 class _OtherSchedulersSession(Session):
     """Of a method whose steps are those of the scheduler that it has put in place of the pipeline's."""
 
-    def begin(self):
+    def begin(self) -> None:
         if self.pipe().scheduler is not self.scheduler:
             raise SettingError(
                 f"pipe.scheduler has been replaced while {type(self.method).__name__} is enabled, which brings a "

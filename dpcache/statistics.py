@@ -214,6 +214,8 @@ class Gain(Rerun):
     step size, the sensitivity of the output layers and the sensitivity of later steps in one number.
     """
 
+    version: ClassVar[int] = 2
+
     site: str
     points: int = 12
     prompts: int = 2

@@ -248,7 +248,7 @@ def _by_setting(
         if value in known:
             break
         known[value] = reached, spent = confirm(knob.make(value))
-        tried[round(spent, 2)] = measure.value(reached)
+        tried[round(spent, 2)] = max(reached, tried.get(round(spent, 2), reached))  # several values may spend the same
         enough, short = (value, short) if reached >= wanted else (enough, value)
         if enough is None or short is None:
             value = 2 * enough if enough is not None else short / 2
@@ -261,7 +261,8 @@ def _by_setting(
         raise SettingError(f"quality={quality} is not reached: with {knob.setting}={min(known):.3g} it is {best}")
     method, spent = knob.make(enough), known[enough][1]
     method = replace(method, decided={**method.decided, knob.setting: enough, "spent": spent})
-    return Found(method, max(round(spent), 1), measure, dict(sorted(tried.items())))
+    curve = {steps: measure.value(reached) for steps, reached in sorted(tried.items())}
+    return Found(method, max(round(spent), 1), measure, curve)
 
 
 def _images(pipe, method: Runnable, calibration: Calibration) -> tuple[np.ndarray, Report]:

@@ -1,7 +1,9 @@
 """The smallest budget that reaches a quality."""
 
 import logging
+from dataclasses import replace
 from functools import cache, partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 import dpcache
 from baselines.full import full
 from baselines.taylorseer import taylorseer
-from dpcache.quality import Measure, find_budget, psnr
+from dpcache.quality import PSNR, Measure, _by_setting, find_budget, psnr
 from dpcache.sampler import generate, sample
 from helpers.embedded import CALL
 
@@ -106,6 +108,15 @@ def test_an_online_method_is_searched_by_its_threshold(pipe):
         with pytest.raises(dpcache.SettingError, match=message):
             given = partial(given, num_inference_steps=T, threshold=0.1)
             find_budget(pipe, given, calibration, 30.0)
+
+
+def test_of_settings_that_spend_the_same_the_best_one_is_shown():
+    """The second value that is tried, 2, spends what the first did, and falls short."""
+    knob = SimpleNamespace(
+        make=lambda value: replace(FULL, decided={"value": value}), first=1.0, setting="t", whole=False
+    )
+    found = _by_setting(lambda method: (51 - method.decided["value"], 4.0), knob, 49.5, PSNR)
+    assert found.method.decided["t"] == 1 and found.tried == {4.0: 50.0}
 
 
 def test_qualities_that_cannot_be_are_named(pipe):

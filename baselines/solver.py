@@ -53,7 +53,7 @@ class OtherScheduler(Method, ABC):
 
 
 class _OtherSchedulersSession(Session):
-    """Of a method whose steps are those of the scheduler that it has put in place of the pipeline's."""
+    """The session of a method that has replaced the pipeline's scheduler by its own."""
 
     def begin(self) -> None:
         if self.pipe().scheduler is not self.scheduler:

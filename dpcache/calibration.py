@@ -238,8 +238,8 @@ class Calibration:
 
 
 def finite_or_worst(errors: np.ndarray) -> np.ndarray:
-    """Errors, infinite where they are no numbers: those of runs that have diverged, which else no comparison finds
-    worse than others."""
+    """The errors, with infinity in place of NaN. NaN is the error of a run that has diverged. Every comparison with NaN
+    is false, so that such a run could pass for the best."""
     return np.where(np.isnan(errors), np.inf, errors)
 
 

@@ -96,10 +96,10 @@ class Interval(Schedule):
 
 
 def with_first(steps: Iterable[int], first: int) -> list[int]:
-    """The computed steps where a pipeline's second model takes over at step `first`, which has nothing of its own to
-    predict from: it is computed in place of the next one that was to be.
+    """The computed steps of a pipeline whose second model takes over at step `first`. This model has no features of its
+    own to predict from yet. So `first` is computed, in place of the next computed step.
 
-    Raises SettingError where there is none.
+    Raises SettingError if there is no computed step from `first` on.
     """
     steps = sorted(steps)
     if first in steps:

@@ -193,7 +193,7 @@ class Branch:
         # Computed steps, calls and work of the finished generations, nothing in those that it had no part in.
         self.generations: list[tuple[list[int], int, float]] = [([], 0, 0.0)] * missed
         self.histories: dict[str, list[History]] = {}
-        # skipped? -> what each stopwatch returned
+        # for computed steps (False) and skipped ones (True): of each stopwatch, the moments before and after the calls
         self.spans: dict[bool, dict[Stopwatch, list]] = {False: defaultdict(list), True: defaultdict(list)}
         self.skip = self.verifying = False
         self.weights: tuple[float, ...] | np.ndarray = ()
@@ -293,7 +293,7 @@ class CallHook(RootHook):
 
     @leave_uncompiled
     def new_forward(self, module: torch.nn.Module, *args, **kwargs) -> Any:
-        latents = tree_leaves(self.part.input(args, kwargs))[0]  # where these are, the call works
+        latents = tree_leaves(self.part.input(args, kwargs))[0]  # the call runs on their device
         session, watch = self.session, stopwatch(latents.device)
         start = watch.now()
         branch = session.open(self.part, self.branch_name, args, kwargs)

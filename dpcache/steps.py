@@ -136,9 +136,9 @@ class TimestepSteps:
     value again, or a change in the other direction than before, begins another generation. On a GPU the host waits for
     the value at every call; with a pipeline it need not.
 
-    Nothing tells when a generation is over. So what is wrong with its end is said when the next one begins, or when the
-    method is disabled: a warning of too few steps, which a generation that broke off has, too, and one whose
-    neighbouring steps have the same value.
+    No call tells that a generation is over. So a mistake at its end is reported when the next generation begins, or
+    when the method is disabled. Too few steps are a warning, not an error, because a generation that was interrupted
+    looks the same.
 
     Args:
         num_inference_steps: of the method.

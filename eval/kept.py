@@ -79,8 +79,8 @@ class Loaded:
 
 
 def _other_files(folder: str | Path | None) -> dict[str, str]:
-    """16 hex digits of what a pipeline's folder holds beside weights: settings of the pipeline, tokenizers and what
-    prepares images. Empty of one from the hub, where a change has a revision of its own."""
+    """A digest (16 hex digits) of the files in a pipeline's folder that are not weights: settings of the pipeline,
+    tokenizers and image processors. Empty for a pipeline from the hub, where a change has a revision of its own."""
     if folder is None or not Path(folder, "model_index.json").exists():
         return {}
     folder, digest = Path(folder), hashlib.sha256()

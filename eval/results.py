@@ -107,8 +107,8 @@ def collect(folder: str | Path) -> pd.DataFrame:
 
 
 def _written(path: Path, result: dict) -> float:
-    """When a run ended. Results of earlier versions do not tell: their pictures were written then and, unlike the
-    `result.json`, not by `stage=eval`."""
+    """The time at which a run ended, in seconds. Results of earlier versions do not hold it. For them it is the time of
+    the pictures, which `stage=eval`, unlike `result.json`, does not write again."""
     if "ended" in result:
         return datetime.fromisoformat(result["ended"]).timestamp()
     picture = path.with_name("grid.png")

@@ -88,7 +88,7 @@ def check(config: DictConfig) -> None:
 
 
 def _check_device(name: str, dry_run: bool | None) -> None:
-    """Raises SettingError for what is no device and, but for a dry run, for one that this machine does not have."""
+    """Raises SettingError for a name that is no device and, unless in a dry run, for a device that the machine lacks."""
     try:
         device = torch.device("cpu" if name == "auto" else name)
     except RuntimeError:
@@ -208,7 +208,8 @@ MADE_WITH = "made_with.json"
 
 def check_samples(config: DictConfig, folder: Path, prompts: list[str], calibration: str | None = None) -> None:
     """Raises SettingError if a run's folder holds samples or a result of other prompts or images, or a result of a
-    model whose files have changed since: it is loaded for this if their times have.
+    model whose weights or settings have changed since. The model is loaded to see this only if the sizes or times of
+    its files have changed.
 
     Args:
         calibration: what `made_with` says of the run's calibration; samples of another one are refused, too.

@@ -110,7 +110,8 @@ class ReferenceConfig:
 
 @dataclass
 class RunConfig:
-    """What is MISSING here has its default in `conf/config.yaml`, or in a file of its group."""
+    """All settings of a run. A setting that is MISSING here has its default in `conf/config.yaml`, or in a file of its
+    group."""
 
     stage: Stage = MISSING
     dir: str | None = MISSING

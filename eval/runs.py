@@ -88,7 +88,7 @@ def check(config: DictConfig) -> None:
 
 
 def _check_device(name: str, dry_run: bool | None) -> None:
-    """Raises SettingError for a name that is no device and, unless in a dry run, for a device that the machine lacks."""
+    """Raises SettingError for a name that is no device and, but for dry runs, for a device that the machine lacks."""
     try:
         device = torch.device("cpu" if name == "auto" else name)
     except RuntimeError:

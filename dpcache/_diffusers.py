@@ -251,6 +251,7 @@ class _Watch:
 
     def __init__(self, scheduler: "SchedulerMixin"):
         self.scheduler, self.own = scheduler, type(scheduler)
+        self.signature = inspect.signature(scheduler.step)
         self.listeners: list[tuple[StepListener, bool]] = []  # and whether it is told of copies, too
         self.replaced = vars(scheduler).pop("step", None)  # somebody else's, in the place of the class's
         scheduler.__class__ = self._class()
@@ -275,7 +276,7 @@ class _Watch:
             listener.before_step(scheduler, sample, kwargs)
         for listener in listeners:
             if type(listener).given is not StepListener.given:  # binding the arguments takes time
-                bound = inspect.signature(original).bind(*args, **kwargs)
+                bound = self.signature.bind(*args, **kwargs)
                 listener.given(scheduler, bound.arguments)
                 args, kwargs = bound.args, bound.kwargs
         output = original(*args, **kwargs)
